@@ -1,0 +1,89 @@
+"""The engine port: what the rest of the cloud asks of whatever computes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from segue_contract.kv.layout import KvBlock
+from segue_contract.sync.ops import Sampling
+
+
+@dataclass(frozen=True)
+class EngineTurn:
+    """One reply to compute.
+
+    `prompt` are the prompt's token ids; `made` the reply's tokens that others made already (the
+    edge's first token and bridge); the engine goes on at reply index `len(made)`.
+    `prompt_blocks`: ids of the prompt's full 64-token blocks under the edge's recipe, in order;
+    empty where only the engine's own recipe applies. `max_tokens` counts `made` as well.
+    """
+
+    turn: str
+    prompt: tuple[int, ...]
+    made: tuple[int, ...] = ()
+    prompt_blocks: tuple[bytes, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    end_tokens: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """Some tokens of a turn, from reply index `index` on. `finished`: "" | "stop" | "length".
+
+    The end token itself is not among `tokens`. The first output of a turn also says how many
+    prompt tokens the prefix cache (own or shipped blocks) spared.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    finished: str = ""
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Facts for the planner, health and metrics. Rates are measured online, 0.0 before any."""
+
+    running: int
+    waiting: int
+    pages_free: int
+    pages_total: int
+    queue_s: float
+    prefill_tokens_per_s: float
+    decode_step_s: float
+    prefix_hit_tokens: int
+    steps: int
+
+
+class Engine(Protocol):
+    """Thread-safe seen from one event loop; the computing thread is the engine's own."""
+
+    def submit(self, turn: EngineTurn) -> AsyncIterator[EngineOutput]:
+        """Start a turn; leaving the iterator (`aclose`) cancels it and frees its pages.
+
+        Raises:
+            Overloaded: the bound of admitted turns is reached (before anything is queued).
+            PromptTooLong: the turn can never fit the context or the pool.
+            TurnFailed: the engine failed while it computed this turn.
+        """
+        ...
+
+    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
+        """Put committed blocks into the prefix cache; returns how many were taken (0: no room).
+
+        Raises:
+            BadRecipe: the model's manifest does not allow the block's recipe.
+            BadBlock: another geometry.
+        """
+        ...
+
+    def have_blocks(self, ids: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `ids` that the cache holds right now."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...

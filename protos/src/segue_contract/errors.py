@@ -1,0 +1,236 @@
+"""The one error tree of Segue.
+
+SegueError
+├── InvalidArgument            the caller's request cannot be served as written
+│   ├── EmptyPrompt            nothing to answer
+│   ├── PromptTooLong          prompt + max_tokens exceed the model's context
+│   └── BadSampling            temperature, top_p, top_k, min_p or max_tokens out of range
+├── NotFound
+│   ├── UnknownSession         no such session (and the caller did not want one created)
+│   ├── UnknownDevice          the device never joined this session
+│   ├── UnknownTurn            no such turn in this session
+│   └── UnknownModel           this node serves another model
+├── SessionBusy                another turn runs, and the caller chose not to wait
+├── Overloaded                 a bound is reached; `retry_after_s` says when to come back
+├── StaleEpoch                 a newer holder exists; `current` is its epoch
+├── SequenceGap                `expected` is the sequence number the log waits for
+├── StoreUnavailable           the session store did not answer in time; nothing was written
+├── Unreachable                the other side cannot be reached
+├── DeadlineExceeded           it took longer than its bound
+├── TurnFailed                 the turn ended with an error after it began
+├── ModelError                 a model directory is missing, of another family, or was changed
+│   ├── ModelMissing           no built model of that name
+│   ├── ModelMismatch          manifest and files, or edge and cloud, disagree
+│   └── ModelBuildFailed       the build stopped; nothing half-built is left
+├── KvError                    bytes of a KV stream that are no KV of ours
+│   ├── BadMagic · BadVersion · BadLength · BadChecksum · BadRecipe · BadBlock · Truncated
+├── NotLoopback                a listener would leave this machine without authentication
+├── PortInUse                  another program listens there
+├── MissingExtra               a package of an optional extra is not installed
+└── Internal                   a fault of ours
+
+Every error has a stable `code` (its snake_case name), a `message` that says what happened, a
+`hint` that says what to do, and `fields` that programs may read. `grpc_code` names the gRPC
+status that carries it; `segue_contract.transport.status` does the mapping.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import msgspec
+
+_TREE: dict[str, type[SegueError]] = {}
+
+
+class SegueError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: what happened, one sentence.
+        hint: what the reader can do about it, one sentence.
+        fields: machine-readable facts; values are str, int, float or bool.
+    """
+
+    grpc_code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+    code: ClassVar[str] = "segue_error"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        _TREE[cls.code] = cls
+
+    def __init__(self, message: str, *, hint: str = "", **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+    def to_bytes(self) -> bytes:
+        """MessagePack of {code, message, hint, fields}; `from_bytes` reads it back."""
+        return msgspec.msgpack.encode(_Wire(self.code, self.message, self.hint, self.fields))
+
+    @staticmethod
+    def from_bytes(data: bytes) -> SegueError:
+        """The error that a peer sent; an unknown code or unreadable bytes become `Internal`."""
+        try:
+            wire = msgspec.msgpack.decode(data, type=_Wire)
+        except msgspec.MsgspecError:
+            return Internal("The peer sent an error that cannot be read.")
+        cls = _TREE.get(wire.code, Internal)
+        return cls(wire.message, hint=wire.hint, **wire.fields)
+
+
+class _Wire(msgspec.Struct, array_like=True):
+    code: str
+    message: str
+    hint: str
+    fields: dict[str, str | int | float | bool]
+
+
+class InvalidArgument(SegueError):
+    grpc_code = "INVALID_ARGUMENT"
+
+
+class EmptyPrompt(InvalidArgument):
+    pass
+
+
+class PromptTooLong(InvalidArgument):
+    pass
+
+
+class BadSampling(InvalidArgument):
+    pass
+
+
+class NotFound(SegueError):
+    grpc_code = "NOT_FOUND"
+
+
+class UnknownSession(NotFound):
+    pass
+
+
+class UnknownDevice(NotFound):
+    pass
+
+
+class UnknownTurn(NotFound):
+    pass
+
+
+class UnknownModel(NotFound):
+    pass
+
+
+class SessionBusy(SegueError):
+    grpc_code = "ABORTED"
+    retryable = True
+
+
+class Overloaded(SegueError):
+    """`fields["retry_after_s"]`: seconds after which a retry has a chance."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class StaleEpoch(SegueError):
+    """`fields["current"]`: the epoch that holds now."""
+
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class SequenceGap(SegueError):
+    """`fields["expected"]`: the sequence number that the log waits for."""
+
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class StoreUnavailable(SegueError):
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class Unreachable(SegueError):
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class DeadlineExceeded(SegueError):
+    grpc_code = "DEADLINE_EXCEEDED"
+    retryable = True
+
+
+class TurnFailed(SegueError):
+    grpc_code = "ABORTED"
+
+
+class ModelError(SegueError):
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class ModelMissing(ModelError):
+    pass
+
+
+class ModelMismatch(ModelError):
+    pass
+
+
+class ModelBuildFailed(ModelError):
+    pass
+
+
+class KvError(SegueError):
+    grpc_code = "DATA_LOSS"
+
+
+class BadMagic(KvError):
+    pass
+
+
+class BadVersion(KvError):
+    pass
+
+
+class BadLength(KvError):
+    pass
+
+
+class BadChecksum(KvError):
+    pass
+
+
+class BadRecipe(KvError):
+    pass
+
+
+class BadBlock(KvError):
+    pass
+
+
+class Truncated(KvError):
+    pass
+
+
+class NotLoopback(SegueError):
+    grpc_code = "INVALID_ARGUMENT"
+
+
+class PortInUse(SegueError):
+    grpc_code = "INVALID_ARGUMENT"
+
+
+class MissingExtra(SegueError):
+    grpc_code = "UNIMPLEMENTED"
+
+
+class Internal(SegueError):
+    grpc_code = "INTERNAL"

@@ -1,0 +1,70 @@
+"""Every bound of Segue, each with its reason. Nothing waits, queues or allocates beyond these."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# -- names and requests -----------------------------------------------------------------------
+MAX_ID_CHARS: Final = 64  # fits a topic level, a Redis key and a file name with room to spare
+MAX_PROMPT_BYTES: Final = 256 * KIB  # several times the text of an 8k-token context
+MAX_STOP_STRINGS: Final = 8  # each is searched for after every token
+MAX_STOP_CHARS: Final = 128
+MAX_NEW_TOKENS: Final = 8192  # no turn outgrows the largest context we serve
+MAX_TOP_K: Final = 1_000_000  # above any vocabulary: means "all"
+MAX_SESSIONS_LISTED: Final = 1000
+
+# -- messages ---------------------------------------------------------------------------------
+MAX_GRPC_MESSAGE_BYTES: Final = 8 * MIB  # a snapshot of a full context with its text fits
+KV_PART_BYTES: Final = 256 * KIB  # best loopback goodput lies between 64 KiB and 768 KiB
+MAX_OP_BYTES: Final = 1 * MIB  # one log entry
+MAX_APPEND_OPS: Final = 256  # one script call stays under a millisecond
+MAX_READ_ENTRIES: Final = 1024  # one page of Read
+MAX_MQTT_PAYLOAD_BYTES: Final = 1 * MIB  # above it only the head goes out, and devices Read
+
+# -- KV frames --------------------------------------------------------------------------------
+KV_BLOCK_TOKENS: Final = 64
+KV_PAGE_TOKENS: Final = 16
+MAX_KV_LAYERS: Final = 256
+MAX_KV_HEADS: Final = 256
+MAX_KV_HEAD_DIM: Final = 512
+MAX_KV_FRAME_BYTES: Final = 64 * MIB  # a 64-token block of a 70B-class model in fp16 is 20 MiB
+MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
+
+# -- queues -----------------------------------------------------------------------------------
+MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button
+MAX_TURNS_PER_CLOUD: Final = 256  # admitted (running or waiting); beyond it: Overloaded
+MAX_TURNS_PER_EDGE: Final = 64  # prefill is one at a time: the last of these waits seconds
+TURN_EVENT_QUEUE: Final = 4096  # events kept for one slow reader of a turn; then it must Read
+FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
+UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
+MQTT_PUBLISH_QUEUE: Final = 8192  # then entries are dropped from MQTT; the head heals it
+SESSION_CACHE: Final = 1024  # folded session states an instance keeps at hand
+EDGE_SESSION_CACHE: Final = 1024
+
+# -- times, seconds ---------------------------------------------------------------------------
+CONNECT_TIMEOUT_S: Final = 5.0
+RPC_TIMEOUT_S: Final = 10.0  # unary calls
+TURN_TIMEOUT_S: Final = 600.0  # the longest reply at the slowest decode rate we support
+TURN_WAIT_TIMEOUT_S: Final = 120.0  # for the session's turn, where the caller chose to wait
+STORE_TIMEOUT_S: Final = 5.0  # writes wait this long for the store, then StoreUnavailable
+STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half a second
+TURN_LEASE_S: Final = 15.0  # an owner renews it with every append and every third of it
+OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
+KV_STALL_TIMEOUT_S: Final = 3.0  # no KV byte for this long: the cloud recomputes
+UPLINK_RETRY_S: Final = 10.0  # an edge tries to re-open a broken turn stream for this long
+SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
+HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append
+BROKER_RETRY_S: Final = 0.5
+BROKER_KEEPALIVE_S: Final = 15
+FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
+SHUTDOWN_GRACE_S: Final = 5.0
+START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
+COALESCE_S: Final = 0.010  # frames of one turn wait at most this long for each other
+
+# -- log --------------------------------------------------------------------------------------
+COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim beyond this
+COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold
+TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of running again

@@ -1,0 +1,182 @@
+"""`manifest.json`: what a model directory holds, and how to tell that it still does.
+
+    <home>/<name>/manifest.json          this file's `Manifest`
+                  tokenizer.json         Hugging Face tokenizers format
+                  chat_template.jinja    rendered in a sandbox
+                  cloud/model.safetensors  bfloat16 or float32 weights, Hugging Face Llama names
+                  edge/prefill.onnx      W8A8, last-position logits, KV out
+                  edge/decode.onnx       weight-only 8 bit, batch 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from segue_contract.errors import ModelMismatch, ModelMissing
+from segue_contract.kv.layout import KvGeometry, KvRecipe
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+DEFAULT_MODEL = "smollm2-135m"
+_HASH_CHUNK = 1 << 20
+
+
+class ModelGeometry(msgspec.Struct, frozen=True, kw_only=True):
+    """The Llama family's sizes. Context in tokens."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    rope_base: float
+    norm_eps: float
+    tied_embeddings: bool = True
+
+    @property
+    def kv(self) -> KvGeometry:
+        return KvGeometry(layers=self.layers, kv_heads=self.kv_heads, head_dim=self.head_dim)
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    bytes: int
+    sha256: str
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured loss of the cloud model decoding on KV of a recipe, against its own prefill."""
+
+    agreement: float
+    mean_kl: float = 0.0
+    cross_entropy_change: float = 0.0
+    windows: int = 0
+    text_sha256: str = ""
+
+
+class RecipeEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A KV recipe that a decoder of this model may consume."""
+
+    recipe: KvRecipe
+    allowed: bool = True
+    quality: Quality | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    family: str = "llama"
+    format: int = FORMAT
+    source: str
+    licence: str = ""
+    weights_digest: str
+    geometry: ModelGeometry
+    # token ids that end a reply, first the canonical one
+    end_tokens: tuple[int, ...]
+    bos_token: str = ""
+    eos_token: str = ""
+    edge_quant: str
+    # recipes by name; "edge" is the one under which the edge's KV ships by default
+    recipes: dict[str, RecipeEntry]
+    files: dict[str, FileEntry]
+    built_with: dict[str, str] = {}
+
+    @property
+    def edge_recipe(self) -> KvRecipe:
+        return self.recipes["edge"].recipe
+
+    def allowed_recipes(self) -> frozenset[str]:
+        """Digests of the recipes that a decoder may consume."""
+        return frozenset(e.recipe.digest for e in self.recipes.values() if e.allowed)
+
+
+def model_home() -> Path:
+    """Where built models live: `SEGUE_MODEL_HOME`, else the user's cache folder."""
+    chosen = os.environ.get("SEGUE_MODEL_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "segue" / "models"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a model directory, its form checked, its files not yet (`verify`).
+
+    Raises:
+        ModelMissing: no such directory or no manifest in it.
+        ModelMismatch: the manifest cannot be read or is of another format.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelMissing(
+            f"There is no built model in {directory}.",
+            hint="Build one with `segue model build`.",
+        ) from error
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ModelMismatch(
+            f"{path} cannot be read: {error}.", hint="Build the model again."
+        ) from error
+    if manifest.format != FORMAT:
+        raise ModelMismatch(
+            f"{path} has format {manifest.format}; this version reads {FORMAT}.",
+            hint="Build the model again with this version.",
+        )
+    if "edge" not in manifest.recipes:
+        raise ModelMismatch(f"{path} names no edge recipe.", hint="Build the model again.")
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` in one step: readers see the old one or the new one."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    temporary = directory / (MANIFEST_NAME + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(directory / MANIFEST_NAME)
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> FileEntry:
+    """Size and SHA-256 of a file; `progress` is told the bytes read since its last call."""
+    state = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            state.update(chunk)
+            size += len(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return FileEntry(bytes=size, sha256=state.hexdigest())
+
+
+def verify(directory: Path, progress: Callable[[int], None] | None = None) -> Manifest:
+    """Read the manifest and re-hash every file it lists.
+
+    Raises:
+        ModelMissing, ModelMismatch: naming the first file that is missing or differs.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in sorted(manifest.files.items()):
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise ModelMismatch(f"The manifest lists {name!r}, outside the model directory.")
+        if not path.is_file():
+            raise ModelMismatch(
+                f"{name} is listed in the manifest and missing.", hint="Build the model again."
+            )
+        found = hash_file(path, progress)
+        if found != entry:
+            raise ModelMismatch(
+                f"{name} is not the file that was built (its SHA-256 differs).",
+                hint="Somebody changed it. Build the model again.",
+                file=name,
+            )
+    return manifest

@@ -1,0 +1,87 @@
+"""The folded form of a session log: what a late joiner gets instead of every entry."""
+
+from __future__ import annotations
+
+import msgspec
+
+from segue_contract.errors import InvalidArgument
+from segue_contract.sync.ops import Usage
+
+
+class Cursor(msgspec.Struct, frozen=True, order=True):
+    """Everything up to and including `offset` of `generation` is known; offset 0: nothing is."""
+
+    generation: int = 1
+    offset: int = 0
+
+
+class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One turn as the log has it so far.
+
+    `pieces[i]` is the text that token `i` completed; `reason` is empty while the turn runs.
+    `last_offset` is the offset of the last op that changed it.
+    """
+
+    turn: str
+    device: str = ""
+    prompt: str = ""
+    epoch: int = 0
+    model: str = ""
+    tokens: list[int] = []
+    pieces: list[str] = []
+    reason: str = ""
+    usage: Usage = Usage()
+    plan: bytes = b""
+    error_code: str = ""
+    error_message: str = ""
+    feedback: str = ""
+    last_offset: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.reason)
+
+
+class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A whole session folded at `cursor`. `turns` are in order of their user_message."""
+
+    cursor: Cursor = Cursor()
+    turns: list[TurnState] = []
+    values: dict[str, bytes] = {}
+    docs: dict[str, list[bytes]] = {}
+    control_holder: str = ""
+    control_epoch: int = 0
+    claims: dict[str, str] = {}
+    results: dict[str, bytes] = {}
+
+
+_state_decoder = msgspec.msgpack.Decoder(SessionState)
+_turns_decoder = msgspec.msgpack.Decoder(list[TurnState])
+
+
+def encode_state(state: SessionState) -> bytes:
+    return msgspec.msgpack.encode(state)
+
+
+def decode_state(data: bytes) -> SessionState:
+    """Raises InvalidArgument where the bytes are no session state."""
+    try:
+        return _state_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise InvalidArgument(f"These bytes are no session state: {error}.") from error
+
+
+def encode_turns(turns: list[TurnState]) -> bytes:
+    return msgspec.msgpack.encode(turns)
+
+
+def decode_turns(data: bytes) -> list[TurnState]:
+    """Raises InvalidArgument where the bytes are no list of turns."""
+    try:
+        return _turns_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise InvalidArgument(f"These bytes are no list of turns: {error}.") from error

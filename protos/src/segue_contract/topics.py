@@ -1,0 +1,61 @@
+"""MQTT topics: `segue/v1/{tenant}/{session}/...`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from segue_contract.errors import InvalidArgument
+from segue_contract.sync.state import Cursor
+
+ROOT = "segue/v1"
+
+
+def log_topic(tenant: str, session: str) -> str:
+    """Live log entries, QoS 1, payload `encode_log_message`."""
+    return f"{ROOT}/{tenant}/{session}/log"
+
+
+def head_topic(tenant: str, session: str) -> str:
+    """Retained: the log's tail as `encode_head`; an empty payload clears it."""
+    return f"{ROOT}/{tenant}/{session}/head"
+
+
+def presence_topic(tenant: str, session: str, device: str) -> str:
+    """QoS 0: a device's presence; its Will carries the connection's incarnation."""
+    return f"{ROOT}/{tenant}/{session}/aw/{device}"
+
+
+class LogMessage(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive entries: `ops[i]` has offset `first_offset + i`."""
+
+    generation: int
+    first_offset: int
+    ops: list[bytes]
+
+
+_log_decoder = msgspec.msgpack.Decoder(LogMessage)
+_head_decoder = msgspec.msgpack.Decoder(tuple[int, int])
+
+
+def encode_log_message(generation: int, first_offset: int, ops: list[bytes]) -> bytes:
+    return msgspec.msgpack.encode(LogMessage(generation, first_offset, ops))
+
+
+def decode_log_message(payload: bytes) -> LogMessage:
+    """Raises InvalidArgument where the payload is no log message."""
+    try:
+        return _log_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InvalidArgument(f"This payload is no log message: {error}.") from error
+
+
+def encode_head(cursor: Cursor) -> bytes:
+    return msgspec.msgpack.encode((cursor.generation, cursor.offset))
+
+
+def decode_head(payload: bytes) -> Cursor:
+    """Raises InvalidArgument where the payload is no head."""
+    try:
+        return Cursor(*_head_decoder.decode(payload))
+    except msgspec.MsgspecError as error:
+        raise InvalidArgument(f"This payload is no head: {error}.") from error
