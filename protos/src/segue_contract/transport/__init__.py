@@ -1,0 +1,1 @@
+"""The shells that all three programs need around gRPC, MQTT and logs. Not a pure part."""

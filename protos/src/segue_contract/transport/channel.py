@@ -1,0 +1,44 @@
+"""One way to open a gRPC channel. gRPC sets TCP_NODELAY on its sockets itself."""
+
+from __future__ import annotations
+
+import grpc
+
+from segue_contract.errors import InvalidArgument
+from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES
+
+_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business on these links
+    ("grpc.use_local_subchannel_pool", 1),  # one TCP connection per channel, closed with it
+)
+
+
+def check_target(target: str) -> str:
+    """Return `target` if it reads "host:port".
+
+    Raises:
+        InvalidArgument: it does not.
+    """
+    host, separator, port = target.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise InvalidArgument(
+            f"{target!r} is no address.", hint="Write host:port, for example 127.0.0.1:7411."
+        )
+    return target
+
+
+def open_channel(target: str) -> grpc.aio.Channel:
+    """A channel to "host:port"; it connects on first use and reconnects by itself.
+
+    Raises:
+        InvalidArgument: `target` is no address.
+    """
+    return grpc.aio.insecure_channel(check_target(target), options=_OPTIONS)

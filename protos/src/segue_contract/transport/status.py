@@ -1,0 +1,152 @@
+"""The one place where the error tree meets gRPC status."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, NoReturn, cast
+
+import grpc
+import structlog
+
+from segue_contract.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+    SegueError,
+    Unreachable,
+)
+
+# Binary trailing metadata that carries SegueError.to_bytes().
+ERROR_KEY = "segue-error-bin"
+_MAX_DETAIL_CHARS = 1000
+
+log = structlog.get_logger("segue.rpc")
+
+# For peers that send a bare status: a proxy, or gRPC itself.
+_BARE: dict[grpc.StatusCode, type[SegueError]] = {
+    grpc.StatusCode.UNAVAILABLE: Unreachable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.CANCELLED: Unreachable,
+}
+
+
+def status_code(error: SegueError) -> grpc.StatusCode:
+    return grpc.StatusCode[error.grpc_code]
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: SegueError) -> NoReturn:
+    """End the call with the error's status, its text, and itself in the trailing metadata."""
+    await context.abort(
+        status_code(error),
+        str(error)[:_MAX_DETAIL_CHARS],
+        trailing_metadata=((ERROR_KEY, error.to_bytes()),),
+    )
+    raise AssertionError("abort returned")
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> SegueError:
+    """The typed error behind a failed call."""
+    metadata = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    for key, value in metadata:
+        if key == ERROR_KEY and isinstance(value, bytes):
+            return SegueError.from_bytes(value)
+    code = error.code()
+    cls = _BARE.get(code, Internal)
+    detail = error.details() or code.name
+    hint = {
+        Unreachable: "Check that the address is right and the node is running (`segue doctor`).",
+        DeadlineExceeded: "The node is slow or stuck; try again.",
+    }.get(cls, "")
+    return cls(f"The call failed: {detail}.", hint=hint)
+
+
+def as_segue_error(error: BaseException) -> SegueError:
+    """Any failure as one of ours: what was raised, a mapped gRPC error, or `Internal`."""
+    if isinstance(error, SegueError):
+        return error
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error_from_rpc(error)
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded("It took longer than its bound.", hint="Try again.")
+    return Internal(f"An unexpected {type(error).__name__} happened.", hint="See the node's log.")
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Turns what a handler raises into a status; what is no SegueError is logged and hidden."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: Any = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or not method.startswith("/segue."):
+            return cast("grpc.RpcMethodHandler[Any, Any]", handler)
+        common = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        wrapped: Any
+        if handler.unary_unary:
+            wrapped = grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary, method), **common
+            )
+        elif handler.unary_stream:
+            wrapped = grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream, method), **common
+            )
+        elif handler.stream_stream:
+            wrapped = grpc.stream_stream_rpc_method_handler(
+                _guard_stream(handler.stream_stream, method), **common
+            )
+        else:
+            wrapped = handler
+        return cast("grpc.RpcMethodHandler[Any, Any]", wrapped)
+
+
+async def _fail(context: Any, method: str, error: Exception) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    known = as_segue_error(error)
+    if isinstance(known, Internal):
+        log.error("rpc_failed", method=method, exc_info=error)
+    await abort(context, known)
+
+
+def _guard_unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await _fail(context, method, error)
+
+    return call
+
+
+def _guard_stream(inner: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Any:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        stream = inner(request, context)
+        try:
+            async for item in stream:
+                yield item
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await _fail(context, method, error)
+        finally:
+            if inspect.isasyncgen(stream):
+                await stream.aclose()
+
+    return call
