@@ -14,6 +14,7 @@ MAX_STOP_STRINGS: Final = 8  # each is searched for after every token
 MAX_STOP_CHARS: Final = 128
 MAX_NEW_TOKENS: Final = 8192  # no turn outgrows the largest context we serve
 MAX_TOP_K: Final = 1_000_000  # above any vocabulary: means "all"
+MAX_TEMPERATURE: Final = 100.0  # far past the point where every token is equally likely
 MAX_SESSIONS_LISTED: Final = 1000
 
 # -- messages ---------------------------------------------------------------------------------
@@ -68,3 +69,13 @@ COALESCE_S: Final = 0.010  # frames of one turn wait at most this long for each 
 COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim beyond this
 COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold
 TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of running again
+
+# -- client -----------------------------------------------------------------------------------
+MAX_ADDRESSES: Final = 16  # nodes that one client knows, in order of preference
+MAX_EARLY_FRAMES: Final = 1024  # frames of one turn kept while an earlier one is missing
+ADDRESS_RETRY_S: Final = 5.0  # a node that failed is tried last for this long
+RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY_PAUSE_MAX_S
+RETRY_PAUSE_MAX_S: Final = 1.0
+RESUME_TIMEOUT_S: Final = 30.0  # a broken turn stream is resumed for this long without news
+FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
+SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile

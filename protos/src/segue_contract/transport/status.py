@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NoReturn, cast
 
 import grpc
-import structlog
 
 from segue_contract.errors import (
     DeadlineExceeded,
@@ -23,8 +22,6 @@ from segue_contract.errors import (
 # Binary trailing metadata that carries SegueError.to_bytes().
 ERROR_KEY = "segue-error-bin"
 _MAX_DETAIL_CHARS = 1000
-
-log = structlog.get_logger("segue.rpc")
 
 # For peers that send a bare status: a proxy, or gRPC itself.
 _BARE: dict[grpc.StatusCode, type[SegueError]] = {
@@ -119,6 +116,10 @@ async def _fail(context: Any, method: str, error: Exception) -> NoReturn:
         raise error
     known = as_segue_error(error)
     if isinstance(known, Internal):
+        # only nodes get here: the client SDK maps errors too, and does without structlog
+        import structlog
+
+        log = structlog.get_logger("segue.rpc")
         log.error("rpc_failed", method=method, exc_info=error)
     await abort(context, known)
 
