@@ -27,6 +27,7 @@ SegueError
 ├── NotLoopback                a listener would leave this machine without authentication
 ├── PortInUse                  another program listens there
 ├── MissingExtra               a package of an optional extra is not installed
+├── StartFailed                a program that we started ended, or was not ready in time
 └── Internal                   a fault of ours
 
 Every error has a stable `code` (its snake_case name), a `message` that says what happened, a
@@ -230,6 +231,12 @@ class PortInUse(SegueError):
 
 class MissingExtra(SegueError):
     grpc_code = "UNIMPLEMENTED"
+
+
+class StartFailed(SegueError):
+    """`fields["program"]`, and `fields["exit_code"]` where it ended."""
+
+    grpc_code = "UNAVAILABLE"
 
 
 class Internal(SegueError):
