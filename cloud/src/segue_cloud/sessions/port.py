@@ -66,9 +66,13 @@ class SessionStore(Protocol):
     """
 
     async def open_session(
-        self, tenant: str, session: str, *, must_exist: bool = False
+        self, tenant: str, session: str, *, must_exist: bool = False, device: str = ""
     ) -> tuple[Cursor, bool]:
-        """Tail and whether it was created. Raises UnknownSession if `must_exist` and it is not."""
+        """Tail and whether it was created; `device` becomes one of the session's devices.
+
+        Raises:
+            UnknownSession: `must_exist` and it is not there.
+        """
         ...
 
     async def append(
@@ -100,10 +104,17 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def check_device(self, tenant: str, session: str, device: str) -> None:
+        """Raises UnknownSession, or UnknownDevice for one that never opened the session."""
+        ...
+
     async def take_over(
-        self, tenant: str, session: str, turn: str, lease_s: float
+        self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
     ) -> TurnClaim:
-        """Raise a running turn's epoch by one: whoever held the old one is fenced off."""
+        """Raise a running turn's epoch by one: whoever held the old one is fenced off.
+
+        MISSING where the turn does not run; with `only_expired`, BUSY while its lease holds.
+        """
         ...
 
     async def renew_turn(self, tenant: str, session: str, turn: str, epoch: int, lease_s: float) -> AppendResult:

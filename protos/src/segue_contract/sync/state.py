@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.sync.ops import Usage
+from segue_contract.sync.ops import Sampling, Usage
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
@@ -27,6 +27,9 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt: str = ""
     epoch: int = 0
     model: str = ""
+    max_tokens: int = 0
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
     tokens: list[int] = []
     pieces: list[str] = []
     reason: str = ""
