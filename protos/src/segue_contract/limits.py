@@ -44,6 +44,11 @@ UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
 MQTT_PUBLISH_QUEUE: Final = 8192  # then entries are dropped from MQTT; the head heals it
 SESSION_CACHE: Final = 1024  # folded session states an instance keeps at hand
 EDGE_SESSION_CACHE: Final = 1024
+EDGE_SESSION_TURNS: Final = 512  # turns of one session an edge keeps; more never fit a context
+ENDED_TURNS_KEPT: Final = 128  # ended turns an edge can replay to a device that comes back
+OUTBOX_TURNS: Final = 64  # turns served offline that wait for the cloud; then Overloaded
+PREFILL_QUEUE_JOBS: Final = 256  # jobs of the edge's compute thread: turns and warm-ups
+WARM_QUEUE_TURNS: Final = 16  # idle warm-ups waiting; older ones are dropped
 
 # -- times, seconds ---------------------------------------------------------------------------
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -55,6 +60,11 @@ STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half 
 TURN_LEASE_S: Final = 15.0  # an owner renews it with every append and every third of it
 OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
 KV_STALL_TIMEOUT_S: Final = 3.0  # no KV byte for this long: the cloud recomputes
+LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
+BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
+PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
+PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
+PROBE_PAYLOAD_BYTES: Final = 2 * MIB  # long enough to show goodput, short enough for a slow link
 UPLINK_RETRY_S: Final = 10.0  # an edge tries to re-open a broken turn stream for this long
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
 HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append
