@@ -31,6 +31,7 @@ KV_PAGE_TOKENS: Final = 16
 MAX_KV_LAYERS: Final = 256
 MAX_KV_HEADS: Final = 256
 MAX_KV_HEAD_DIM: Final = 512
+KV_FRAME_BYTES: Final = 1 * MIB  # a sender splits larger blocks by layers, so none waits long
 MAX_KV_FRAME_BYTES: Final = 64 * MIB  # a 64-token block of a 70B-class model in fp16 is 20 MiB
 MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
 
@@ -59,7 +60,8 @@ STORE_TIMEOUT_S: Final = 5.0  # writes wait this long for the store, then StoreU
 STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half a second
 TURN_LEASE_S: Final = 15.0  # an owner renews it with every append and every third of it
 OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
-KV_STALL_TIMEOUT_S: Final = 3.0  # no KV byte for this long: the cloud recomputes
+KV_STALL_TIMEOUT_S: Final = 3.0  # KV began and stopped for this long: the cloud recomputes
+KV_FIRST_BYTE_TIMEOUT_S: Final = 60.0  # an edge with a full prefill queue may start this late
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
@@ -89,3 +91,25 @@ RETRY_PAUSE_MAX_S: Final = 1.0
 RESUME_TIMEOUT_S: Final = 30.0  # a broken turn stream is resumed for this long without news
 FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
 SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile
+
+# -- real servers as child processes ----------------------------------------------------------
+PORT_ATTEMPTS: Final = 8  # a free port may be taken between the look and the bind
+CHILD_LOG_LINES: Final = 200  # its last words, for an error message
+CHILD_STOP_S: Final = 6.0  # after SIGTERM, then SIGKILL; above SHUTDOWN_GRACE_S
+VALKEY_START_TIMEOUT_S: Final = 15.0
+BROKER_START_TIMEOUT_S: Final = 15.0
+BROKER_QUEUED_MESSAGES: Final = 10_000  # per client; Mosquitto's 1,000 are 16 s of frames
+BROKER_INFLIGHT: Final = 256  # unacknowledged QoS 1 messages of one client
+
+# -- the store and the fan-out ----------------------------------------------------------------
+STORE_CONNECTIONS: Final = 32  # one command at a time on each; more only queue in the server
+STORE_RETRY_MAX_S: Final = 0.5
+PRODUCER_RUNS: Final = 64  # runs of (seq, offset) kept per producer to answer duplicates
+PRODUCER_MEMORY: Final = 256  # devices of one session whose sequence numbers are remembered
+ACTIVE_SHARDS: Final = 16  # keys that list active sessions; each lies in one Cluster slot
+ACTIVE_REFRESH_S: Final = 10.0  # a writer names its session again after this long
+HUB_POLL_S: Final = 0.05  # tails of followed sessions are looked up at this pace
+HEAD_DELAY_S: Final = 0.1  # a head goes out this long after the first append it covers
+PUBLISH_INFLIGHT: Final = 128  # unacknowledged MQTT messages of one publisher
+DIRTY_AFTER_S: Final = 2.0  # appended and not confirmed for this long: another one publishes
+MAX_SWEEP_SESSIONS: Final = 1000

