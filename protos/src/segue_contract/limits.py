@@ -33,6 +33,7 @@ MAX_KV_HEADS: Final = 256
 MAX_KV_HEAD_DIM: Final = 512
 KV_FRAME_BYTES: Final = 1 * MIB  # a sender splits larger blocks by layers, so none waits long
 MAX_KV_FRAME_BYTES: Final = 64 * MIB  # a 64-token block of a 70B-class model in fp16 is 20 MiB
+MAX_KV_BLOCK_BYTES: Final = 256 * MIB  # in fp16; a 405B-class model's has 63 MiB
 MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
 
 # -- queues -----------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class KvRecipe(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class KvBlock:
-    """One block. `k`, `v`: `[layers, kv_heads, 64, head_dim]`, float16, bfloat16 bits or float32."""
+    """One block. `k`, `v`: `[layers, kv_heads, 64, head_dim]`, float16 or float32."""
 
     id: bytes
     recipe: str
