@@ -1,0 +1,179 @@
+"""The composition root of `segue cloud`: what is made, in which order, and who gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from segue_cloud.config import CloudSettings
+from segue_cloud.engine.port import Engine
+from segue_cloud.hub.hub import Hub
+from segue_cloud.metrics import CloudMetrics
+from segue_cloud.mqtt.publisher import Publisher
+from segue_cloud.rpc.agent import AgentService, Identity
+from segue_cloud.rpc.decode import DecodeService
+from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.store import RedisStore
+from segue_cloud.turns.manager import TurnManager
+from segue_cloud.turns.owner import OwnerDeps
+from segue_contract.chat import ChatTokenizer
+from segue_contract.ids import new_id
+from segue_contract.model.home import find_model
+from segue_contract.model.manifest import Manifest, read_manifest
+from segue_contract.servers import Broker, Valkey
+from segue_contract.telemetry import EVENT_READY
+from segue_contract.transport.logs import set_up_logs, without_password
+from segue_contract.transport.process import stop_requested
+from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
+
+log = structlog.get_logger("segue.cloud")
+
+
+@dataclass
+class Cloud:
+    """Everything that runs; `run_cloud` makes and unmakes it."""
+
+    server: RunningServer
+    manager: TurnManager
+    engine: Engine
+    instance: str
+    model: str
+    redis_url: str
+    mqtt_url: str
+
+
+async def serve(settings: CloudSettings) -> None:
+    """Run until SIGINT or SIGTERM; prints the ready line on stdout."""
+    began = time.monotonic()
+    set_up_logs(settings.log_level)
+    async with AsyncExitStack() as stack:
+        stop = stack.enter_context(stop_requested())
+        starting = asyncio.ensure_future(run_cloud(settings, stack))
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        cloud = starting.result()
+        _print_ready(cloud, time.monotonic() - began)
+        await stopping
+        log.info("stopping", running_turns=cloud.manager.running)
+
+
+async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
+    """Start everything onto `stack`, which stops it in reverse order.
+
+    Raises:
+        NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra.
+    """
+    check_loopback(settings.host)
+    directory = find_model(settings.model)
+    manifest = read_manifest(directory)
+    instance = settings.instance or new_id("cloud-", os.urandom)
+    loading = asyncio.ensure_future(_load_engine(settings, directory, manifest))
+    try:
+        redis_url, mqtt_url = await _backends(settings, stack)
+        store = await RedisStore.connect(redis_url)
+        stack.push_async_callback(store.close)
+        publisher = Publisher(mqtt_url, store)
+        await stack.enter_async_context(publisher)
+        hub = Hub(store)
+        await stack.enter_async_context(hub)
+        session_log = SessionLog(store, hub, publisher)
+        tokenizer = ChatTokenizer.load(directory, manifest)
+        engine = await loading
+    except BaseException:
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await loading
+        raise
+    stack.push_async_callback(engine.close)
+    deps = OwnerDeps(
+        log=session_log,
+        engine=engine,
+        tokenizer=tokenizer,
+        end_tokens=frozenset(manifest.end_tokens),
+        now_ms=lambda: time.time_ns() // 1_000_000,
+        monotonic=time.monotonic,
+    )
+    manager = TurnManager(
+        deps,
+        model=manifest.name,
+        max_context=manifest.geometry.context,
+        max_turns=settings.max_turns,
+    )
+    stack.push_async_callback(manager.close)
+    identity = Identity(
+        settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
+    )
+    agent = AgentService(identity, manager, session_log, hub)
+    facts = FactsSource(engine, manifest, instance)
+    decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
+    server = await start_server(
+        settings.host,
+        settings.port,
+        [
+            ("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(agent, s)),
+            ("segue.v1.Decode", lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s)),
+        ],
+    )
+    stack.push_async_callback(server.stop)
+    if settings.metrics_port:
+        stack.enter_context(CloudMetrics(engine, manager).listen(settings.metrics_port))
+    return Cloud(server, manager, engine, instance, manifest.name, redis_url, mqtt_url)
+
+
+async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
+    from segue_cloud.engine.worker import EngineOptions, TorchEngine
+
+    return await TorchEngine.load(
+        directory,
+        manifest,
+        EngineOptions(
+            dtype=settings.dtype,
+            threads=settings.threads or None,
+            pool_bytes=settings.pool_mb << 20 or None,
+            max_turns=settings.max_turns,
+        ),
+    )
+
+
+async def _backends(settings: CloudSettings, stack: AsyncExitStack) -> tuple[str, str]:
+    """URLs of the store and the broker; embedded ones where none is given."""
+    redis_url, mqtt_url = settings.redis_url, settings.mqtt_url
+    if not redis_url:
+        valkey = await stack.enter_async_context(Valkey.start())
+        redis_url = valkey.url
+        log.info("embedded_store", url=redis_url)
+    if not mqtt_url:
+        broker = await stack.enter_async_context(Broker.start())
+        mqtt_url = broker.url
+        log.info("embedded_broker", url=mqtt_url, kind=broker.kind)
+    return redis_url, mqtt_url
+
+
+def _print_ready(cloud: Cloud, seconds: float) -> None:
+    ready = {
+        "event": EVENT_READY,
+        "role": "cloud",
+        "host": cloud.server.host,
+        "port": cloud.server.port,
+        "instance": cloud.instance,
+        "model": cloud.model,
+        "redis_url": without_password(cloud.redis_url),
+        "mqtt_url": without_password(cloud.mqtt_url),
+        "seconds": round(seconds, 3),
+    }
+    os.write(1, msgspec.json.encode(ready) + b"\n")
+    log.info(EVENT_READY, address=cloud.server.address, seconds=ready["seconds"])

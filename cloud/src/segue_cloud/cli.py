@@ -1,0 +1,62 @@
+"""`segue cloud`: the command line of the cloud service."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from segue_cloud.config import CloudSettings
+from segue_contract.errors import InvalidArgument
+
+app = typer.Typer(help="Run the cloud service: decode engine, session log, fan-out.")
+
+
+@app.callback(invoke_without_command=True)
+def cloud(
+    host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="redis://… ; embedded Valkey where not given.")
+    ] = None,
+    mqtt_url: Annotated[
+        str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp32 or fp16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads; 0: one a core.")] = None,
+    pool_mb: Annotated[int | None, typer.Option(help="KV pool in MiB; 0: chosen.")] = None,
+    max_turns: Annotated[
+        int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
+    ] = None,
+    instance: Annotated[str | None, typer.Option(help="Name of this instance.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus metrics on this loopback port; 0: off.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run the cloud service until Ctrl-C or SIGTERM.
+
+    Every flag can also be set as SEGUE_CLOUD_… in the environment or in a .env file; the store
+    and the broker also as SEGUE_REDIS_URL and SEGUE_MQTT_URL.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    settings = load_settings(given)
+    from segue_cloud.app import serve  # heavy imports only once the arguments are right
+
+    asyncio.run(serve(settings))
+
+
+def load_settings(given: dict[str, Any]) -> CloudSettings:
+    """Raises InvalidArgument that names the first bad setting."""
+    try:
+        return CloudSettings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidArgument(
+            f"The setting {name} is wrong: {first['msg']}.",
+            hint="See `segue cloud --help`.",
+        ) from error

@@ -1,0 +1,40 @@
+"""Settings of `segue cloud`: defaults, then a file, then `SEGUE_CLOUD_*`, then flags."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from segue_contract.limits import MAX_TURNS_PER_CLOUD
+from segue_contract.model.manifest import DEFAULT_MODEL
+
+
+class CloudSettings(BaseSettings):
+    """Frozen once built. A bad value stops the program at start-up and is named."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SEGUE_CLOUD_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(7412, ge=0, le=65535)
+    model: str = DEFAULT_MODEL
+    tenant: str = "default"
+    instance: str = ""
+    # Empty: an embedded server on a free loopback port, for a laptop.
+    redis_url: str = Field(
+        "", validation_alias=AliasChoices("SEGUE_REDIS_URL", "SEGUE_CLOUD_REDIS_URL")
+    )
+    mqtt_url: str = Field(
+        "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
+    )
+    dtype: str = Field("auto", pattern="^(auto|bf16|fp32|fp16)$")
+    threads: int = Field(0, ge=0, le=1024)  # 0: one per core
+    pool_mb: int = Field(0, ge=0)  # 0: a bounded share of memory
+    max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
+    metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

@@ -1,0 +1,55 @@
+"""Prometheus metrics of the cloud, read from the running parts at scrape time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from segue_cloud.engine.port import Engine
+from segue_cloud.turns.manager import TurnManager
+from segue_contract import telemetry
+from segue_contract.errors import PortInUse
+
+
+class CloudMetrics(Collector):
+    def __init__(self, engine: Engine, manager: TurnManager) -> None:
+        self._engine = engine
+        self._manager = manager
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        gauges = {
+            telemetry.TURNS_RUNNING: ("Turns this instance owns", float(self._manager.running)),
+            telemetry.ENGINE_BATCH: ("Sequences in the batch", float(stats.running)),
+            telemetry.ENGINE_PAGES_FREE: ("Free KV pages", float(stats.pages_free)),
+            telemetry.ENGINE_STEP: ("Seconds of a decode step", stats.decode_step_s),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily(
+            telemetry.ENGINE_PREFIX_HITS.removesuffix("_total"),
+            "Prompt tokens found in the prefix cache",
+            value=float(stats.prefix_hit_tokens),
+        )
+
+    @contextmanager
+    def listen(self, port: int) -> Iterator[None]:
+        """Serve /metrics on a loopback port. Raises PortInUse."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        try:
+            server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        except OSError as error:
+            raise PortInUse(
+                f"Port {port} is taken by another program.",
+                hint="Choose another --metrics-port.",
+            ) from error
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,230 @@
+"""`Agent`: what devices call, here or through an edge node."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from segue_cloud.hub.hub import Hub
+from segue_cloud.rpc.convert import (
+    cursor_message,
+    entry_message,
+    snapshot_message,
+    turn_request,
+)
+from segue_cloud.rpc.follow_turn import follow_turn
+from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.port import Status
+from segue_cloud.turns.manager import TurnManager, find_turn
+from segue_cloud.turns.messages import folded_events
+from segue_contract.errors import (
+    InvalidArgument,
+    SequenceGap,
+    StaleEpoch,
+    UnknownModel,
+    UnknownSession,
+)
+from segue_contract.ids import check_id
+from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED
+from segue_contract.plan import Shape
+from segue_contract.sync.ops import DEVICE_KINDS, decode_op
+from segue_contract.sync.state import Cursor
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import agent_pb2_grpc
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this instance is, as devices are told."""
+
+    tenant: str
+    instance: str
+    model: str
+    mqtt_url: str
+    max_context: int
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    def __init__(self, identity: Identity, manager: TurnManager, log: SessionLog, hub: Hub) -> None:
+        self._identity = identity
+        self._manager = manager
+        self._log = log
+        self._hub = hub
+
+    async def OpenSession(
+        self, request: pb.OpenSessionRequest, context: Any
+    ) -> pb.OpenSessionReply:
+        me = self._identity
+        session = check_id(request.session, "session")
+        device = check_id(request.device, "device")
+        if request.model and request.model != me.model:
+            raise UnknownModel(
+                f"This node serves {me.model}, not {request.model}.",
+                hint="Leave the model out, or ask a node that serves it.",
+            )
+        tail, created = await self._log.open_session(
+            me.tenant, session, must_exist=request.must_exist, device=device
+        )
+        await self._manager.recover(me.tenant, session)
+        return pb.OpenSessionReply(
+            session=session,
+            tail=cursor_message(tail),
+            created=created,
+            model=me.model,
+            mqtt_url=me.mqtt_url,
+            tenant=me.tenant,
+            role="cloud",
+            instance=me.instance,
+            max_context_tokens=me.max_context,
+        )
+
+    async def RunTurn(
+        self, request: pb.RunTurnRequest, context: Any
+    ) -> AsyncIterator[pb.TurnEvent]:
+        tenant = self._identity.tenant
+        if request.plan not in ("", Shape.TEXT.value):
+            raise InvalidArgument(
+                f"The cloud alone cannot serve the plan shape {request.plan!r}.",
+                hint="Connect to an edge node, or leave the plan to the node.",
+            )
+        asked = turn_request(request, tenant)
+        await self._log.check_device(tenant, asked.session, asked.device)
+        await self._manager.recover(tenant, asked.session)
+        begun = await self._manager.begin(asked, expect_open=False)
+        if not begun.known:
+            owner = await self._manager.run_here(asked, begun)
+            async for event in owner.feed.read(request.from_index):
+                yield event
+            return
+        async for event in self._join(asked.session, asked.turn, request.from_index):
+            yield event
+
+    async def _join(self, session: str, turn: str, from_index: int) -> AsyncIterator[pb.TurnEvent]:
+        """A turn that began earlier: here, in another instance, or long ago."""
+        tenant = self._identity.tenant
+        owner = self._manager.owned(tenant, session, turn)
+        if owner is not None:
+            async for event in owner.feed.read(from_index):
+                yield event
+            return
+        state = await self._log.state(tenant, session)
+        known = find_turn(state, turn)
+        if known is not None and known.ended:
+            for event in folded_events(known, from_index):
+                yield event
+            return
+        async for event in follow_turn(self._hub, tenant, session, turn, from_index):
+            yield event
+
+    async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
+        tenant = self._identity.tenant
+        session = check_id(request.session, "session")
+        await self._log.check_device(tenant, session, check_id(request.device, "device"))
+        turn = await self._log.request_stop(tenant, session, request.turn)
+        if turn:
+            self._manager.stop(tenant, session, turn)
+        return pb.StopTurnReply(stopping=bool(turn), turn=turn)
+
+    async def Attach(
+        self, request: pb.AttachRequest, context: Any
+    ) -> AsyncIterator[pb.AttachEvent]:
+        tenant = self._identity.tenant
+        session = check_id(request.session, "session")
+        await self._log.check_device(tenant, session, check_id(request.device, "device"))
+        await self._manager.recover(tenant, session)
+        after = Cursor(request.after.generation, request.after.offset)
+        async with self._hub.follow(tenant, session, after) as following:
+            async for item in following:
+                if item.snapshot is not None:
+                    yield pb.AttachEvent(snapshot=snapshot_message(item.snapshot))
+                if item.entries:
+                    entries = [entry_message(entry) for entry in item.entries]
+                    yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
+
+    async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
+        tenant = self._identity.tenant
+        session = check_id(request.session, "session")
+        wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
+        after = Cursor(request.after.generation, request.after.offset)
+        page = await self._log.read(tenant, session, after, wanted)
+        reply = pb.ReadReply(tail=cursor_message(page.tail))
+        reply.entries.extend(entry_message(entry) for entry in page.entries)
+        if page.snapshot is not None:
+            reply.snapshot.CopyFrom(snapshot_message(page.snapshot))
+        return reply
+
+    async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
+        tenant = self._identity.tenant
+        session = check_id(request.session, "session")
+        device = check_id(request.device, "device")
+        await self._log.check_device(tenant, session, device)
+        _check_device_ops(request.ops)
+        if not request.first_seq:
+            raise InvalidArgument("A producer counts its ops from 1.")
+        result = await self._log.append(
+            tenant,
+            session,
+            f"device:{device}",
+            request.epoch,
+            request.first_seq,
+            list(request.ops),
+        )
+        if result.status is Status.STALE:
+            raise StaleEpoch(
+                f"Device {device} writes under epoch {request.epoch}; "
+                f"{result.current_epoch} holds now.",
+                hint="Open the session again to get a new epoch.",
+                current=result.current_epoch,
+            )
+        if result.status is Status.GAP:
+            raise SequenceGap(
+                f"Op {request.first_seq} came, {result.expected_seq} is the next one.",
+                hint="Send the ops between first.",
+                expected=result.expected_seq,
+            )
+        if result.status is Status.MISSING:
+            raise _unknown(session)
+        return pb.AppendReply(
+            first=pb.Cursor(generation=result.generation, offset=result.first_offset),
+            tail=pb.Cursor(generation=result.generation, offset=result.tail),
+            duplicate=result.status is Status.DUP,
+        )
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Any
+    ) -> pb.ListSessionsReply:
+        wanted = min(request.max_sessions or MAX_SESSIONS_LISTED, MAX_SESSIONS_LISTED)
+        known = await self._log.list_sessions(self._identity.tenant, wanted)
+        reply = pb.ListSessionsReply()
+        for session in known:
+            reply.sessions.add(
+                session=session.session,
+                tail=cursor_message(session.cursor),
+                updated_ms=session.updated_ms,
+                title=session.title,
+                turns=session.turns,
+                running_turn=session.running_turn,
+            )
+        return reply
+
+
+def _check_device_ops(ops: Any) -> None:
+    if not 0 < len(ops) <= MAX_APPEND_OPS:
+        raise InvalidArgument(
+            f"{len(ops)} ops came; 1 to {MAX_APPEND_OPS} are allowed at once.",
+            hint="Append in smaller batches.",
+        )
+    for data in ops:
+        op = decode_op(data)
+        if not isinstance(op, DEVICE_KINDS):
+            raise InvalidArgument(
+                f"A device may not append {type(op).__name__}.",
+                hint="Turns are written by whoever runs them; use RunTurn.",
+            )
+
+
+def _unknown(session: str) -> UnknownSession:
+    return UnknownSession(
+        f"There is no session {session}.", hint="Open it first, or check its name."
+    )

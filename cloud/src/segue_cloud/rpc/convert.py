@@ -1,0 +1,94 @@
+"""Between protobuf messages and our own values; what a peer sent is checked here."""
+
+from __future__ import annotations
+
+from segue_cloud.sessions.port import StoredEntry
+from segue_cloud.turns.manager import TurnRequest
+from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.writer import TurnKey
+from segue_contract.checks import check_run
+from segue_contract.errors import BadBlock, InvalidArgument
+from segue_contract.ids import check_id
+from segue_contract.limits import MAX_NEW_TOKENS
+from segue_contract.plan import Shape
+from segue_contract.sync.ops import Sampling
+from segue_contract.sync.state import Cursor, SessionState, encode_state
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import decode_pb2 as dpb
+
+
+def sampling_of(message: pb.Sampling) -> Sampling:
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p or 1.0,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        seed=message.seed,
+    )
+
+
+def turn_request(message: pb.RunTurnRequest, tenant: str) -> TurnRequest:
+    """Raises InvalidArgument, EmptyPrompt or BadSampling."""
+    sampling = sampling_of(message.sampling)
+    check_run(message.prompt, message.max_tokens, sampling, tuple(message.stop))
+    return TurnRequest(
+        tenant=tenant,
+        session=check_id(message.session, "session"),
+        device=check_id(message.device, "device"),
+        turn=check_id(message.turn, "turn"),
+        prompt=message.prompt,
+        max_tokens=message.max_tokens,
+        sampling=sampling,
+        stop=tuple(message.stop),
+        wait=message.when_busy != pb.WHEN_BUSY_REFUSE,
+    )
+
+
+def owned_turn(message: dpb.TurnSpec, tenant: str, vocabulary: int) -> OwnedTurn:
+    """Raises InvalidArgument or BadBlock where an edge sent what no edge of ours sends."""
+    if not message.prompt:
+        raise InvalidArgument("A turn was opened without a prompt.")
+    if max(message.prompt) >= vocabulary or any(
+        token >= vocabulary for token in message.known_tokens
+    ):
+        raise InvalidArgument("A turn was opened with token ids that the model does not have.")
+    if not 0 < message.max_tokens <= MAX_NEW_TOKENS:
+        raise InvalidArgument(f"max_tokens is {message.max_tokens}.")
+    if any(len(block) != 16 for block in message.blocks):
+        raise BadBlock("A block id has not 16 bytes.")
+    if message.ship_blocks > len(message.blocks):
+        raise BadBlock("More blocks are to be shipped than the prompt has.")
+    try:
+        shape = Shape(message.shape)
+    except ValueError as error:
+        raise InvalidArgument(f"There is no plan shape {message.shape!r}.") from error
+    return OwnedTurn(
+        key=TurnKey(
+            tenant,
+            check_id(message.session, "session"),
+            check_id(message.turn, "turn"),
+            message.epoch,
+            check_id(message.device, "device"),
+        ),
+        prompt=tuple(message.prompt),
+        max_tokens=message.max_tokens,
+        sampling=sampling_of(message.sampling),
+        stop=tuple(message.stop),
+        shape=shape,
+        blocks=tuple(message.blocks),
+        ship_blocks=message.ship_blocks,
+        edge_cached_tokens=message.edge_cached_tokens,
+        has_edge=True,
+    )
+
+
+def cursor_message(cursor: Cursor) -> pb.Cursor:
+    return pb.Cursor(generation=cursor.generation, offset=cursor.offset)
+
+
+def entry_message(entry: StoredEntry) -> pb.LogEntry:
+    return pb.LogEntry(generation=entry.cursor.generation, offset=entry.cursor.offset, op=entry.op)
+
+
+def snapshot_message(state: SessionState) -> pb.Snapshot:
+    return pb.Snapshot(at=cursor_message(state.cursor), state=encode_state(state))

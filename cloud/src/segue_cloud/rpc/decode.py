@@ -1,0 +1,143 @@
+"""`Decode`: what edge nodes call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from segue_cloud.engine.port import Engine
+from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
+from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.run_stream import RunStream
+from segue_cloud.sessions.log import SessionLog
+from segue_cloud.turns.intake import KvIntake
+from segue_cloud.turns.manager import TurnManager, find_turn
+from segue_cloud.turns.messages import folded_events
+from segue_cloud.turns.owner import TurnOwner
+from segue_cloud.turns.spec import OwnedTurn
+from segue_contract.errors import BadRecipe, DeadlineExceeded, InvalidArgument
+from segue_contract.limits import RPC_TIMEOUT_S
+from segue_contract.model.manifest import Manifest
+from segue_contract.plan import Shape
+from segue_contract.sync.state import TurnState, encode_turns
+from segue_contract.v1 import decode_pb2 as dpb
+from segue_contract.v1 import decode_pb2_grpc
+
+
+class DecodeService(decode_pb2_grpc.DecodeServicer):
+    def __init__(
+        self,
+        manager: TurnManager,
+        log: SessionLog,
+        engine: Engine,
+        manifest: Manifest,
+        facts: FactsSource,
+        tenant: str,
+    ) -> None:
+        self._manager = manager
+        self._log = log
+        self._engine = engine
+        self._manifest = manifest
+        self._facts = facts
+        self._tenant = tenant
+        self._recipes = manifest.allowed_recipes()
+
+    async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
+        asked = turn_request(request.turn, self._tenant)
+        await self._log.check_device(self._tenant, asked.session, asked.device)
+        await self._manager.recover(self._tenant, asked.session)
+        begun = await self._manager.begin(asked, expect_open=True)
+        state = await self._log.state(self._tenant, asked.session)
+        finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
+        same_life = request.known_generation == state.cursor.generation
+        first = min(request.known_turns, len(finished)) if same_life else 0
+        return dpb.BeginReply(
+            epoch=begun.epoch,
+            tail=cursor_message(begun.cursor),
+            turns=encode_turns(finished[first:]),
+            first_turn=first,
+            joined=begun.known,
+            facts=self._facts.facts(),
+        )
+
+    async def Run(
+        self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
+    ) -> AsyncIterator[dpb.RunReply]:
+        requests = aiter(request_iterator)
+        message = await _first(requests)
+        spec = owned_turn(message, self._tenant, self._manifest.geometry.vocab)
+        if spec.ship_blocks and message.recipe not in self._recipes:
+            raise BadRecipe(
+                "The edge's KV comes from a recipe that this model does not allow.",
+                hint="Build the same model on both sides (`segue model verify`).",
+            )
+        have = self._engine.have_blocks(spec.blocks)
+        announced = spec.blocks[: spec.ship_blocks] if spec.shape is Shape.SHIP else ()
+        ended = await self._ended_turn(spec) if message.takeover else None
+        if ended is not None:
+            for reply in self._replay(ended, have):
+                yield reply
+            return
+        owner, attached = await self._own(spec, message)
+        intake = KvIntake(
+            self._engine, self._manifest.geometry.kv, self._recipes, announced, announced[have:]
+        )
+        stream = RunStream(
+            owner,
+            intake,
+            self._engine,
+            attached=attached,
+            from_index=0,
+        )
+        opened = dpb.Opened(
+            epoch=owner.spec.key.epoch,
+            have_blocks=have,
+            facts=self._facts.facts(),
+            next_index=owner.next_index,
+        )
+        async for reply in stream.serve(requests, opened):
+            yield reply
+
+    async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
+        return dpb.ProbeReply(received_bytes=len(request.payload), facts=self._facts.facts())
+
+    async def _own(self, spec: OwnedTurn, message: dpb.TurnSpec) -> tuple[TurnOwner, bool]:
+        if message.takeover:
+            return await self._manager.take_over(spec, tuple(message.known_tokens))
+        running = self._manager.owned(self._tenant, spec.key.session, spec.key.turn)
+        if running is not None:
+            return running, True
+        return self._manager.start(spec), False
+
+    async def _ended_turn(self, spec: OwnedTurn) -> TurnState | None:
+        state = await self._log.state(self._tenant, spec.key.session)
+        turn = find_turn(state, spec.key.turn)
+        return turn if turn is not None and turn.ended else None
+
+    def _replay(self, turn: TurnState, have: int) -> list[dpb.RunReply]:
+        opened = dpb.Opened(
+            epoch=turn.epoch,
+            have_blocks=have,
+            facts=self._facts.facts(),
+            next_index=len(turn.tokens),
+        )
+        replies = [dpb.RunReply(opened=opened)]
+        for event in folded_events(turn, 0):
+            kind = event.WhichOneof("kind")
+            if kind == "frame":
+                replies.append(dpb.RunReply(frame=event.frame))
+            elif kind == "ended":
+                replies.append(dpb.RunReply(ended=event.ended))
+        return replies
+
+
+async def _first(requests: AsyncIterator[dpb.RunRequest]) -> dpb.TurnSpec:
+    try:
+        async with asyncio.timeout(RPC_TIMEOUT_S):
+            request = await anext(requests, None)
+    except TimeoutError as error:
+        raise DeadlineExceeded("The stream was opened and nothing came.") from error
+    if request is None or request.WhichOneof("kind") != "open":
+        raise InvalidArgument("A turn's stream begins with `open`.")
+    return request.open

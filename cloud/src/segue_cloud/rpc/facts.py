@@ -1,0 +1,28 @@
+"""What the cloud tells planners about itself, from the engine's own measurements."""
+
+from __future__ import annotations
+
+from segue_cloud.engine.port import Engine
+from segue_contract.model.manifest import Manifest
+from segue_contract.v1 import decode_pb2 as dpb
+
+
+class FactsSource:
+    def __init__(self, engine: Engine, manifest: Manifest, instance: str) -> None:
+        self._engine = engine
+        self._instance = instance
+        self._weights = manifest.weights_digest
+        self._recipes = sorted(manifest.allowed_recipes())
+
+    def facts(self) -> dpb.CloudFacts:
+        stats = self._engine.stats()
+        return dpb.CloudFacts(
+            instance=self._instance,
+            queue_s=stats.queue_s,
+            prefill_tokens_per_s=stats.prefill_tokens_per_s,
+            decode_step_s=stats.decode_step_s,
+            running_turns=stats.running,
+            free_pages=stats.pages_free,
+            recipes=self._recipes,
+            weights_digest=self._weights,
+        )

@@ -1,0 +1,43 @@
+"""Events of a turn that another instance owns, seen through the log."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from segue_cloud.hub.hub import Hub
+from segue_cloud.turns.feed import trim_frame
+from segue_cloud.turns.manager import find_turn
+from segue_cloud.turns.messages import folded_events, op_event
+from segue_contract.sync.ops import decode_op
+from segue_contract.sync.state import Cursor
+from segue_contract.v1 import agent_pb2 as pb
+
+
+async def follow_turn(
+    hub: Hub, tenant: str, session: str, turn: str, from_index: int
+) -> AsyncIterator[pb.TurnEvent]:
+    """The turn's frames from `from_index` on, then its end, as they reach the log."""
+    position = from_index
+    async with hub.follow(tenant, session, Cursor(0, 0)) as following:
+        async for item in following:
+            if item.snapshot is not None:
+                known = find_turn(item.snapshot, turn)
+                if known is not None:
+                    for event in folded_events(known, position):
+                        yield event
+                    position = max(position, len(known.tokens))
+                    if known.ended:
+                        return
+            for entry in item.entries:
+                op = decode_op(entry.op)
+                if getattr(op, "turn", None) != turn:
+                    continue
+                found = op_event(op, entry.cursor.offset)
+                found = trim_frame(found, position) if found is not None else None
+                if found is None:
+                    continue
+                if found.WhichOneof("kind") == "frame":
+                    position = found.frame.index + len(found.frame.tokens)
+                yield found
+                if found.WhichOneof("kind") == "ended":
+                    return

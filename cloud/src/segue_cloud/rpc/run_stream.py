@@ -1,0 +1,167 @@
+"""One `Decode.Run` stream: what comes up goes to the turn's owner, what it makes goes down."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from segue_cloud.engine.port import Engine
+from segue_cloud.turns.intake import KvIntake
+from segue_cloud.turns.owner import TurnOwner
+from segue_contract.errors import DeadlineExceeded, InvalidArgument
+from segue_contract.limits import (
+    KV_FIRST_BYTE_TIMEOUT_S,
+    KV_STALL_TIMEOUT_S,
+    TURN_EVENT_QUEUE,
+)
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import decode_pb2 as dpb
+
+# How often a full batch is looked at again before the edge is asked to hand over.
+_READY_RETRY_S = 0.02
+
+
+class RunStream:
+    """Serves one edge's stream for a turn that `owner` runs.
+
+    Args:
+        attached: the owner ran before this stream came; what the edge makes is not taken.
+    """
+
+    def __init__(
+        self,
+        owner: TurnOwner,
+        intake: KvIntake,
+        engine: Engine,
+        *,
+        attached: bool,
+        from_index: int,
+    ) -> None:
+        self._owner = owner
+        self._intake = intake
+        self._engine = engine
+        self._attached = attached
+        self._from_index = from_index
+        self._replies: asyncio.Queue[dpb.RunReply | None] = asyncio.Queue(TURN_EVENT_QUEUE)
+
+    async def serve(
+        self, requests: AsyncIterator[dpb.RunRequest], opened: dpb.Opened
+    ) -> AsyncIterator[dpb.RunReply]:
+        """Yields replies until the turn has ended.
+
+        Raises:
+            KvError, InvalidArgument, DeadlineExceeded: the edge's side of the stream is unusable;
+                the turn itself goes on without it.
+        """
+        yield dpb.RunReply(opened=opened)
+        reading = asyncio.create_task(self._read(requests), name="run stream: read")
+        helpers = [
+            asyncio.create_task(self._relay(), name="run stream: relay"),
+            asyncio.create_task(self._tell_ready(), name="run stream: ready"),
+            asyncio.create_task(self._tell_stop(), name="run stream: stop"),
+        ]
+        reading.add_done_callback(self._read_failed)
+        try:
+            while (reply := await self._replies.get()) is not None:
+                yield reply
+            if reading.done() and not reading.cancelled() and reading.exception() is not None:
+                reading.result()
+        finally:
+            for task in (reading, *helpers):
+                task.cancel()
+            await asyncio.gather(reading, *helpers, return_exceptions=True)
+            if not self._attached:
+                self._owner.edge_lost()
+
+    def _read_failed(self, reading: asyncio.Task[None]) -> None:
+        """A failed read ends the stream; a finished one leaves the turn to its owner."""
+        if reading.cancelled():
+            return
+        if not self._attached:
+            self._owner.edge_lost()
+        if reading.exception() is not None:
+            while self._replies.full():
+                self._replies.get_nowait()
+            self._replies.put_nowait(None)
+
+    # -- up ------------------------------------------------------------------------------------
+
+    async def _read(self, requests: AsyncIterator[dpb.RunRequest]) -> None:
+        iterator = aiter(requests)
+        while True:
+            try:
+                async with asyncio.timeout(self._patience_s()):
+                    request = await anext(iterator, None)
+            except TimeoutError as error:
+                raise DeadlineExceeded(
+                    "The edge stopped sending KV in the middle of a prompt.",
+                    hint="The cloud computes the rest by itself.",
+                ) from error
+            if request is None:
+                if not self._attached and not self._intake.complete.is_set():
+                    self._intake.close()
+                return
+            if not self._attached:
+                await self._take(request)
+
+    def _patience_s(self) -> float | None:
+        if self._attached or self._intake.complete.is_set():
+            return None
+        begun = self._intake.received_bytes > 0
+        return KV_STALL_TIMEOUT_S if begun else KV_FIRST_BYTE_TIMEOUT_S
+
+    async def _take(self, request: dpb.RunRequest) -> None:
+        owner = self._owner
+        kind = request.WhichOneof("kind")
+        if kind == "kv":
+            await self._intake.feed(request.kv.data)
+        elif kind == "tokens":
+            message = request.tokens
+            owner.edge_tokens(message.index, tuple(message.tokens), tuple(message.pieces))
+        elif kind == "hand_over":
+            owner.hand_over(request.hand_over.next_index)
+        elif kind == "ended":
+            owner.edge_ended(request.ended.reason, request.ended.next_index)
+        elif kind == "plan":
+            owner.note_plan(request.plan.plan)
+        else:
+            raise InvalidArgument(f"A {kind or 'n empty'} message does not belong here.")
+
+    # -- down ----------------------------------------------------------------------------------
+
+    async def _relay(self) -> None:
+        """Frames that the edge made itself come back as a durability notice."""
+        async for event in self._owner.feed.read(self._from_index):
+            reply = self._reply_of(event)
+            if reply is not None:
+                await self._replies.put(reply)
+        await self._replies.put(None)
+
+    def _reply_of(self, event: pb.TurnEvent) -> dpb.RunReply | None:
+        kind = event.WhichOneof("kind")
+        if kind == "ended":
+            return dpb.RunReply(ended=event.ended)
+        if kind != "frame":
+            return None
+        frame = event.frame
+        if frame.made_by == "edge" and not self._attached:
+            notice = pb.TurnDurable(next_index=frame.index + len(frame.tokens), offset=frame.offset)
+            return dpb.RunReply(durable=notice)
+        return dpb.RunReply(frame=frame)
+
+    async def _tell_ready(self) -> None:
+        if self._attached:
+            return
+        await self._intake.complete.wait()
+        while self._engine.stats().waiting > 0:
+            await asyncio.sleep(_READY_RETRY_S)
+        ready = dpb.Ready(
+            received_blocks=self._intake.received_blocks,
+            receive_s=self._intake.receive_s,
+            received_bytes=self._intake.received_bytes,
+        )
+        await self._replies.put(dpb.RunReply(ready=ready))
+
+    async def _tell_stop(self) -> None:
+        await self._owner.stopping.wait()
+        await self._replies.put(dpb.RunReply(stop=dpb.StopNow(reason="cancelled")))

@@ -1,0 +1,368 @@
+"""The life of one turn in the instance that owns it (DESIGN.md, section 3).
+
+    edge makes tokens ──► edge_tokens ─┐
+                                       ├─► writer ─► log ─► feed ─► readers, MQTT
+    engine makes tokens ─► _decode ────┘
+
+The owner alone appends. If the edge goes away, it computes what is missing and finishes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+
+from segue_cloud.engine.port import Engine, EngineTurn
+from segue_cloud.turns.feed import TurnFeed
+from segue_cloud.turns.messages import ended_event, frame_event, started_event
+from segue_cloud.turns.ports import TurnLog
+from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.writer import TurnWriter
+from segue_contract.chat import ChatTokenizer, StopScanner
+from segue_contract.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    SegueError,
+    StaleEpoch,
+    StoreUnavailable,
+)
+from segue_contract.limits import STORE_TIMEOUT_S, TURN_TIMEOUT_S
+from segue_contract.plan import Cost, PlanReport, Shape, encode_plan
+from segue_contract.sync.ops import Frame, TurnEnded, Usage
+
+log = structlog.get_logger("segue.turn")
+
+
+class EdgeOutcome(StrEnum):
+    """Why the owner stopped waiting for the edge."""
+
+    HAND_OVER = "hand_over"
+    ENDED = "ended"
+    LOST = "lost"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class OwnerDeps:
+    """Collaborators that every owner of a process shares."""
+
+    log: TurnLog
+    engine: Engine
+    tokenizer: ChatTokenizer
+    end_tokens: frozenset[int]
+    now_ms: Callable[[], int]
+    monotonic: Callable[[], float]
+
+
+class TurnOwner:
+    """`run` is the whole life; everything else may be called while it runs.
+
+    Attributes:
+        feed: durable frames and the end, for any number of readers.
+        stopping: set when the edge must make no more tokens.
+    """
+
+    def __init__(self, spec: OwnedTurn, deps: OwnerDeps) -> None:
+        self.spec = spec
+        self.feed = TurnFeed()
+        self.stopping = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._deps = deps
+        self._tokens: list[int] = list(spec.made)
+        self._edge: asyncio.Future[tuple[EdgeOutcome, str]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._plan = b""
+        self._cached_tokens = 0
+        self._started_s = deps.monotonic()
+        self._first_token_s: float | None = None
+        self._writer = TurnWriter(
+            spec.key,
+            deps.log,
+            on_durable=self._publish_durable,
+            on_stop=self.stop,
+            now_ms=deps.now_ms,
+        )
+
+    # -- what the edge and the caller may do ---------------------------------------------------
+
+    @property
+    def next_index(self) -> int:
+        return len(self._tokens)
+
+    def edge_tokens(self, index: int, tokens: tuple[int, ...], pieces: tuple[str, ...]) -> None:
+        """Tokens that the edge made. Those that are known already are dropped.
+
+        Raises:
+            InvalidArgument: they leave a gap, or come without their pieces.
+        """
+        if len(tokens) != len(pieces):
+            raise InvalidArgument("The edge sent tokens without their text.")
+        if index > self.next_index:
+            raise InvalidArgument(
+                f"The edge sent token {index}; {self.next_index} is the next one."
+            )
+        if self._edge.done():
+            return
+        skip = self.next_index - index
+        if skip < len(tokens):
+            self._add(tokens[skip:], pieces[skip:], "edge")
+
+    def hand_over(self, next_index: int) -> None:
+        """The edge stops; the cloud decodes from `next_index` on.
+
+        Raises:
+            InvalidArgument: tokens before `next_index` never came.
+        """
+        if next_index != self.next_index:
+            raise InvalidArgument(
+                f"The edge hands over at token {next_index}; {self.next_index} came."
+            )
+        self._settle_edge(EdgeOutcome.HAND_OVER)
+
+    def edge_ended(self, reason: str, next_index: int) -> None:
+        """The edge made the whole reply. Raises InvalidArgument as `hand_over` does."""
+        if next_index != self.next_index or reason not in ("stop", "length", "cancelled"):
+            raise InvalidArgument(f"The edge ended a turn ({reason!r}) whose tokens never came.")
+        self._settle_edge(EdgeOutcome.ENDED, reason)
+
+    def edge_lost(self) -> None:
+        """The edge's stream broke: this side goes on alone."""
+        self._settle_edge(EdgeOutcome.LOST)
+
+    def note_plan(self, plan: bytes) -> None:
+        """The edge's plan report, kept with turn_ended."""
+        self._plan = plan
+
+    def stop(self) -> None:
+        """End the turn soon, with reason "cancelled". Idempotent."""
+        self.stopping.set()
+        self._settle_edge(EdgeOutcome.STOPPED)
+
+    def _settle_edge(self, outcome: EdgeOutcome, reason: str = "") -> None:
+        if not self._edge.done():
+            self._edge.set_result((outcome, reason))
+
+    # -- its life ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Produce the reply, append it, close the turn. Returns when `feed` is closed."""
+        key = self.spec.key
+        try:
+            self._begin()
+            reason, error = await self._produce_and_write()
+            await self._end(reason, error)
+        except StaleEpoch as error:
+            log.info("turn_taken_over", session=key.session, turn=key.turn, current=error.fields)
+        except SegueError as error:
+            log.warning("turn_not_closed", session=key.session, turn=key.turn, error=str(error))
+            op = self._ended_op("error", error)
+            self.feed.publish(ended_event(op, self.next_index, 0, durable=False))
+        finally:
+            self.ended.set()
+            self.feed.close()
+
+    def _begin(self) -> None:
+        spec = self.spec
+        self.feed.publish(started_event(spec.key.turn, spec.key.epoch, spec.started_offset))
+        if spec.made:
+            made = Frame(
+                id="",
+                turn=spec.key.turn,
+                epoch=spec.key.epoch,
+                index=0,
+                tokens=spec.made,
+                pieces=spec.made_pieces,
+            )
+            self.feed.publish(frame_event(made, spec.started_offset))
+        if spec.adopted:
+            detokenizer = self._deps.tokenizer.detokenizer()
+            for token in spec.made:
+                detokenizer.push(token)
+            pieces = tuple(detokenizer.push(token) for token in spec.adopted)
+            self._add(spec.adopted, pieces, "edge")
+
+    async def _produce_and_write(self) -> tuple[str, SegueError | None]:
+        """The turn's reason, and the error behind reason "error". Everything is durable then."""
+        writing = asyncio.create_task(self._writer.run(), name=f"write {self.spec.key.turn}")
+        producing = asyncio.create_task(self._produce(), name=f"produce {self.spec.key.turn}")
+        try:
+            await asyncio.wait({writing, producing}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():  # it ends first only by failing
+                producing.cancel()
+                with contextlib.suppress(asyncio.CancelledError, SegueError):
+                    await producing
+                writing.result()
+                raise Internal("The log writer of a running turn returned early.")
+            reason, error = self._reason_of(producing)
+            self._writer.close()
+            await writing
+            return reason, error
+        finally:
+            for task in (writing, producing):
+                task.cancel()
+            await asyncio.gather(writing, producing, return_exceptions=True)
+
+    def _reason_of(self, producing: asyncio.Task[str]) -> tuple[str, SegueError | None]:
+        try:
+            return producing.result(), None
+        except SegueError as error:
+            return "error", error
+        except Exception as error:
+            log.error("turn_failed", turn=self.spec.key.turn, exc_info=error)
+            return "error", Internal(
+                f"The turn failed with an unexpected {type(error).__name__}.",
+                hint="See the cloud's log; try again.",
+            )
+
+    async def _produce(self) -> str:
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                if self.spec.has_edge and self.spec.shape is not Shape.TEXT:
+                    outcome, reason = await self._edge
+                    if outcome is EdgeOutcome.ENDED:
+                        return reason
+                    if outcome is EdgeOutcome.STOPPED:
+                        return "cancelled"
+                return await self._decode()
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"The turn took longer than {TURN_TIMEOUT_S:.0f} s.",
+                hint="Ask for fewer tokens.",
+            ) from error
+
+    async def _decode(self) -> str:
+        spec = self.spec
+        if self.next_index >= spec.max_tokens:
+            return "length"
+        if self.stopping.is_set():
+            return "cancelled"
+        detokenizer = self._deps.tokenizer.detokenizer()
+        scanner = StopScanner(spec.stop)
+        for token in self._tokens:
+            scanner.push((token,), (detokenizer.push(token),))
+        scanner.flush()
+        turn = EngineTurn(
+            turn=spec.key.turn,
+            prompt=spec.prompt,
+            made=tuple(self._tokens),
+            prompt_blocks=spec.blocks,
+            sampling=spec.sampling,
+            max_tokens=spec.max_tokens,
+            end_tokens=self._deps.end_tokens,
+        )
+        stopped = asyncio.create_task(self.stopping.wait())
+        outputs = self._deps.engine.submit(turn)
+        try:
+            while True:
+                step = asyncio.ensure_future(anext(outputs, None))
+                await asyncio.wait({step, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    step.cancel()
+                    await asyncio.gather(step, return_exceptions=True)
+                    return "cancelled"
+                output = step.result()
+                if output is None:
+                    raise Internal("The engine ended a turn without a reason.")
+                self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+                pieces = tuple(detokenizer.push(token) for token in output.tokens)
+                scan = scanner.push(output.tokens, pieces)
+                self._add(scan.tokens, scan.pieces, "cloud")
+                if scan.stopped:
+                    return "stop"
+                if output.finished:
+                    rest = scanner.flush()
+                    self._add(rest.tokens, rest.pieces, "cloud")
+                    return output.finished
+        finally:
+            stopped.cancel()
+            await _close(outputs)
+
+    def _add(self, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str) -> None:
+        if not tokens:
+            return
+        if self._first_token_s is None:
+            self._first_token_s = self._deps.monotonic() - self._started_s
+        self._writer.add(self.next_index, tokens, pieces, made_by)
+        self._tokens.extend(tokens)
+
+    # -- what readers see ----------------------------------------------------------------------
+
+    def _publish_durable(self, frame: Frame, offset: int) -> None:
+        self.feed.publish(frame_event(frame, offset))
+
+    async def _end(self, reason: str, error: SegueError | None) -> None:
+        op = self._ended_op(reason, error)
+        deadline = self._deps.monotonic() + 2 * STORE_TIMEOUT_S
+        while True:
+            try:
+                offset = await self._writer.end(op)
+                break
+            except StoreUnavailable:
+                if self._deps.monotonic() > deadline:
+                    raise
+        self.feed.publish(ended_event(op, self.next_index, offset))
+        spec = self.spec
+        log.info(
+            "turn",
+            session=spec.key.session,
+            turn=spec.key.turn,
+            epoch=spec.key.epoch,
+            shape=spec.shape.value,
+            reason=reason,
+            tokens=self.next_index,
+            prompt_tokens=len(spec.prompt),
+            cached_tokens=self._cached_tokens,
+            seconds=round(self._deps.monotonic() - self._started_s, 4),
+        )
+
+    def _ended_op(self, reason: str, error: SegueError | None) -> TurnEnded:
+        key = self.spec.key
+        return TurnEnded(
+            id=f"{key.turn}.ended",
+            device=key.device,
+            at_ms=self._deps.now_ms(),
+            turn=key.turn,
+            epoch=key.epoch,
+            reason=reason,
+            usage=self._usage(),
+            plan=self._plan or self._own_plan(),
+            error_code=error.code if error else "",
+            error_message=str(error) if error else "",
+        )
+
+    def _usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.spec.prompt),
+            completion_tokens=self.next_index,
+            edge_cached_tokens=self.spec.edge_cached_tokens,
+            cloud_cached_tokens=self._cached_tokens,
+        )
+
+    def _own_plan(self) -> bytes:
+        """A turn that no edge planned: the report of what the cloud did."""
+        first_s = self._first_token_s or 0.0
+        total_s = self._deps.monotonic() - self._started_s
+        return encode_plan(
+            PlanReport(
+                shape=Shape.TEXT.value,
+                reason="no edge took part" if not self.spec.has_edge else "the edge went away",
+                first_token_by="cloud",
+                actual=Cost(ttft_s=first_s, total_s=total_s),
+                prompt_tokens=len(self.spec.prompt),
+                prompt_blocks=len(self.spec.prompt) // 64,
+                cloud_cached_blocks=self._cached_tokens // 64,
+            )
+        )
+
+
+async def _close(iterator: object) -> None:
+    close = getattr(iterator, "aclose", None)
+    if close is not None:
+        await close()
