@@ -4,14 +4,15 @@
                   tokenizer.json         Hugging Face tokenizers format
                   chat_template.jinja    rendered in a sandbox
                   cloud/model.safetensors  bfloat16 or float32 weights, Hugging Face Llama names
+                  cloud/config.json      Hugging Face's, so that its libraries can load the weights
                   edge/prefill.onnx      W8A8, last-position logits, KV out
                   edge/decode.onnx       weight-only 8 bit, batch 1
+                  edge/*.data, *.bin     the weights of both; .bin files are shared by them
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +20,33 @@ import msgspec
 
 from segue_contract.errors import ModelMismatch, ModelMissing
 from segue_contract.kv.layout import KvGeometry, KvRecipe
+from segue_contract.model.home import (
+    DEFAULT_MODEL,
+    MANIFEST_NAME,
+    is_built,
+    model_directory,
+    model_home,
+)
 
-MANIFEST_NAME = "manifest.json"
+__all__ = [
+    "DEFAULT_MODEL",
+    "FORMAT",
+    "MANIFEST_NAME",
+    "FileEntry",
+    "Manifest",
+    "ModelGeometry",
+    "Quality",
+    "RecipeEntry",
+    "hash_file",
+    "is_built",
+    "model_directory",
+    "model_home",
+    "read_manifest",
+    "verify",
+    "write_manifest",
+]
+
 FORMAT = 1
-DEFAULT_MODEL = "smollm2-135m"
 _HASH_CHUNK = 1 << 20
 
 
@@ -94,15 +118,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def allowed_recipes(self) -> frozenset[str]:
         """Digests of the recipes that a decoder may consume."""
         return frozenset(e.recipe.digest for e in self.recipes.values() if e.allowed)
-
-
-def model_home() -> Path:
-    """Where built models live: `SEGUE_MODEL_HOME`, else the user's cache folder."""
-    chosen = os.environ.get("SEGUE_MODEL_HOME")
-    if chosen:
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "segue" / "models"
 
 
 def read_manifest(directory: Path) -> Manifest:

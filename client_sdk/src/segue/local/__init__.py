@@ -1,0 +1,1 @@
+"""The whole of Segue on one machine: starts the other programs as processes, imports none."""

@@ -1,0 +1,272 @@
+"""All of Segue as processes of this machine: started together, watched, stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from segue.local.parts import Part, Program, Server, python_command
+from segue.local.ports import check_free, free_port
+from segue_contract.errors import InvalidArgument, SegueError
+from segue_contract.limits import START_TIMEOUT_S
+from segue_contract.servers import Broker, Valkey
+
+MAX_EDGES = 8  # each loads the model once more
+
+
+class LocalStack:
+    """Valkey, an MQTT broker, the cloud and edge nodes on free ports of loopback.
+
+        async with LocalStack() as stack:
+            async with segue.Client(stack.edge_address, device="phone") as client: ...
+
+    `processes` holds every part by name ("store", "broker", "cloud", "edge-1", ...); each has
+    `kill()` (SIGKILL) and `restart()` (the same port), for fault tests.
+
+    Args:
+        model: name or directory of a built model; empty: the default one.
+        edges: how many edge nodes, 1 to 8.
+        dtype: of the cloud's engine: auto, bf16 or fp32.
+        cloud_args, edge_args: further arguments of `segue cloud` and `segue edge`.
+        edge_port, cloud_port: 0 picks a free one; further edges get free ports.
+        redis_url, mqtt_url: use these servers instead of starting our own.
+        data: keep the sessions in this folder over restarts; None: forget them.
+        on_started: told each part and the seconds it took, as it becomes ready.
+        folder: where logs go; None: a temporary folder, removed after a clean run.
+
+    Raises (on entering):
+        StartFailed: a program ended or was not ready in time; its last lines are in the hint.
+        PortInUse: a port that was asked for is taken.
+        MissingExtra: the packages of the local servers are not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "",
+        edges: int = 1,
+        dtype: str = "auto",
+        cloud_args: Sequence[str] = (),
+        edge_args: Sequence[str] = (),
+        edge_port: int = 0,
+        cloud_port: int = 0,
+        redis_url: str = "",
+        mqtt_url: str = "",
+        data: Path | None = None,
+        folder: Path | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+        on_started: Callable[[Part, float], None] | None = None,
+    ) -> None:
+        if not 1 <= edges <= MAX_EDGES:
+            raise InvalidArgument(f"{edges} edge nodes; 1 to {MAX_EDGES} are possible.")
+        self.redis_url = redis_url
+        self.mqtt_url = mqtt_url
+        self.broker_kind = "external" if mqtt_url else ""
+        self.edges: list[Program] = []
+        self.processes: dict[str, Part] = {}
+        self._model = model
+        self._edge_count = edges
+        self._dtype = dtype
+        self._cloud_args = tuple(cloud_args)
+        self._edge_args = tuple(edge_args)
+        self._edge_port = edge_port
+        self._cloud_port = cloud_port
+        self._data = data
+        self._folder = folder
+        self._own_folder = folder is None
+        self._start_timeout_s = start_timeout_s
+        self._on_started = on_started
+        self._used_ports: set[int] = set()
+        self._crash: asyncio.Future[Part] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the logs of this run are."""
+        assert self._folder is not None, "the stack has not been started"
+        return self._folder
+
+    @property
+    def cloud(self) -> Program:
+        cloud = self.processes["cloud"]
+        assert isinstance(cloud, Program)
+        return cloud
+
+    @property
+    def cloud_address(self) -> str:
+        """host:port of the cloud."""
+        return f"127.0.0.1:{self._cloud_port}"
+
+    @property
+    def edge_address(self) -> str:
+        """host:port of the first edge node."""
+        return self.edges[0].address
+
+    async def __aenter__(self) -> Self:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="segue-"))
+        self._crash = asyncio.get_running_loop().create_future()
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+        if self._own_folder and error is None and not self.crashed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def crashed(self) -> Part | None:
+        """The first part that ended without having been asked to, or None."""
+        if self._crash is None or not self._crash.done() or self._crash.cancelled():
+            return None
+        return self._crash.result()
+
+    async def wait_crash(self) -> Part:
+        """Wait until a part ends by itself; returns it. `kill` and `stop` do not count."""
+        assert self._crash is not None, "the stack has not been started"
+        return await asyncio.shield(self._crash)
+
+    async def add_edge(self, *args: str) -> Program:
+        """Start one more edge node, with further arguments; it stops with the stack."""
+        if len(self.edges) >= MAX_EDGES:
+            raise InvalidArgument(f"{MAX_EDGES} edge nodes run already; that is the most.")
+        edge = self._new_edge(self._port(0, ""), args)
+        await self._start_part(edge)
+        return edge
+
+    async def _start(self) -> None:
+        edge_ports = [self._port(self._edge_port, "--edge-port")]
+        edge_ports += [self._port(0, "") for _ in range(self._edge_count - 1)]
+        self._cloud_port = self._port(self._cloud_port, "--cloud-port")
+        await self._start_servers()
+        cloud = Program(
+            "cloud",
+            self._cloud_command(),
+            log=self.folder / "cloud.log",
+            env=_environment(),
+            timeout_s=self._start_timeout_s,
+            on_crash=self._on_crash,
+        )
+        self.processes[cloud.name] = cloud
+        for port in edge_ports:
+            self._new_edge(port, ())
+        # All at once: an edge waits for its cloud by itself.
+        await together(self._start_part(program) for program in (cloud, *self.edges))
+
+    async def _start_servers(self) -> None:
+        servers = []
+        if not self.redis_url:
+            store = Server("store", Valkey.start(directory=self._data), self._on_crash)
+            servers.append(store)
+        if not self.mqtt_url:
+            broker = Server("broker", Broker.start(), self._on_crash)
+            servers.append(broker)
+        self.processes.update({server.name: server for server in servers})
+        await together(self._start_part(server) for server in servers)
+        if not self.redis_url:
+            self.redis_url = store.url
+        if not self.mqtt_url:
+            self.mqtt_url, self.broker_kind = broker.url, broker.kind
+
+    def _cloud_command(self) -> list[str]:
+        command = python_command("cloud", "--port", str(self._cloud_port))
+        command += ["--redis-url", self.redis_url, "--mqtt-url", self.mqtt_url]
+        command += ["--dtype", self._dtype]
+        return [*command, *self._model_args(), *self._cloud_args]
+
+    def _new_edge(self, port: int, args: Sequence[str]) -> Program:
+        name = f"edge-{len(self.edges) + 1}"
+        command = python_command("edge", "--port", str(port))
+        command += ["--cloud", self.cloud_address, *self._model_args(), *self._edge_args, *args]
+        edge = Program(
+            name,
+            command,
+            log=self.folder / f"{name}.log",
+            env=_environment(),
+            timeout_s=self._start_timeout_s,
+            on_crash=self._on_crash,
+        )
+        self.edges.append(edge)
+        self.processes[name] = edge
+        return edge
+
+    def _model_args(self) -> list[str]:
+        return ["--model", self._model] if self._model else []
+
+    def _port(self, asked: int, flag: str) -> int:
+        if asked:
+            check_free(asked, flag)
+        port = asked or free_port(frozenset(self._used_ports))
+        self._used_ports.add(port)
+        return port
+
+    async def _start_part(self, part: Part) -> None:
+        began = time.monotonic()
+        await part.start()
+        if self._on_started is not None:
+            self._on_started(part, time.monotonic() - began)
+
+    def _on_crash(self, part: Part) -> None:
+        if self._crash is not None and not self._crash.done():
+            self._crash.set_result(part)
+
+    async def _stop(self) -> None:
+        """Reverse order: edges, cloud, then what they stand on. Further cancels do not stop it."""
+        stopping = asyncio.ensure_future(self._stop_in_order())
+        cancelled = False
+        while not stopping.done():
+            try:
+                await asyncio.shield(stopping)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        stopping.result()
+
+    async def _stop_in_order(self) -> None:
+        parts = list(self.processes.values())
+        servers = [part for part in parts if isinstance(part, Server)]
+        await together(edge.stop() for edge in self.edges)
+        for child in parts:
+            if isinstance(child, Program):
+                await child.stop()
+        await together(server.stop() for server in servers)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without settings that would override the stack's own, logs unbuffered."""
+    ours = ("SEGUE_REDIS_URL", "SEGUE_MQTT_URL", "SEGUE_CLOUD_", "SEGUE_EDGE_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+async def together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all jobs at once; the first error of ours ends the others and is raised alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+    except BaseExceptionGroup as errors:
+        ours, _ = errors.split(SegueError)
+        raise _first(ours or errors) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
