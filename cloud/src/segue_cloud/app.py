@@ -27,7 +27,7 @@ from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.chat import ChatTokenizer
 from segue_contract.ids import new_id
-from segue_contract.model.home import find_model
+from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
@@ -78,7 +78,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra.
     """
     check_loopback(settings.host)
-    directory = find_model(settings.model)
+    directory = model_directory(settings.model)
     manifest = read_manifest(directory)
     instance = settings.instance or new_id("cloud-", os.urandom)
     loading = asyncio.ensure_future(_load_engine(settings, directory, manifest))

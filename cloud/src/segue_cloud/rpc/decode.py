@@ -41,7 +41,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self._manifest = manifest
         self._facts = facts
         self._tenant = tenant
-        self._recipes = manifest.allowed_recipes()
+        self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         asked = turn_request(request.turn, self._tenant)

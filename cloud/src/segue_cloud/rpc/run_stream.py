@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from segue_cloud.engine.port import Engine
@@ -154,7 +155,10 @@ class RunStream:
             return
         await self._intake.complete.wait()
         while self._engine.stats().waiting > 0:
-            await asyncio.sleep(_READY_RETRY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_READY_RETRY_S):
+                    await self._owner.ended.wait()
+                    return
         ready = dpb.Ready(
             received_blocks=self._intake.received_blocks,
             receive_s=self._intake.receive_s,

@@ -22,7 +22,7 @@ class SessionGate:
         self._released: dict[SessionKey, asyncio.Event] = {}
 
     def waiting(self, key: SessionKey) -> int:
-        return self._waiting[key] if key in self._waiting else 0
+        return self._waiting.get(key, 0)
 
     @asynccontextmanager
     async def pass_through(self, key: SessionKey) -> AsyncIterator[asyncio.Event]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from segue_cloud.engine.port import Engine
 from segue_contract.kv.assembler import Assembler, EncodedBlock, decode_encoded
@@ -15,6 +15,7 @@ class KvIntake:
     """One per `Decode.Run` stream.
 
     Args:
+        recipes: digests of the recipes that the model allows, each with its codec step.
         announced: ids of the blocks that may come; any other is refused.
         missing: those of them that the engine lacks; with the last one the intake is complete.
         monotonic: for the receive time that the edge's bandwidth estimate uses.
@@ -24,7 +25,7 @@ class KvIntake:
         self,
         engine: Engine,
         geometry: KvGeometry,
-        recipes: frozenset[str],
+        recipes: Mapping[str, str],
         announced: Sequence[bytes],
         missing: Sequence[bytes],
         *,
@@ -53,9 +54,11 @@ class KvIntake:
             self._first_s = now
         self.receive_s = now - self._first_s
         self.received_bytes += len(data)
-        encoded = self._assembler.feed(data)
+        encoded = self._assembler.feed_encoded(data)
         if encoded:
             await self._offer(encoded)
+        if self._assembler.failure is not None:
+            raise self._assembler.failure
 
     async def _offer(self, encoded: Sequence[EncodedBlock]) -> None:
         blocks = await asyncio.to_thread(_decode_all, encoded)

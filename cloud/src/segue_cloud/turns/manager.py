@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -27,7 +29,7 @@ from segue_contract.limits import (
     TURN_WAIT_TIMEOUT_S,
 )
 from segue_contract.plan import Shape
-from segue_contract.sync.ops import Sampling, TurnStarted, UserMessage, encode_op
+from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, encode_op
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 log = structlog.get_logger("segue.turns")
@@ -149,7 +151,7 @@ class TurnManager:
 
     async def _try_claim(self, request: TurnRequest) -> TurnClaim:
         now = self._deps.now_ms()
-        ops = [
+        ops: list[Op] = [
             UserMessage(
                 id=f"{request.turn}.user",
                 device=request.device,
@@ -323,8 +325,8 @@ class TurnManager:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, coroutine: object, name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
 
