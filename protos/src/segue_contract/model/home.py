@@ -16,3 +16,20 @@ def model_home() -> Path:
         return Path(chosen).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "segue" / "models"
+
+
+def model_directory(name: str) -> Path:
+    """Directory of a model given by name or by path; empty: the default model.
+
+    Anything with a path separator is a path, everything else a name in `model_home`. It need not
+    exist: `read_manifest` says so where it does not.
+    """
+    chosen = name or DEFAULT_MODEL
+    if os.sep in chosen or chosen.startswith((".", "~")):
+        return Path(chosen).expanduser()
+    return model_home() / chosen
+
+
+def is_built(directory: Path) -> bool:
+    """Whether a finished model lies there (a build writes the manifest last)."""
+    return (directory / MANIFEST_NAME).is_file()

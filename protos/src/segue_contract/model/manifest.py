@@ -117,7 +117,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def allowed_recipes(self) -> frozenset[str]:
         """Digests of the recipes that a decoder may consume."""
-        return frozenset(e.recipe.digest for e in self.recipes.values() if e.allowed)
+        return frozenset(self.allowed_codecs())
+
+    def allowed_codecs(self) -> dict[str, str]:
+        """The codec step of each recipe that a decoder may consume, by the recipe's digest."""
+        recipes = (entry.recipe for entry in self.recipes.values() if entry.allowed)
+        return {recipe.digest: recipe.codec for recipe in recipes}
 
 
 def read_manifest(directory: Path) -> Manifest:
