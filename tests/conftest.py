@@ -1,0 +1,59 @@
+"""Fixtures of all tests: real servers on free ports, and the built default model."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from segue_contract.model.manifest import MANIFEST_NAME, model_home
+from segue_contract.servers import Broker, Valkey
+from tests.support.servers import require_broker, require_valkey
+
+DEFAULT_MODEL = "smollm2-135m"
+MODEL_BUILD_TIMEOUT_S = 900
+
+
+@pytest.fixture
+async def valkey() -> AsyncIterator[Valkey]:
+    """A fresh, empty Valkey."""
+    require_valkey()
+    async with Valkey.start() as server:
+        yield server
+
+
+@pytest.fixture
+async def broker() -> AsyncIterator[Broker]:
+    """A fresh MQTT 5 broker: Mosquitto where it is installed."""
+    require_broker()
+    async with Broker.start() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The built default model; built once per machine where it is missing (takes a minute)."""
+    home = model_home()
+    directory = home / DEFAULT_MODEL
+    if (directory / MANIFEST_NAME).is_file():
+        return directory
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build it once
+        if not (directory / MANIFEST_NAME).is_file():
+            build = subprocess.run(
+                [sys.executable, "-m", "segue", "model", "build"],
+                capture_output=True,
+                text=True,
+                timeout=MODEL_BUILD_TIMEOUT_S,
+                env=os.environ,
+                check=False,
+            )
+            if build.returncode != 0:
+                pytest.fail(f"The default model cannot be built:\n{build.stdout}{build.stderr}")
+    return directory
