@@ -13,7 +13,6 @@ MAX_PROMPT_BYTES: Final = 256 * KIB  # several times the text of an 8k-token con
 MAX_STOP_STRINGS: Final = 8  # each is searched for after every token
 MAX_STOP_CHARS: Final = 128
 MAX_NEW_TOKENS: Final = 8192  # no turn outgrows the largest context we serve
-MAX_TEMPERATURE: Final = 100.0  # at this heat every token is alike already
 MAX_TOP_K: Final = 1_000_000  # above any vocabulary: means "all"
 MAX_TEMPERATURE: Final = 100.0  # far past the point where every token is equally likely
 MAX_SESSIONS_LISTED: Final = 1000
