@@ -1,0 +1,122 @@
+"""`segue doctor`: what is installed, found, reachable, and too slow, and what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from segue.cli.console import Output, OutputOption, out, print_json
+from segue.cli.runner import run
+from segue.local.inspect import Check, State, fast, found, installed
+from segue.local.probes import RoundTrips, probe_broker, probe_node, probe_store
+from segue_contract.errors import SegueError
+
+app = typer.Typer(add_completion=False)
+
+DEFAULT_EDGE, DEFAULT_CLOUD = "127.0.0.1:7411", "127.0.0.1:7412"
+# Above these a person begins to notice, or a budget of 50 ms between devices is at risk.
+SLOW_NODE_S, SLOW_STORE_S, SLOW_BROKER_S = 0.050, 0.010, 0.020
+
+_MARKS = {State.OK: "[green]✓[/]", State.NOTE: "[yellow]![/]", State.BAD: "[red]✗[/]"}
+_TITLES = {
+    "installed": "Installed",
+    "found": "Found on this machine",
+    "reachable": "Reachable",
+    "speed": "Speed",
+}
+
+
+@app.command()
+def doctor(
+    edge: Annotated[str, typer.Option(envvar="SEGUE_NODE", help="An edge node, host:port.")] = "",
+    cloud: Annotated[str, typer.Option(envvar="SEGUE_EDGE_CLOUD", help="A cloud, host:port.")] = "",
+    redis_url: Annotated[str, typer.Option(envvar="SEGUE_REDIS_URL", help="A store.")] = "",
+    mqtt_url: Annotated[str, typer.Option(envvar="SEGUE_MQTT_URL", help="A broker.")] = "",
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Say what is installed, found, reachable, and too slow, and what to do about it."""
+    reached = run(_reachable(edge, cloud, redis_url, mqtt_url))
+    checks = [*installed(), *found(), *reached, *fast()]
+    bad = [check for check in checks if check.state is State.BAD]
+    if output is Output.JSON:
+        print_json({"usable": not bad, "checks": checks})
+    else:
+        _print(out(), checks)
+    if bad:
+        raise typer.Exit(1)
+
+
+async def _reachable(edge: str, cloud: str, redis_url: str, mqtt_url: str) -> list[Check]:
+    """Probe what was named; the usual addresses of nodes also without being asked."""
+    probes = [
+        _probe("edge", edge or DEFAULT_EDGE, bool(edge), probe_node, SLOW_NODE_S),
+        _probe("cloud", cloud or DEFAULT_CLOUD, bool(cloud), probe_node, SLOW_NODE_S),
+    ]
+    if redis_url:
+        probes.append(_probe("store", redis_url, True, probe_store, SLOW_STORE_S))
+    if mqtt_url:
+        probes.append(_probe("broker", mqtt_url, True, probe_broker, SLOW_BROKER_S))
+    return list(await asyncio.gather(*probes))
+
+
+async def _probe(
+    name: str,
+    where: str,
+    asked: bool,
+    probe: Callable[[str], Awaitable[RoundTrips]],
+    slow_s: float,
+) -> Check:
+    shown = where.rpartition("@")[2] or where
+    try:
+        trips = await probe(where)
+    except SegueError as error:
+        if not asked:
+            advice = f"segue up starts one; --{name} HOST:PORT names another."
+            return Check("reachable", name, State.NOTE, f"none at {where}", advice)
+        advice = error.hint or "Is it running, and is the address right?"
+        return Check("reachable", name, State.BAD, f"{shown}: {error.message}", advice)
+    value = f"{shown}, round trip {_ms(trips.p50)} (slowest {_ms(trips.worst)})"
+    if trips.p50 <= slow_s:
+        return Check("reachable", name, State.OK, value)
+    return Check("reachable", name, State.NOTE, value, _SLOW[name])
+
+
+_SLOW = {
+    "edge": "Slower than people notice: use a node nearer to you.",
+    "cloud": "Far away: the planner keeps more on the edge, and hand-over takes longer.",
+    "store": "Every frame waits for it: run the store near the cloud.",
+    "broker": "Other devices see each token late: near the cloud, with set_tcp_nodelay true.",
+}
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _print(console: Console, checks: Sequence[Check]) -> None:
+    for group, title in _TITLES.items():
+        console.print(f"[bold]{title}[/]")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(width=3, justify="right")
+        table.add_column(min_width=17)
+        table.add_column(overflow="fold")
+        for check in (check for check in checks if check.group == group):
+            advice = f"\n[dim]{escape(check.advice)}[/]" if check.advice else ""
+            table.add_row(_MARKS[check.state], escape(check.name), escape(check.value) + advice)
+        console.print(table)
+    console.print(_verdict(checks))
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    bad = [check.name for check in checks if check.state is State.BAD]
+    if bad:
+        return f"[red]Not usable yet:[/] {', '.join(bad)}."
+    notes = sum(check.state is State.NOTE for check in checks)
+    remarks = {0: "", 1: ", with a remark"}.get(notes, f", with {notes} remarks")
+    return f"Usable{remarks}."

@@ -1,0 +1,138 @@
+"""Is it there, and how fast does it answer: a node, a store, a broker. Times in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import aiomqtt
+
+from segue_contract.errors import InvalidArgument, Unreachable
+from segue_contract.ids import new_id
+from segue_contract.transport.channel import open_channel
+from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+
+ROUNDS = 20
+TIMEOUT_S = 3.0
+# As close together as tokens: what Nagle's algorithm and delayed acknowledgements would hold back.
+_MQTT_GAP_S = 0.004
+_HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_HEALTHY = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
+
+
+@dataclass(frozen=True)
+class RoundTrips:
+    """Round trips of one probe, in seconds, sorted."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def p50(self) -> float:
+        return self.seconds[len(self.seconds) // 2]
+
+    @property
+    def worst(self) -> float:
+        return self.seconds[-1]
+
+
+async def probe_node(target: str) -> RoundTrips:
+    """Round trips of the gRPC health service of an edge node or a cloud.
+
+    Raises:
+        Unreachable: nobody answers, or it says that it does not serve.
+        InvalidArgument: `target` is no address.
+    """
+    import grpc
+
+    channel = open_channel(target)
+    times: list[float] = []
+    try:
+        check = channel.unary_unary(_HEALTH_METHOD, None, None)
+        for _ in range(ROUNDS + 1):
+            began = time.monotonic()
+            answer = await check(b"", timeout=TIMEOUT_S, wait_for_ready=False)
+            times.append(time.monotonic() - began)
+            if answer != _HEALTHY:
+                raise Unreachable(f"{target} answers and does not serve (it is stopping).")
+    except grpc.aio.AioRpcError as error:
+        raise Unreachable(f"Nothing serves at {target} ({error.code().name.lower()}).") from None
+    finally:
+        await channel.close(None)
+    return RoundTrips(tuple(sorted(times[1:])))  # the first one also connected
+
+
+async def probe_store(url: str) -> RoundTrips:
+    """Round trips of PING to a Redis or Valkey.
+
+    Raises:
+        Unreachable: nobody answers there, or it answers something else.
+        InvalidArgument: `url` is no redis:// address.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "redis" or not parts.hostname:
+        raise InvalidArgument(f"{url!r} is no store address.", hint="Write redis://host:port.")
+    times: list[float] = []
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379)
+            try:
+                for _ in range(ROUNDS):
+                    began = time.monotonic()
+                    writer.write(b"PING\r\n")
+                    answer = await reader.readline()
+                    times.append(time.monotonic() - began)
+                    if not answer.startswith((b"+PONG", b"-NOAUTH")):
+                        raise Unreachable("It does not answer as Redis does.")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError) as error:
+        raise Unreachable(f"Nothing answers there ({error or 'too late'}).") from None
+    return RoundTrips(tuple(sorted(times)))
+
+
+async def probe_broker(url: str) -> RoundTrips:
+    """Times from publish to receipt of small messages 4 ms apart, through an MQTT 5 broker.
+
+    Raises:
+        Unreachable: nobody answers there in time.
+        InvalidArgument: `url` is no mqtt:// address.
+    """
+    host, port = parse_mqtt_url(url)
+    topic = f"segue/doctor/{new_id('d', os.urandom)}"
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            async with aiomqtt.Client(
+                host,
+                port,
+                protocol=aiomqtt.ProtocolVersion.V5,
+                socket_options=mqtt_socket_options(),
+            ) as client:
+                await client.subscribe(topic)
+                return RoundTrips(tuple(sorted(await _echoes(client, topic))))
+    except (aiomqtt.MqttError, OSError, TimeoutError) as error:
+        raise Unreachable(f"No MQTT 5 broker answers there ({error or 'too late'}).") from None
+
+
+async def _echoes(client: aiomqtt.Client, topic: str) -> list[float]:
+    sent: list[float] = []
+    times: list[float] = []
+
+    async def publish() -> None:
+        for number in range(ROUNDS):
+            sent.append(time.monotonic())
+            await client.publish(topic, number.to_bytes(2, "big"))
+            await asyncio.sleep(_MQTT_GAP_S)
+
+    publishing = asyncio.create_task(publish(), name="doctor publishes")
+    try:
+        async for message in client.messages:
+            number = int.from_bytes(bytes(message.payload), "big")
+            times.append(time.monotonic() - sent[number])
+            if len(times) == ROUNDS:
+                break
+    finally:
+        publishing.cancel()
+    return times
