@@ -5,7 +5,6 @@ Without numpy, so that the client SDK refuses bad input before it sends anything
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from segue_contract.errors import BadSampling, EmptyPrompt, InvalidArgument, PromptTooLong
@@ -135,8 +134,7 @@ def _check_number(
 ) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # NaN fails every comparison, so the range is asked for in the positive
-    if is_number and math.isfinite(value) and (low < value if low_open else low <= value):
-        if value <= high:
-            return
+    if is_number and (low < value if low_open else low <= value) and value <= high:
+        return
     opening = "above" if low_open else "from"
     raise BadSampling(f"{name} is {value!r}.", hint=f"Use a number {opening} {low:g} to {high:g}.")

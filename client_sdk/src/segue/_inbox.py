@@ -1,0 +1,104 @@
+"""What reached a follower and was not looked at yet: from MQTT, from a gRPC stream, or about them.
+
+Bounded by entries. Beyond the bound everything that waits is dropped and one `Overflow` stands for
+it: the reader then asks the log, which has it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
+from segue_contract.sync.state import Cursor
+
+
+@dataclass(frozen=True, slots=True)
+class RawEntry:
+    """A log entry as it came: `op` is not decoded yet."""
+
+    generation: int
+    offset: int
+    op: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    entries: tuple[RawEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The log reaches at least up to `cursor`. `urgent`: nothing else will bring it."""
+
+    cursor: Cursor
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """MQTT delivers from now on, or does not."""
+
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost:
+    """The gRPC stream number `number` ended."""
+
+    number: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The client or the follower was closed."""
+
+
+Item: TypeAlias = Batch | Head | Link | StreamLost | Overflow | Closed
+
+
+class Inbox:
+    """Many writers, one reader, one event loop."""
+
+    def __init__(self, max_entries: int = FOLLOWER_QUEUE_ENTRIES) -> None:
+        self._items: deque[Item] = deque()
+        self._entries = 0
+        self._max_entries = max_entries
+        self._filled = asyncio.Event()
+
+    def put(self, item: Item) -> None:
+        if isinstance(item, Batch):
+            self._entries += len(item.entries)
+        elif isinstance(item, Head) and self._items and isinstance(self._items[-1], Head):
+            # of several heads in a row the last one says it all
+            last = self._items.pop()
+            assert isinstance(last, Head)
+            item = Head(max(last.cursor, item.cursor), last.urgent or item.urgent)
+        self._items.append(item)
+        if self._entries > self._max_entries:
+            kept = [i for i in self._items if not isinstance(i, Batch | Head | Overflow)]
+            self._items = deque([*kept, Overflow()])
+            self._entries = 0
+        self._filled.set()
+
+    async def get(self, timeout_s: float | None) -> Item | None:
+        """The oldest item; None when `timeout_s` passed without one."""
+        while not self._items:
+            self._filled.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._filled.wait()
+            except TimeoutError:
+                return None
+        item = self._items.popleft()
+        if isinstance(item, Batch):
+            self._entries -= len(item.entries)
+        return item

@@ -1,0 +1,97 @@
+"""A follower's view of one log: entries in any order in, each entry once and in order out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from segue._inbox import RawEntry
+from segue.events import Entry, Snapshot
+from segue_contract.errors import InvalidArgument
+from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
+from segue_contract.sync.ops import Unknown, decode_op
+from segue_contract.sync.replica import Applied, Replica
+from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
+
+
+class LogView:
+    """Wraps a `Replica`, keeps early entries until the missing ones come, and knows the head.
+
+    Begun at an `offset` above 0, it knows nothing of what was before: then only the entries count.
+    `head` is the furthest cursor that anyone spoke of; `behind` says that something is missing.
+    """
+
+    def __init__(self, generation: int, offset: int = 0) -> None:
+        self._replica = Replica(SessionState(cursor=Cursor(generation, offset)))
+        self._early: dict[int, RawEntry] = {}
+        self.head = Cursor(generation, offset)
+
+    @property
+    def cursor(self) -> Cursor:
+        return self._replica.cursor
+
+    @property
+    def state(self) -> SessionState:
+        """The folded state; it changes with every entry."""
+        return self._replica.state
+
+    @property
+    def behind(self) -> bool:
+        return self.head > self.cursor
+
+    def snapshot(self) -> Snapshot:
+        """The state now, copied."""
+        copy = decode_state(encode_state(self.state))
+        return Snapshot(copy, self.cursor.offset, self.cursor.generation)
+
+    def saw_head(self, cursor: Cursor) -> None:
+        self.head = max(self.head, cursor)
+
+    def load(self, state: SessionState) -> Snapshot | None:
+        """Replace everything by a newer state; None where `state` is no news."""
+        if state.cursor <= self.cursor:
+            return None
+        self._replica.load(state)
+        self.saw_head(state.cursor)
+        self._early = {
+            offset: entry
+            for offset, entry in self._early.items()
+            if entry.generation == state.cursor.generation and offset > state.cursor.offset
+        }
+        return self.snapshot()
+
+    def offer(self, entries: Iterable[RawEntry]) -> Iterator[Entry]:
+        """Entries that are next in line because of `entries`, in order.
+
+        Each is applied when it is taken from the iterator: `state` is then exactly at it.
+        """
+        entries = tuple(entries)
+        for entry in entries:
+            self.saw_head(Cursor(entry.generation, entry.offset))
+        for entry in entries:
+            if self._is_next(entry):
+                yield self._apply(entry)
+                while (early := self._early.pop(self.cursor.offset + 1, None)) is not None:
+                    yield self._apply(early)
+            elif self._is_later(entry) and len(self._early) < FOLLOWER_QUEUE_ENTRIES:
+                # beyond the bound nothing is kept: `behind` stays true and Read brings it
+                self._early[entry.offset] = entry
+
+    def _is_next(self, entry: RawEntry) -> bool:
+        known = self.cursor
+        if not known.offset:  # who knows nothing yet belongs to no generation
+            return entry.offset == 1
+        return entry.generation == known.generation and entry.offset == known.offset + 1
+
+    def _is_later(self, entry: RawEntry) -> bool:
+        known = self.cursor
+        return entry.generation == known.generation and entry.offset > known.offset
+
+    def _apply(self, raw: RawEntry) -> Entry:
+        try:
+            op = decode_op(raw.op)
+        except InvalidArgument:
+            # it holds its place in the log, whatever it was meant to say
+            op = Unknown(id=f"unreadable-{raw.offset}", original=raw.op)
+        applied = self._replica.apply_op(raw.generation, raw.offset, op)
+        assert applied is Applied.APPLIED, applied
+        return Entry(raw.offset, op, raw.generation)

@@ -1,0 +1,147 @@
+"""One MQTT connection, shared by all followed sessions of a client.
+
+It reconnects by itself and subscribes again; the sinks are told when messages flow and when they
+stop. Messages are handed over as they come: the bound on what waits is the sink's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import aiomqtt
+
+from segue_contract.limits import (
+    BROKER_KEEPALIVE_S,
+    BROKER_RETRY_S,
+    CONNECT_TIMEOUT_S,
+    SUBSCRIBE_TIMEOUT_S,
+)
+from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+
+
+class Sink(Protocol):
+    """Who listens to some topics. Neither method may wait."""
+
+    def on_message(self, topic: str, payload: bytes) -> None: ...
+
+    def on_link(self, up: bool) -> None:
+        """True: the broker confirmed the subscription. False: nothing will come for now."""
+        ...
+
+
+class Broker:
+    """Connects when the first sink comes; `close` ends it.
+
+    Args:
+        url: "mqtt://host:port".
+
+    Raises:
+        InvalidArgument: the url is none.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._host, self._port = parse_mqtt_url(url)
+        self._sinks: dict[str, list[Sink]] = {}
+        self._mqtt: aiomqtt.Client | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+
+    async def add(self, topics: Sequence[str], sink: Sink) -> None:
+        """Listen to `topics` (QoS 1). Returns at once; `on_link` tells what became of it."""
+        for topic in topics:
+            self._sinks.setdefault(topic, []).append(sink)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"mqtt {self._host}:{self._port}")
+        elif self._mqtt is not None:
+            up = await self._subscribe(self._mqtt, topics)
+            sink.on_link(up)
+
+    async def remove(self, topics: Sequence[str], sink: Sink) -> None:
+        """Stop listening; topics that nobody else listens to are unsubscribed."""
+        unused = []
+        for topic in topics:
+            sinks = self._sinks.get(topic, [])
+            with contextlib.suppress(ValueError):
+                sinks.remove(sink)
+            if not sinks and self._sinks.pop(topic, None) is not None:
+                unused.append(topic)
+        if unused and self._mqtt is not None:
+            with contextlib.suppress(aiomqtt.MqttError):
+                await self._mqtt.unsubscribe(unused, timeout=SUBSCRIBE_TIMEOUT_S)
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is None:
+            return
+        self._stopping.set()
+        # a connection being made ends in a thread, and is better waited for than abandoned
+        done, _ = await asyncio.wait({task}, timeout=SUBSCRIBE_TIMEOUT_S)
+        if not done:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                async with aiomqtt.Client(
+                    self._host,
+                    self._port,
+                    protocol=aiomqtt.ProtocolVersion.V5,
+                    clean_start=True,
+                    keepalive=BROKER_KEEPALIVE_S,
+                    timeout=CONNECT_TIMEOUT_S,
+                    socket_options=mqtt_socket_options(),
+                ) as mqtt:
+                    await self._serve(mqtt)
+            except aiomqtt.MqttError:
+                pass
+            finally:
+                self._mqtt = None
+                self._tell(False)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BROKER_RETRY_S):
+                    await self._stopping.wait()
+
+    async def _serve(self, mqtt: aiomqtt.Client) -> None:
+        """Until the connection is lost (MqttError), `close`, or a refused subscription."""
+        self._mqtt = mqtt
+        pump = asyncio.create_task(self._pump(mqtt), name="mqtt messages")
+        stopping = asyncio.create_task(self._stopping.wait(), name="mqtt stopping")
+        try:
+            topics = list(self._sinks)
+            if topics and not await self._subscribe(mqtt, topics):
+                return
+            self._tell(True)
+            await asyncio.wait({pump, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            for task in (pump, stopping):
+                task.cancel()
+            await asyncio.gather(pump, stopping, return_exceptions=True)
+
+    async def _subscribe(self, mqtt: aiomqtt.Client, topics: Sequence[str]) -> bool:
+        try:
+            codes = await mqtt.subscribe(
+                [(topic, 1) for topic in topics], timeout=SUBSCRIBE_TIMEOUT_S
+            )
+        except aiomqtt.MqttError:
+            return False
+        # MQTT 5 reason codes from 128 on are refusals
+        return all((code if isinstance(code, int) else code.value) < 128 for code in codes)
+
+    async def _pump(self, mqtt: aiomqtt.Client) -> None:
+        async for message in mqtt.messages:
+            payload = message.payload
+            if not isinstance(payload, bytes):
+                continue
+            topic = message.topic.value
+            for sink in tuple(self._sinks.get(topic, ())):
+                sink.on_message(topic, payload)
+
+    def _tell(self, up: bool) -> None:
+        for sink in {id(sink): sink for sinks in self._sinks.values() for sink in sinks}.values():
+            sink.on_link(up)

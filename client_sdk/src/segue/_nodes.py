@@ -1,0 +1,231 @@
+"""The nodes a client may talk to, in order of preference, and calls that survive one of them.
+
+All calls of the device API are idempotent (a turn by its id, an append by its sequence numbers),
+so a call whose answer was lost may be repeated at the next node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from segue_contract.errors import InvalidArgument, SegueError, Unreachable
+from segue_contract.limits import (
+    ADDRESS_RETRY_S,
+    CONNECT_TIMEOUT_S,
+    MAX_ADDRESSES,
+    RETRY_PAUSE_MAX_S,
+    RETRY_PAUSE_S,
+    RPC_TIMEOUT_S,
+)
+from segue_contract.transport.channel import check_target, open_channel
+from segue_contract.transport.status import ERROR_KEY, error_from_rpc
+from segue_contract.v1 import agent_pb2_grpc
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+_LOST_CODES = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,  # how gRPC reports a stream that was reset
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+
+
+@dataclass(slots=True)
+class Node:
+    """One address. `failed_at` is a monotonic time; -inf: it did not fail lately."""
+
+    address: str
+    failed_at: float = float("-inf")
+    channel: grpc.aio.Channel | None = None
+    stub: Any = None
+
+
+def is_link_loss(error: BaseException) -> bool:
+    """Whether the call failed on its way, so that another node may serve it.
+
+    A typed error of the node itself is none, except where it says that it cannot reach the cloud.
+    """
+    if isinstance(error, Unreachable):
+        return True
+    if isinstance(error, asyncio.CancelledError):
+        return True
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    metadata: Any = error.trailing_metadata() or ()
+    if any(key == ERROR_KEY for key, _ in metadata):
+        return isinstance(error_from_rpc(error), Unreachable)
+    return error.code() in _LOST_CODES
+
+
+def typed(error: BaseException) -> SegueError:
+    """A failed call as an error of the tree."""
+    if isinstance(error, SegueError):
+        return error
+    if isinstance(error, grpc.aio.AioRpcError) and not is_link_loss(error):
+        return error_from_rpc(error)
+    detail = ""
+    if isinstance(error, grpc.aio.AioRpcError):
+        found = error_from_rpc(error)
+        if isinstance(found, Unreachable):
+            return found
+        detail = f" ({error.details()})"
+    return Unreachable(
+        f"The connection broke{detail}.",
+        hint="Check that the node is running (`segue doctor`).",
+    )
+
+
+def being_cancelled() -> bool:
+    """Whether the running task itself was cancelled.
+
+    grpc.aio raises CancelledError also where the server (not we) cancelled the call.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def pauses() -> Callable[[], float]:
+    """Doubling pauses, from `RETRY_PAUSE_S` to `RETRY_PAUSE_MAX_S`."""
+    pause = RETRY_PAUSE_S / 2
+
+    def next_pause() -> float:
+        nonlocal pause
+        pause = min(pause * 2, RETRY_PAUSE_MAX_S)
+        return pause
+
+    return next_pause
+
+
+class Nodes:
+    """Channels to a list of addresses. Not thread-safe; one event loop."""
+
+    def __init__(
+        self, addresses: Sequence[str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if not addresses:
+            raise InvalidArgument("No address was given.", hint="Write host:port of a node.")
+        if len(addresses) > MAX_ADDRESSES:
+            raise InvalidArgument(
+                f"{len(addresses)} addresses were given; {MAX_ADDRESSES} are allowed."
+            )
+        self._nodes = [Node(check_target(address)) for address in dict.fromkeys(addresses)]
+        self._clock = clock
+        self._closed = False
+
+    def order(self) -> list[Node]:
+        """By preference; those that failed within `ADDRESS_RETRY_S` last, longest ago first."""
+        now = self._clock()
+        recent = [n for n in self._nodes if now - n.failed_at < ADDRESS_RETRY_S]
+        rest = [n for n in self._nodes if now - n.failed_at >= ADDRESS_RETRY_S]
+        return rest + sorted(recent, key=lambda node: node.failed_at)
+
+    async def stub(self, node: Node) -> Any:
+        """The `Agent` stub of a connected node.
+
+        Raises:
+            Unreachable: it refuses, or does not answer within `CONNECT_TIMEOUT_S`.
+        """
+        if self._closed:
+            raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
+        if node.channel is None:
+            node.channel = open_channel(node.address)
+            node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await _connected(node.channel)
+        except (TimeoutError, Unreachable) as error:
+            await self.failed(node)
+            raise Unreachable(
+                f"Nothing answers at {node.address}.",
+                hint="Check the address, and that the node is running (`segue up`).",
+                address=node.address,
+            ) from error
+        return node.stub
+
+    async def failed(self, node: Node) -> None:
+        """Prefer other nodes for a while; a dead connection is replaced the next time.
+
+        One that still stands (a single call was reset) stays: other calls run over it.
+        """
+        node.failed_at = self._clock()
+        channel = node.channel
+        if channel is None or channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        node.channel, node.stub = None, None
+        with contextlib.suppress(Exception):
+            await channel.close(None)
+
+    async def connect(self) -> Node:
+        """The first node that can be reached.
+
+        Raises:
+            Unreachable: none can.
+        """
+        lost: Unreachable | None = None
+        for node in self.order():
+            try:
+                await self.stub(node)
+            except Unreachable as error:
+                lost = error
+            else:
+                return node
+        assert lost is not None
+        raise lost
+
+    async def unary(self, method: str, request: Any, *, patience_s: float = 0.0) -> Any:
+        """One call at the first node that answers; repeated for `patience_s` while none does.
+
+        Raises:
+            SegueError: what the node answered, or Unreachable.
+        """
+        give_up = self._clock() + patience_s
+        next_pause = pauses()
+        while True:
+            lost: SegueError | None = None
+            for node in self.order():
+                try:
+                    stub = await self.stub(node)
+                    return await getattr(stub, method)(request, timeout=RPC_TIMEOUT_S)
+                except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+                    if being_cancelled():
+                        raise
+                    if not is_link_loss(error):
+                        raise typed(error) from error
+                    await self.failed(node)
+                    lost = typed(error)
+            assert lost is not None
+            pause = next_pause()
+            if self._clock() + pause >= give_up:
+                raise lost
+            await asyncio.sleep(pause)
+
+    async def close(self) -> None:
+        self._closed = True
+        for node in self._nodes:
+            channel, node.channel, node.stub = node.channel, None, None
+            if channel is not None:
+                await channel.close(None)
+
+
+async def _connected(channel: grpc.aio.Channel) -> None:
+    """Wait until the channel is ready; a refused connection fails at once."""
+    while True:
+        state = channel.get_state(try_to_connect=True)
+        if state is grpc.ChannelConnectivity.READY:
+            return
+        if state in (
+            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+            grpc.ChannelConnectivity.SHUTDOWN,
+        ):
+            raise Unreachable("The connection was refused.")
+        await channel.wait_for_state_change(state)

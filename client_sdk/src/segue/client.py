@@ -1,0 +1,123 @@
+"""The entrance: one device, the nodes it may talk to, and one MQTT connection."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from segue._nodes import Nodes
+from segue.errors import InvalidArgument
+from segue.events import SessionInfo
+from segue.follow import Follower
+from segue.session import Session
+from segue_contract.ids import check_id, new_id
+from segue_contract.limits import MAX_SESSIONS_LISTED
+from segue_contract.sync.state import Cursor
+from segue_contract.v1 import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from segue._mqtt import Broker
+
+
+class Client:
+    """One device.
+
+        async with segue.Client("127.0.0.1:7411", device="phone") as client:
+            session = await client.session("trip")
+
+    Args:
+        address: "host:port" of an edge node or of the cloud, or several in order of preference:
+            where one fails, the next one goes on.
+        device: this device's name, the same each time; "": a fresh one.
+
+    Raises:
+        InvalidArgument: an address or the name cannot be one.
+    """
+
+    def __init__(self, address: str | Sequence[str], *, device: str = "") -> None:
+        self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
+        self._nodes = Nodes([address] if isinstance(address, str) else list(address))
+        self._brokers: dict[str, Broker] = {}
+        self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+
+    async def __aenter__(self) -> Client:
+        """Connect.
+
+        Raises:
+            Unreachable: no address answers.
+        """
+        try:
+            await self._nodes.connect()
+        except BaseException:
+            await self._nodes.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Leave. Turns that run go on; followed sessions end."""
+        for follower in list(self._followers):
+            await follower.aclose()
+        for broker in self._brokers.values():
+            await broker.close()
+        self._brokers.clear()
+        await self._nodes.close()
+
+    async def session(self, name: str, *, must_exist: bool = False, model: str = "") -> Session:
+        """Open a session, or create it.
+
+        Args:
+            must_exist: raise UnknownSession instead of creating it.
+            model: raise UnknownModel where the node serves another one.
+        """
+        request = pb.OpenSessionRequest(
+            session=check_id(name, "session"),
+            device=self.device,
+            model=model,
+            must_exist=must_exist,
+        )
+        reply: pb.OpenSessionReply = await self._nodes.unary("OpenSession", request)
+        broker = self._broker(reply.mqtt_url) if reply.mqtt_url else None
+        return Session(self._nodes, broker, reply, self.device, self._followers.add)
+
+    async def sessions(self, max_sessions: int = 100) -> list[SessionInfo]:
+        """The sessions there are, newest first."""
+        if not 0 < max_sessions <= MAX_SESSIONS_LISTED:
+            raise InvalidArgument(
+                f"max_sessions is {max_sessions}.", hint=f"Use 1 to {MAX_SESSIONS_LISTED}."
+            )
+        reply: pb.ListSessionsReply = await self._nodes.unary(
+            "ListSessions", pb.ListSessionsRequest(max_sessions=max_sessions)
+        )
+        return [
+            SessionInfo(
+                session=one.session,
+                cursor=Cursor(one.tail.generation, one.tail.offset),
+                updated_ms=one.updated_ms,
+                title=one.title,
+                turns=one.turns,
+                running_turn=one.running_turn,
+            )
+            for one in reply.sessions
+        ]
+
+    def _broker(self, url: str) -> Broker | None:
+        """One connection per broker; made when the first session is followed."""
+        from segue._mqtt import Broker  # aiomqtt is only loaded where it is used
+
+        if url not in self._brokers:
+            try:
+                self._brokers[url] = Broker(url)
+            except InvalidArgument:
+                return None  # a kind of broker that we do not speak to: gRPC carries the live view
+        return self._brokers[url]

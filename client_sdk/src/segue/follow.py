@@ -1,0 +1,323 @@
+"""Following a session: a snapshot, then every later log entry, once and in order.
+
+Live entries come over MQTT; while the broker is away the gRPC `Attach` stream brings them. The two
+overlap at every switch (the new one is asked first, the old one dropped after a Read), and the
+log view drops what came twice. The log is the truth: a gap, a head that is further on, an overflow
+or a reconnect is healed by `Read`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from typing import TYPE_CHECKING, TypeAlias
+
+import grpc
+
+from segue._inbox import Batch, Closed, Head, Inbox, Item, Link, Overflow, RawEntry, StreamLost
+from segue._log import LogView
+from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue.events import Entry, Snapshot
+from segue_contract.errors import InvalidArgument, SegueError, Unreachable
+from segue_contract.limits import (
+    FOLLOW_HEAL_S,
+    FOLLOW_TIMEOUT_S,
+    MAX_READ_ENTRIES,
+    SUBSCRIBE_TIMEOUT_S,
+)
+from segue_contract.sync.state import Cursor, SessionState, decode_state
+from segue_contract.topics import decode_head, decode_log_message, head_topic, log_topic
+from segue_contract.v1 import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from segue._mqtt import Broker
+
+FollowItem: TypeAlias = Snapshot | Entry
+
+
+async def read_log(
+    nodes: Nodes, session: str, device: str, view: LogView, *, patience_s: float = 0.0
+) -> AsyncGenerator[FollowItem, None]:
+    """Read from the view's cursor to the tail; yields what was news to the view."""
+    while True:
+        before = view.cursor
+        request = pb.ReadRequest(
+            session=session,
+            device=device,
+            after=pb.Cursor(generation=before.generation, offset=before.offset),
+            max_entries=MAX_READ_ENTRIES,
+        )
+        reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
+        tail = Cursor(reply.tail.generation, reply.tail.offset)
+        view.saw_head(tail)
+        if reply.HasField("snapshot"):
+            snapshot = view.load(decode_state(reply.snapshot.state))
+            if snapshot is not None:
+                yield snapshot
+        for entry in view.offer(raw_entries(reply.entries)):
+            yield entry
+        if view.cursor >= tail or view.cursor == before:
+            return
+
+
+class Follower:
+    """Iterate over it: `async for item in session.follow()`. Leaving the loop ends it.
+
+    Attributes:
+        live: what brings new entries now: "mqtt" or "grpc"; "" before the first item.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        broker: Broker | None,
+        *,
+        tenant: str,
+        session: str,
+        device: str,
+        generation: int,
+        from_offset: int = 0,
+    ) -> None:
+        if from_offset < 0:
+            raise InvalidArgument(
+                f"from_offset is {from_offset}.", hint="Use 0 for everything, or an offset."
+            )
+        self._nodes = nodes
+        self._broker = broker
+        self._session = session
+        self._device = device
+        self._from_offset = from_offset
+        self._log_topic = log_topic(tenant, session)
+        self._head_topic = head_topic(tenant, session)
+        self._view = LogView(generation)
+        self._inbox = Inbox()
+        self._closed = False
+        self._mqtt_up = False
+        self._stream: asyncio.Task[None] | None = None
+        self._stream_number = 0
+        self._heal_at: float | None = None
+        self._failing_since: float | None = None
+        self._next_pause = pauses()
+
+    @property
+    def live(self) -> str:
+        if self._mqtt_up:
+            return "mqtt"
+        return "grpc" if self._stream is not None else ""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Everything up to here was yielded or folded into a snapshot."""
+        return self._view.cursor
+
+    @property
+    def state(self) -> SessionState:
+        """The session folded so far. It changes as items come; do not change it yourself."""
+        return self._view.state
+
+    async def aclose(self) -> None:
+        """End the iteration, whoever runs it; nothing further comes."""
+        self._closed = True
+        self._inbox.put(Closed())
+        await self._close_stream()
+
+    # -- the sink's side: called by the broker ----------------------------------------------------
+    def on_link(self, up: bool) -> None:
+        self._inbox.put(Link(up))
+
+    def on_message(self, topic: str, payload: bytes) -> None:
+        try:
+            if topic == self._log_topic:
+                message = decode_log_message(payload)
+                self._inbox.put(
+                    Batch(
+                        tuple(
+                            RawEntry(message.generation, message.first_offset + place, op)
+                            for place, op in enumerate(message.ops)
+                        )
+                    )
+                )
+            elif payload:
+                self._inbox.put(Head(decode_head(payload)))
+        except InvalidArgument:
+            # someone else's bytes on our topic; what they may have displaced is read from the log
+            self._inbox.put(Overflow())
+
+    # -- the reader's side ------------------------------------------------------------------------
+    async def __aiter__(self) -> AsyncIterator[FollowItem]:
+        topics = (self._log_topic, self._head_topic)
+        try:
+            await self._go_live(topics)
+            async for item in self._catch_up():
+                yield item
+            while True:
+                item_or_none = await self._inbox.get(self._wait_s())
+                if self._closed:
+                    return
+                async for item in self._handle(item_or_none):
+                    yield item
+        finally:
+            await self._leave(topics)
+
+    async def _go_live(self, topics: tuple[str, ...]) -> None:
+        """Subscribe, or open the stream where the broker does not answer soon."""
+        if self._broker is not None:
+            await self._broker.add(topics, self)
+            item = await self._inbox.get(SUBSCRIBE_TIMEOUT_S)
+            self._mqtt_up = isinstance(item, Link) and item.up
+            if isinstance(item, Closed | Batch | Head):
+                self._inbox.put(item)
+        if not self._mqtt_up:
+            self._open_stream()
+
+    async def _leave(self, topics: tuple[str, ...]) -> None:
+        await self._close_stream()
+        if self._broker is not None:
+            await self._broker.remove(topics, self)
+
+    async def _catch_up(self) -> AsyncGenerator[FollowItem, None]:
+        """The first snapshot: at `from_offset` (0: at the tail) or the first later known state."""
+        wanted = self._from_offset
+        first = True
+        async for item in self._read():
+            if not first:
+                yield item
+            elif wanted and item.offset >= wanted:
+                first = False
+                yield item if isinstance(item, Snapshot) else self._view.snapshot()
+        if first:
+            yield self._view.snapshot()
+
+    def _read(self, patience_s: float = 0.0) -> AsyncGenerator[FollowItem, None]:
+        return read_log(self._nodes, self._session, self._device, self._view, patience_s=patience_s)
+
+    def _wait_s(self) -> float | None:
+        """How long the next item may take before the log is asked; None: as long as it likes."""
+        if not self._view.behind:
+            self._heal_at = None
+            return None
+        now = asyncio.get_running_loop().time()
+        if self._heal_at is None:
+            self._heal_at = now + FOLLOW_HEAL_S
+        return max(0.0, self._heal_at - now)
+
+    async def _handle(self, item: Item | None) -> AsyncGenerator[FollowItem, None]:
+        """Yields the entries that `item` brought or made necessary; None: the wait is over."""
+        match item:
+            case Batch():
+                for entry in self._view.offer(item.entries):
+                    yield entry
+                return
+            case Head():
+                self._view.saw_head(item.cursor)
+                if not (item.urgent and self._view.behind):
+                    return
+            case Link(up=False):
+                self._mqtt_up = False
+                if self._stream is None:
+                    self._open_stream()
+                return
+            case StreamLost():
+                if item.number == self._stream_number and not self._mqtt_up:
+                    await self._reopen_stream(item.error)
+                return
+            case _:
+                pass
+        async for found in self._heal():
+            yield found
+        if isinstance(item, Link):
+            # from here on MQTT brings everything past what was just read
+            self._mqtt_up = True
+            await self._close_stream()
+
+    async def _heal(self) -> AsyncGenerator[FollowItem, None]:
+        """Read what is missing. An unreachable log is asked again, until `FOLLOW_TIMEOUT_S`."""
+        self._heal_at = None
+        try:
+            async for found in self._read():
+                yield found
+        except SegueError as error:
+            if not error.retryable:
+                raise
+            await self._bear(error)
+            self._inbox.put(Overflow())
+        else:
+            self._recovered()
+
+    # -- the gRPC stream --------------------------------------------------------------------------
+    def _open_stream(self) -> None:
+        if self._closed:
+            return
+        self._stream_number += 1
+        self._stream = asyncio.create_task(
+            self._pump_stream(self._stream_number), name=f"attach {self._session}"
+        )
+
+    async def _reopen_stream(self, error: Exception) -> None:
+        self._stream = None
+        await self._bear(error)
+        self._open_stream()
+
+    async def _close_stream(self) -> None:
+        task, self._stream = self._stream, None
+        self._stream_number += 1
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _pump_stream(self, number: int) -> None:
+        """Put what `Attach` brings into the inbox, until it ends one way or another."""
+        error: Exception = Unreachable("The live stream ended.")
+        node = None
+        try:
+            node = await self._nodes.connect()
+            stub = await self._nodes.stub(node)
+            after = self._view.cursor
+            call = stub.Attach(
+                pb.AttachRequest(
+                    session=self._session,
+                    device=self._device,
+                    after=pb.Cursor(generation=after.generation, offset=after.offset),
+                )
+            )
+            try:
+                while (event := await call.read()) is not EOF:
+                    self._take(event)
+            finally:
+                call.cancel()
+        except (SegueError, grpc.aio.AioRpcError, asyncio.CancelledError) as caught:
+            if being_cancelled():
+                raise
+            error = typed(caught)
+        if node is not None and is_link_loss(error):
+            await self._nodes.failed(node)
+        self._inbox.put(StreamLost(number, error))
+
+    def _take(self, event: pb.AttachEvent) -> None:
+        self._recovered()
+        match event.WhichOneof("kind"):
+            case "snapshot":
+                # only a hint: Read brings the entries up to there one by one
+                at = event.snapshot.at
+                self._inbox.put(Head(Cursor(at.generation, at.offset), urgent=True))
+            case "entries":
+                self._inbox.put(Batch(raw_entries(event.entries.entries)))
+
+    # -- patience ---------------------------------------------------------------------------------
+    def _recovered(self) -> None:
+        self._failing_since = None
+        self._next_pause = pauses()
+
+    async def _bear(self, error: Exception) -> None:
+        """Pause after a failure; raise it where it lasted too long or cannot pass."""
+        now = asyncio.get_running_loop().time()
+        if self._failing_since is None:
+            self._failing_since = now
+        passing = isinstance(error, SegueError) and error.retryable
+        if not passing or now - self._failing_since > FOLLOW_TIMEOUT_S:
+            raise error
+        await asyncio.sleep(self._next_pause())
+
+
+def raw_entries(entries: Iterable[pb.LogEntry]) -> tuple[RawEntry, ...]:
+    return tuple(RawEntry(entry.generation, entry.offset, entry.op) for entry in entries)

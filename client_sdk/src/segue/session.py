@@ -1,0 +1,241 @@
+"""A session as one device sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from segue._log import LogView
+from segue._nodes import Nodes
+from segue.errors import InvalidArgument, SegueError, SequenceGap, StaleEpoch
+from segue.events import Entry, Snapshot
+from segue.follow import Follower, read_log
+from segue.turn import Turn
+from segue_contract.checks import check_plan, check_run, check_text
+from segue_contract.ids import check_id, new_id
+from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S
+from segue_contract.sync.ops import DEVICE_KINDS, Op, Sampling, Set, encode_op
+from segue_contract.sync.state import Cursor, SessionState
+from segue_contract.v1 import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from segue._mqtt import Broker
+
+_OpT = TypeVar("_OpT", bound=Op)
+_WHEN_BUSY = {"wait": pb.WHEN_BUSY_WAIT, "refuse": pb.WHEN_BUSY_REFUSE}
+# A call on an open session bears a node's restart for this long before it says Unreachable.
+_PATIENCE_S = RPC_TIMEOUT_S / 4
+
+
+class Session:
+    """Made by `Client.session`.
+
+    Attributes:
+        name, device: as given.
+        model: what the session is served with. role, instance: who opened it for us.
+        created: this call made the session.
+        max_context_tokens: prompt, history and reply together may be this long.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        broker: Broker | None,
+        opened: pb.OpenSessionReply,
+        device: str,
+        followers: Callable[[Follower], None],
+    ) -> None:
+        self.name = opened.session
+        self.device = device
+        self.model = opened.model
+        self.role = opened.role
+        self.instance = opened.instance
+        self.created = opened.created
+        self.max_context_tokens = opened.max_context_tokens
+        self.tail = Cursor(opened.tail.generation, opened.tail.offset)
+        self._tenant = opened.tenant
+        self._nodes = nodes
+        self._broker = broker
+        self._register = followers
+        # Producer epochs only have to grow from one life of this device to the next.
+        self._epoch = int(time.time() * 1000)
+        self._seq = 1
+        self._appending = asyncio.Lock()
+
+    # -- turns ------------------------------------------------------------------------------------
+    def run(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        plan: str = "",
+        when_busy: str = "wait",
+        turn: str = "",
+    ) -> Turn:
+        """One turn, for `async with session.run("...") as turn`.
+
+        Args:
+            max_tokens: tokens of the reply at most.
+            temperature: 0 always takes the likeliest token.
+            top_p, top_k, min_p: which tokens may be drawn; 1, 0 and 0 mean all.
+            seed: the same seed draws the same reply, wherever it is computed; None: a fresh one.
+            stop: texts that end the reply (and are left out of it).
+            plan: forces who computes what ("edge", "ship", "text"); "" leaves it to the planner.
+            when_busy: "wait" for the session's running turn, or "refuse" with SessionBusy.
+            turn: an id of your own; a known one joins that turn instead of running again.
+
+        Raises:
+            EmptyPrompt, PromptTooLong, BadSampling, InvalidArgument: before anything is sent.
+        """
+        if seed is None:
+            seed = int.from_bytes(os.urandom(6), "little") if temperature else 0
+        sampling = Sampling(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+        )
+        check_run(prompt, max_tokens, sampling, stop)
+        if when_busy not in _WHEN_BUSY:
+            raise InvalidArgument(f"when_busy is {when_busy!r}.", hint='Use "wait" or "refuse".')
+        request = pb.RunTurnRequest(
+            session=self.name,
+            device=self.device,
+            turn=check_id(turn, "turn") if turn else new_id("t", os.urandom),
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=pb.Sampling(
+                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+            ),
+            stop=stop,
+            when_busy=_WHEN_BUSY[when_busy],
+            plan=check_plan(plan),
+        )
+        return Turn(self._nodes, request, self.stop)
+
+    async def stop(self, turn: str = "") -> bool:
+        """Cancel the running turn (or `turn`), whoever started it.
+
+        Returns:
+            Whether one was running.
+        """
+        request = pb.StopTurnRequest(session=self.name, device=self.device, turn=turn)
+        reply = await self._nodes.unary("StopTurn", request, patience_s=_PATIENCE_S)
+        return bool(reply.stopping)
+
+    # -- the log ----------------------------------------------------------------------------------
+    def follow(self, from_offset: int = 0) -> Follower:
+        """The session, live: `async for item in session.follow()`.
+
+        The first item is a `Snapshot`; then comes an `Entry` for every later offset, once and in
+        order, until you leave the loop.
+
+        Args:
+            from_offset: 0 folds everything so far into the snapshot. N: the snapshot is the state
+                at N (or the first later one that the log still has), and entries follow one by one.
+        """
+        follower = Follower(
+            self._nodes,
+            self._broker,
+            tenant=self._tenant,
+            session=self.name,
+            device=self.device,
+            generation=self.tail.generation,
+            from_offset=from_offset,
+        )
+        self._register(follower)
+        return follower
+
+    async def read(self, from_offset: int = 0) -> list[Snapshot | Entry]:
+        """The log after `from_offset`, up to now.
+
+        A `Snapshot` stands for entries that were compacted, or replaces all where the log's
+        generation changed.
+        """
+        if from_offset < 0:
+            raise InvalidArgument(f"from_offset is {from_offset}.", hint="Use 0 for everything.")
+        view = LogView(self.tail.generation, from_offset)
+        found = read_log(self._nodes, self.name, self.device, view, patience_s=_PATIENCE_S)
+        return [item async for item in found]
+
+    async def state(self) -> SessionState:
+        """The whole session, folded now: turns with prompts and replies, values, claims."""
+        view = LogView(self.tail.generation)
+        async for _ in read_log(self._nodes, self.name, self.device, view, patience_s=_PATIENCE_S):
+            pass
+        return view.state
+
+    async def append(self, *ops: Op) -> Cursor:
+        """Append ops of this device, each once, all or none; `id`, `device`, `at_ms` are filled in.
+
+        Returns:
+            The place of the first one.
+
+        Raises:
+            InvalidArgument: no op, too many, or of a kind that only a turn's owner writes.
+        """
+        if not 0 < len(ops) <= MAX_APPEND_OPS:
+            raise InvalidArgument(
+                f"{len(ops)} ops were given; 1 to {MAX_APPEND_OPS} can be appended at once."
+            )
+        data = [encode_op(self._signed(op)) for op in ops]
+        async with self._appending:
+            return await self._append(data)
+
+    async def set(self, name: str, value: bytes | str) -> Cursor:
+        """Set a named value of the session; the last writer by log order wins."""
+        if not name or len(name) > MAX_ID_CHARS:
+            raise InvalidArgument(
+                f"The value's name has {len(name)} characters.", hint=f"Use 1 to {MAX_ID_CHARS}."
+            )
+        check_text(name, "name")
+        content = check_text(value, "value") if isinstance(value, str) else bytes(value)
+        return await self.append(Set(id="", name=name, value=content))
+
+    def _signed(self, op: _OpT) -> _OpT:
+        if not isinstance(op, DEVICE_KINDS):
+            raise InvalidArgument(
+                f"A device may not append {type(op).__name__}.", hint="Turns are run: session.run."
+            )
+        return msgspec.structs.replace(
+            op,
+            id=op.id or new_id("o", os.urandom),
+            device=self.device,
+            at_ms=op.at_ms or int(time.time() * 1000),
+        )
+
+    async def _append(self, data: list[bytes]) -> Cursor:
+        request = pb.AppendRequest(
+            session=self.name,
+            device=self.device,
+            epoch=self._epoch,
+            first_seq=self._seq,
+            ops=data,
+        )
+        try:
+            reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
+        except (StaleEpoch, SequenceGap) as error:
+            # another life of this device wrote with a clock ahead of ours, or the store lost ours:
+            # nothing of this batch is in the log, so it goes out again under a newer epoch
+            current = error.fields.get("current")
+            self._renew(current if isinstance(current, int) else 0)
+            request.epoch, request.first_seq = self._epoch, self._seq
+            reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
+        except (SegueError, asyncio.CancelledError):
+            # whether these numbers were used is not known: leave them behind
+            self._renew(0)
+            raise
+        self._seq += len(data)
+        return Cursor(reply.first.generation, reply.first.offset)
+
+    def _renew(self, current: int) -> None:
+        self._epoch = max(self._epoch, current) + 1
+        self._seq = 1

@@ -1,0 +1,235 @@
+"""One turn as the device that asked for it sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from segue._nodes import EOF, Node, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._reply import ReplyView
+from segue.events import Ended, Frame, Reply, Timing, TurnEvent
+from segue_contract.errors import InvalidArgument, SegueError, TurnFailed, Unreachable
+from segue_contract.limits import (
+    RESUME_TIMEOUT_S,
+    RPC_TIMEOUT_S,
+    TURN_TIMEOUT_S,
+    TURN_WAIT_TIMEOUT_S,
+)
+from segue_contract.v1 import agent_pb2 as pb
+
+
+class Turn:
+    """Made by `Session.run`; use it with `async with`, and iterate over its events.
+
+    Entering waits until the turn was accepted. From then on it runs to its end: leaving the block
+    early, or losing the connection, never cancels it; `stop` does. Where the stream breaks, the
+    turn is joined again, at the next address if need be, and goes on without a token lost or
+    doubled. The next event tells `Rewound` where previews had to be taken back.
+
+    Attributes:
+        id: the turn's id in the session log.
+        timing: what this device measured.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        request: pb.RunTurnRequest,
+        stop: Callable[[str], Awaitable[bool]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.id = request.turn
+        self.timing = Timing()
+        self._nodes = nodes
+        self._request = request
+        self._stop = stop
+        self._clock = clock
+        self._view = ReplyView(request.turn)
+        self._ready: deque[TurnEvent] = deque()
+        self._node: Node | None = None
+        self._call: Any = None
+        self._entered = False
+        self._begun_at = 0.0
+        self._lost_since: float | None = None
+        self._next_pause = pauses()
+        self._refused: set[str] = set()
+
+    # -- what is known ----------------------------------------------------------------------------
+    @property
+    def text(self) -> str:
+        """The reply so far."""
+        return self._view.merger.text
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self._view.merger.tokens)
+
+    @property
+    def durable_index(self) -> int:
+        """Tokens of the reply, from the first on, that the session log holds."""
+        return self._view.merger.durable_index
+
+    @property
+    def ended(self) -> Ended | None:
+        return self._view.ended
+
+    @property
+    def address(self) -> str:
+        """The node that serves this turn to us now."""
+        return self._node.address if self._node is not None else ""
+
+    # -- running ----------------------------------------------------------------------------------
+    async def __aenter__(self) -> Turn:
+        """Start the turn and wait until it is accepted.
+
+        Raises:
+            SessionBusy: another turn runs, and `when_busy` is "refuse".
+            Overloaded, PromptTooLong, UnknownModel, ...: what the node refused it for.
+            Unreachable: no node could be reached.
+        """
+        if self._entered:
+            raise InvalidArgument("A turn runs once.", hint="Call session.run again.")
+        self._entered = True
+        self._begun_at = self._clock()
+        try:
+            await self._receive()
+        except BaseException:
+            self._drop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._drop()
+
+    def __aiter__(self) -> Turn:
+        return self
+
+    async def __anext__(self) -> TurnEvent:
+        """The next event; the last one is `Ended`."""
+        if not self._entered:
+            raise InvalidArgument(
+                "The turn was not started.", hint="Write `async with session.run(...) as turn`."
+            )
+        while not self._ready:
+            if self._view.ended is not None:
+                raise StopAsyncIteration
+            await self._receive()
+        return self._ready.popleft()
+
+    async def result(self) -> Reply:
+        """Wait for the end and return the whole reply.
+
+        Raises:
+            TurnFailed: the turn ended with an error; `fields["code"]` says which.
+        """
+        async for _ in self:
+            pass
+        ended = self._view.ended
+        assert ended is not None
+        if ended.error is not None:
+            raise TurnFailed(ended.error.message, hint=ended.error.hint, **ended.error.fields)
+        return Reply(self.id, self.text, self.tokens, ended.reason, ended.usage, ended.plan)
+
+    async def stop(self) -> bool:
+        """Cancel this turn, for everyone. False: it was not running (any more)."""
+        return await self._stop(self.id)
+
+    # -- the stream -------------------------------------------------------------------------------
+    async def _receive(self) -> None:
+        """Wait until the wire brought at least one event, over however many streams."""
+        while not self._ready and self._view.ended is None:
+            try:
+                if self._call is None:
+                    await self._open()
+                wire = await self._call.read()
+            except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+                self._drop()
+                if being_cancelled():
+                    raise
+                await self._survive(error)
+                continue
+            if wire is EOF:
+                self._drop()
+                await self._survive(Unreachable("The turn's stream ended before the turn did."))
+                continue
+            await self._take(wire)
+
+    async def _take(self, wire: pb.TurnEvent) -> None:
+        known = self._view.merger.next_index
+        now = self._clock() - self._begun_at
+        for event in self._view.take(wire):
+            if isinstance(event, Frame):
+                self.timing.saw(now, event.next_index, event.made_by)
+            self._ready.append(event)
+        if self._view.merger.next_index > known:
+            self._lost_since = None  # only tokens are progress: resuming has an end
+            self._next_pause = pauses()
+        if self._view.incomplete:
+            self._drop()
+            await self._survive(Unreachable("The turn's end came without all of its tokens."))
+        elif self._view.ended is not None:
+            self._drop()
+
+    async def _open(self) -> None:
+        """Run, or join, the turn at the node that is preferred now."""
+        self._node = await self._nodes.connect()
+        stub = await self._nodes.stub(self._node)
+        request = self._request
+        if self._view.started:
+            request = pb.RunTurnRequest()
+            request.CopyFrom(self._request)
+            request.from_index = self._view.resume_index
+        self._call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
+
+    def _drop(self) -> None:
+        """Leave the stream; the turn goes on."""
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+    async def _survive(self, error: BaseException) -> None:
+        """Pause before another attempt; raise where none would help."""
+        failure = typed(error)
+        accepted = self._view.started
+        if not is_link_loss(error) and not (accepted and failure.retryable):
+            await self._try_next_or_raise(failure)
+            return
+        if self._node is not None:
+            await self._nodes.failed(self._node)
+        now = self._clock()
+        if self._lost_since is None:
+            self._lost_since = now
+        pause = self._next_pause()
+        if now + pause - self._lost_since > (RESUME_TIMEOUT_S if accepted else RPC_TIMEOUT_S / 4):
+            raise self._give_up(failure) from error
+        await asyncio.sleep(pause)
+
+    async def _try_next_or_raise(self, failure: SegueError) -> None:
+        """Where one node refuses for lack of room, another may have some; each is asked once."""
+        if failure.code != "overloaded" or self._node is None:
+            raise failure
+        self._refused.add(self._node.address)
+        await self._nodes.failed(self._node)
+        if all(node.address in self._refused for node in self._nodes.order()):
+            raise failure
+
+    def _give_up(self, failure: SegueError) -> SegueError:
+        if not self._view.started:
+            return failure
+        return Unreachable(
+            f"The turn {self.id} could not be joined again: {failure.message}",
+            hint="It runs on; read the session's log when a node is back.",
+            turn=self.id,
+        )
