@@ -83,8 +83,12 @@ class SegueError(Exception):
             wire = msgspec.msgpack.decode(data, type=_Wire)
         except msgspec.MsgspecError:
             return Internal("The peer sent an error that cannot be read.")
-        cls = _TREE.get(wire.code, Internal)
-        return cls(wire.message, hint=wire.hint, **wire.fields)
+        return SegueError.of(wire.code, wire.message, wire.hint, **wire.fields)
+
+    @staticmethod
+    def of(code: str, message: str, hint: str = "", **fields: Any) -> SegueError:
+        """The error class of that `code`; an unknown code becomes `Internal`."""
+        return _TREE.get(code, Internal)(message, hint=hint, **fields)
 
 
 class _Wire(msgspec.Struct, array_like=True):

@@ -1,13 +1,13 @@
 """`manifest.json`: what a model directory holds, and how to tell that it still does.
 
-    <home>/<name>/manifest.json          this file's `Manifest`
-                  tokenizer.json         Hugging Face tokenizers format
-                  chat_template.jinja    rendered in a sandbox
-                  cloud/model.safetensors  bfloat16 or float32 weights, Hugging Face Llama names
-                  cloud/config.json      Hugging Face's, so that its libraries can load the weights
-                  edge/prefill.onnx      W8A8, last-position logits, KV out
-                  edge/decode.onnx       weight-only 8 bit, batch 1
-                  edge/*.data, *.bin     the weights of both; .bin files are shared by them
+<home>/<name>/manifest.json          this file's `Manifest`
+              tokenizer.json         Hugging Face tokenizers format
+              chat_template.jinja    rendered in a sandbox
+              cloud/model.safetensors  bfloat16 or float32 weights, Hugging Face Llama names
+              cloud/config.json      Hugging Face's, so that its libraries can load the weights
+              edge/prefill.onnx      W8A8, last-position logits, KV out
+              edge/decode.onnx       weight-only 8 bit, batch 1
+              edge/*.data, *.bin     the weights of both; .bin files are shared by them
 """
 
 from __future__ import annotations

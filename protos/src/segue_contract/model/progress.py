@@ -56,9 +56,7 @@ def explain_os_error(error: BaseException) -> ModelBuildFailed:
         )
     if isinstance(error, MemoryError):
         return ModelBuildFailed("The build ran out of memory.", hint="Close other programs.")
-    return ModelBuildFailed(
-        f"{type(error).__name__}: {text}.", hint="Nothing was left half-built."
-    )
+    return ModelBuildFailed(f"{type(error).__name__}: {text}.", hint="Nothing was left half-built.")
 
 
 def _names_full_disk(text: str) -> bool:
@@ -67,9 +65,7 @@ def _names_full_disk(text: str) -> bool:
 
 
 def _fail(error: SegueError) -> None:
-    _line(
-        {"event": "error", "code": error.code, "message": error.message, "hint": error.hint}
-    )
+    _line({"event": "error", "code": error.code, "message": error.message, "hint": error.hint})
 
 
 def _line(value: dict[str, object]) -> None:

@@ -1,0 +1,107 @@
+"""`segue model build | list | verify`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from segue.cli import model_build
+from segue_contract.errors import InvalidArgument, ModelError
+from segue_contract.model.home import DEFAULT_MODEL, is_built, model_directory, model_home
+
+app = typer.Typer(help="Build, list and verify models.", no_args_is_help=True)
+_console = Console(stderr=True)
+
+
+@app.command()
+def build(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="A .gguf file or a Hugging Face folder; none: the default model."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The model's name on this machine.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Build even if it is there.")] = False,
+) -> None:
+    """Build a model for edge and cloud, once. The default model needs no arguments."""
+    if source is not None and not name:
+        raise InvalidArgument(
+            "The model has no name.",
+            hint="Say how to call it: segue model build SOURCE --name NAME.",
+        )
+    name, home = name or DEFAULT_MODEL, model_home()
+    if is_built(home / name) and not force:
+        _console.print(f"[green]✓[/] {name} is built already: {home / name}")
+        return
+    began = time.monotonic()
+    with _bar() as bar:
+        task = bar.add_task(f"Building {name}", total=1.0, what="Starting")
+
+        def progress(done: float, what: str) -> None:
+            bar.update(task, completed=done, what=what)
+
+        directory = model_build.build(
+            name,
+            source,
+            home,
+            progress=progress,
+            wait=lambda: progress(0.0, "Another process builds this model: waiting for it"),
+        )
+    _console.print(f"[green]✓[/] {name} built in {time.monotonic() - began:.0f} s: {directory}")
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the models built on this machine."""
+    table = Table("name", "made from", "layers", "context", "edge", "size", box=None)
+    found: list[dict[str, object]] = []
+    model_build.run_step(["segue_contract.model", "list"], lambda _done, _what: None, found.append)
+    for entry in found:
+        if "broken" in entry:
+            table.add_row(str(entry["name"]), f"[red]{entry['broken']}[/]")
+            continue
+        megabytes = int(str(entry["bytes"])) / 1e6
+        cells = [str(entry[key]) for key in ("name", "source", "layers", "context", "edge_quant")]
+        table.add_row(*cells, f"{megabytes:.0f} MB")
+    if not found:
+        _console.print("No model is built yet. Build one with: [bold]segue model build[/]")
+        return
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="A model's name or directory.")] = DEFAULT_MODEL,
+) -> None:
+    """Hash every file of a model again and compare with its manifest."""
+    directory = model_directory(name)
+    with _bar() as bar:
+        task = bar.add_task(f"Verifying {directory.name}", total=1.0, what="")
+        found: list[dict[str, object]] = []
+        model_build.run_step(
+            ["segue_contract.model", "verify", str(directory)],
+            lambda done, what: bar.update(task, completed=done, what=what),
+            found.append,
+        )
+        bar.update(task, completed=1.0, what="Done")
+    if not found:
+        raise ModelError(f"{directory} could not be verified.")
+    _console.print(
+        f"[green]✓[/] {directory.name}: {found[0]['files']} files, all as they were built"
+    )
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+        console=_console,
+    )

@@ -1,0 +1,1 @@
+"""Where weights come from: each module reads one kind of source into a `Checkpoint`."""
