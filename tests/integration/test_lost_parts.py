@@ -1,0 +1,103 @@
+"""Parts that die: what a user sees of it is a pause, never a lost or doubled token."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import segue
+from segue.testing import LocalStack
+from tests.support.devices import WAIT_S, text_in_log, watching
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+STORY = "Tell me a long story about a lighthouse keeper and the sea."
+
+
+async def test_the_edge_is_restarted_between_turns(stack: LocalStack) -> None:
+    async with segue.Client(stack.edge_address, device="phone") as phone:
+        session = await phone.session("restart")
+        async with session.run("My name is Ada. Hello!", max_tokens=16) as turn:
+            first = await turn.result()
+        edge = stack.edges[0]
+        await edge.kill()
+        await edge.restart()
+        async with session.run("What is my name?", max_tokens=16) as turn:
+            second = await turn.result()
+        state = await session.state()
+    assert [t.text for t in state.turns] == [first.text, second.text]
+
+
+async def test_the_edge_dies_in_mid_turn_and_the_cloud_finishes(stack: LocalStack) -> None:
+    edge = stack.edges[0]
+    addresses = [stack.edge_address, stack.cloud_address]
+    async with (
+        segue.Client(addresses, device="phone") as phone,
+        watching(stack.cloud_address, "edge-dies", "laptop") as laptop,
+    ):
+        session = await phone.session("edge-dies")
+        async with session.run(STORY, max_tokens=150, seed=5) as turn:
+            reading = asyncio.create_task(turn.result())
+            await laptop.until_text(turn.id, 20)
+            await edge.kill()
+            reply = await asyncio.wait_for(reading, WAIT_S)
+        assert reply.reason in ("stop", "length")
+        assert await laptop.until_ended(turn.id) == reply.text
+        assert reply.text == await text_in_log(stack.cloud_address, "edge-dies", turn.id)
+    await edge.restart()
+
+
+async def test_a_second_device_on_a_second_edge(stack: LocalStack) -> None:
+    second = await stack.add_edge()
+    async with (
+        segue.Client(stack.edge_address, device="phone") as phone,
+        segue.Client(second.address, device="laptop") as laptop,
+        watching(second.address, "two-edges", "tablet") as tablet,
+    ):
+        one = await phone.session("two-edges")
+        two = await laptop.session("two-edges")
+        async with one.run("Tell me about tides.", max_tokens=40, plan="ship") as turn:
+            first = await turn.result()
+        assert await tablet.until_ended(turn.id) == first.text
+        async with two.run("Say that again, shorter.", max_tokens=30, plan="ship") as turn:
+            reply = await turn.result()
+        assert await tablet.until_ended(turn.id) == reply.text
+        state = await one.state()
+        assert [t.text for t in state.turns] == [first.text, reply.text]
+
+
+async def test_the_broker_is_away_and_the_view_goes_on(stack: LocalStack) -> None:
+    async with (
+        segue.Client(stack.edge_address, device="phone") as phone,
+        watching(stack.edge_address, "no-broker", "laptop") as laptop,
+    ):
+        session = await phone.session("no-broker")
+        async with session.run(STORY, max_tokens=120, seed=6) as turn:
+            reading = asyncio.create_task(turn.result())
+            await laptop.until_text(turn.id, 10)
+            await stack.processes["broker"].kill()
+            reply = await asyncio.wait_for(reading, WAIT_S)
+        assert await laptop.until_ended(turn.id) == reply.text
+        await stack.processes["broker"].restart()
+        async with session.run("Thanks!", max_tokens=8) as turn:
+            thanks = await turn.result()
+        assert await laptop.until_ended(turn.id) == thanks.text
+        assert laptop.offsets == sorted(set(laptop.offsets))
+
+
+async def test_the_cloud_is_restarted_in_mid_turn(stack: LocalStack) -> None:
+    async with (
+        segue.Client(stack.edge_address, device="phone") as phone,
+        watching(stack.edge_address, "cloud-dies", "laptop") as laptop,
+    ):
+        session = await phone.session("cloud-dies")
+        async with session.run(STORY, max_tokens=150, seed=9) as turn:
+            reading = asyncio.create_task(turn.result())
+            await laptop.until_text(turn.id, 20)
+            await stack.cloud.kill()
+            await stack.cloud.restart()
+            reply = await asyncio.wait_for(reading, WAIT_S)
+        assert await laptop.until_ended(turn.id) == reply.text
+        assert reply.text == await text_in_log(stack.cloud_address, "cloud-dies", turn.id)
+        assert laptop.offsets == sorted(set(laptop.offsets))
