@@ -42,6 +42,10 @@ from typing import Any, ClassVar
 
 import msgspec
 
+# What msgspec raises on bytes from elsewhere: no MessagePack or another type, text that is no
+# UTF-8, nesting without end.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 _TREE: dict[str, type[SegueError]] = {}
 
 
@@ -81,9 +85,11 @@ class SegueError(Exception):
         """The error that a peer sent; an unknown code or unreadable bytes become `Internal`."""
         try:
             wire = msgspec.msgpack.decode(data, type=_Wire)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return Internal("The peer sent an error that cannot be read.")
-        return SegueError.of(wire.code, wire.message, wire.hint, **wire.fields)
+        error = SegueError.of(wire.code, wire.message, wire.hint)
+        error.fields = wire.fields  # a peer's names must not meet our parameters' names
+        return error
 
     @staticmethod
     def of(code: str, message: str, hint: str = "", **fields: Any) -> SegueError:

@@ -40,7 +40,7 @@ def check_id(value: str, what: str) -> str:
 
 
 def new_id(prefix: str, random_bytes: Callable[[int], bytes]) -> str:
-    """A fresh id: `prefix` and 80 random bits. `random_bytes` is `os.urandom` or a seeded source."""
+    """A fresh id: `prefix` and 80 random bits of `random_bytes` (`os.urandom`, or a seeded one)."""
     number = int.from_bytes(random_bytes(10), "big")
     digits = "".join(_ALPHABET[(number >> shift) & 31] for shift in range(75, -1, -5))
     return f"{prefix}{digits}"

@@ -46,7 +46,6 @@ UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
 MQTT_PUBLISH_QUEUE: Final = 8192  # then entries are dropped from MQTT; the head heals it
 SESSION_CACHE: Final = 1024  # folded session states an instance keeps at hand
 EDGE_SESSION_CACHE: Final = 1024
-EDGE_SESSION_TURNS: Final = 512  # turns of one session an edge keeps; more never fit a context
 ENDED_TURNS_KEPT: Final = 128  # ended turns an edge can replay to a device that comes back
 OUTBOX_TURNS: Final = 64  # turns served offline that wait for the cloud; then Overloaded
 PREFILL_QUEUE_JOBS: Final = 256  # jobs of the edge's compute thread: turns and warm-ups

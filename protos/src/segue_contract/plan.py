@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from segue_contract.errors import InvalidArgument
+from segue_contract.errors import UNREADABLE, InvalidArgument
 
 
 class Shape(StrEnum):
@@ -65,5 +65,5 @@ def decode_plan(data: bytes) -> PlanReport:
     """Raises InvalidArgument where the bytes are no plan report."""
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidArgument(f"These bytes are no plan report: {error}.") from error

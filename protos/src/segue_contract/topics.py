@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from segue_contract.errors import InvalidArgument
+from segue_contract.errors import UNREADABLE, InvalidArgument
 from segue_contract.sync.state import Cursor
 
 ROOT = "segue/v1"
@@ -45,7 +45,7 @@ def decode_log_message(payload: bytes) -> LogMessage:
     """Raises InvalidArgument where the payload is no log message."""
     try:
         return _log_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidArgument(f"This payload is no log message: {error}.") from error
 
 
@@ -57,5 +57,5 @@ def decode_head(payload: bytes) -> Cursor:
     """Raises InvalidArgument where the payload is no head."""
     try:
         return Cursor(*_head_decoder.decode(payload))
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidArgument(f"This payload is no head: {error}.") from error

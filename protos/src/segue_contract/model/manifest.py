@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from segue_contract.errors import ModelMismatch, ModelMissing
+from segue_contract.errors import UNREADABLE, ModelMismatch, ModelMissing
 from segue_contract.kv.layout import KvGeometry, KvRecipe
 from segue_contract.model.home import (
     DEFAULT_MODEL,
@@ -142,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ModelMismatch(
             f"{path} cannot be read: {error}.", hint="Build the model again."
         ) from error

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from segue_contract.errors import InvalidArgument
+from segue_contract.errors import UNREADABLE, InvalidArgument
 from segue_contract.limits import MAX_OP_BYTES
 
 
@@ -188,11 +188,12 @@ def decode_op(data: bytes) -> Op:
     if len(data) > MAX_OP_BYTES:
         raise InvalidArgument(f"A log entry of {len(data)} bytes is over the limit.")
     try:
-        return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+        op: Op = _decoder.decode(data)
+        return op
+    except UNREADABLE as error:
         try:
             head = _head_decoder.decode(data)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             head = _Head()
         if head.id and head.kind and head.kind not in _KINDS:
             return Unknown(id=head.id, original=data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from segue_contract.errors import InvalidArgument
+from segue_contract.errors import UNREADABLE, InvalidArgument
 from segue_contract.sync.ops import Sampling, Usage
 
 
@@ -74,7 +74,7 @@ def decode_state(data: bytes) -> SessionState:
     """Raises InvalidArgument where the bytes are no session state."""
     try:
         return _state_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidArgument(f"These bytes are no session state: {error}.") from error
 
 
@@ -86,5 +86,5 @@ def decode_turns(data: bytes) -> list[TurnState]:
     """Raises InvalidArgument where the bytes are no list of turns."""
     try:
         return _turns_decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidArgument(f"These bytes are no list of turns: {error}.") from error
