@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +17,6 @@ from segue.cli.console import out
 from segue.cli.runner import run
 from segue.local.parts import Part, Program, Server
 from segue.local.stack import LocalStack
-from segue_contract.errors import StartFailed
 
 app = typer.Typer(add_completion=False)
 
@@ -71,7 +68,7 @@ async def _serve(stack: LocalStack, view: StartView, console: Console) -> None:
             await stack.__aexit__(None, None, None)
         if crashed is None:
             console.print("Stopped.")
-    raise crash_error(crashed, stack.folder)
+    raise stack.crash_error(crashed)
 
 
 class StartView:
@@ -146,20 +143,3 @@ def next_steps(stack: LocalStack) -> RenderableType:
         "[dim]Ctrl-C here stops everything.[/]",
     ]
     return Text.from_markup("\n".join(lines))
-
-
-def crash_error(part: Part, folder: Path) -> StartFailed:
-    """What to tell when a part ended by itself."""
-    said = "\n".join(f"  {line}" for line in part.tail())
-    words = f"It said last:\n{said}\n" if said else "It said nothing.\n"
-    return StartFailed(
-        f"{part.name} ended by itself: {part.ended_how}. Everything else was stopped.",
-        hint=f"{words}The logs are in {escape(str(folder))}.",
-        program=part.name,
-    )
-
-
-async def cancel_on_crash(stack: LocalStack, task: asyncio.Task[object]) -> None:
-    """Cancel `task` when a part of the stack ends by itself."""
-    await stack.wait_crash()
-    task.cancel()

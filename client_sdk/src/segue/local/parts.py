@@ -223,9 +223,9 @@ class Server(Part):
         await self._server.__aexit__(None, None, None)  # its folder, too
 
 
-def python_command(*args: str) -> list[str]:
-    """`python -m segue ARGS` with this interpreter."""
-    return [sys.executable, "-m", "segue", *args]
+def module_command(module: str, *args: str) -> list[str]:
+    """`python -m MODULE ARGS` with this interpreter."""
+    return [sys.executable, "-m", module, *args]
 
 
 def how_it_ended(code: int) -> str:

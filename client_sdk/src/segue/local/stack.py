@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from segue.local.parts import Part, Program, Server, python_command
+from segue.local.parts import Part, Program, Server, module_command
 from segue.local.ports import check_free, free_port
-from segue_contract.errors import InvalidArgument, SegueError
+from segue_contract.errors import InvalidArgument, SegueError, StartFailed
 from segue_contract.limits import START_TIMEOUT_S
 from segue_contract.servers import Broker, Valkey
+
+T = TypeVar("T")
 
 MAX_EDGES = 8  # each loads the model once more
 
@@ -141,6 +143,34 @@ class LocalStack:
         assert self._crash is not None, "the stack has not been started"
         return await asyncio.shield(self._crash)
 
+    def crash_error(self, part: Part) -> StartFailed:
+        """What to tell of a part that ended by itself."""
+        said = "\n".join(f"  {line}" for line in part.tail())
+        words = f"It said last:\n{said}" if said else "It said nothing."
+        return StartFailed(
+            f"{part.name} ended by itself: {part.ended_how}. Everything else was stopped.",
+            hint=f"{words}\nThe logs are in {self.folder}.",
+            program=part.name,
+        )
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`; where a part of the stack ends by itself, cancel it.
+
+        Raises:
+            StartFailed: which part ended, and its last lines.
+        """
+        working = asyncio.ensure_future(work)
+        crashing = asyncio.ensure_future(self.wait_crash())
+        try:
+            await asyncio.wait({working, crashing}, return_when=asyncio.FIRST_COMPLETED)
+            if crashing.done():
+                raise self.crash_error(crashing.result())
+            return working.result()
+        finally:
+            for task in (working, crashing):
+                task.cancel()
+            await asyncio.wait({working, crashing})
+
     async def add_edge(self, *args: str) -> Program:
         """Start one more edge node, with further arguments; it stops with the stack."""
         if len(self.edges) >= MAX_EDGES:
@@ -184,14 +214,14 @@ class LocalStack:
             self.mqtt_url, self.broker_kind = broker.url, broker.kind
 
     def _cloud_command(self) -> list[str]:
-        command = python_command("cloud", "--port", str(self._cloud_port))
+        command = module_command("segue", "cloud", "--port", str(self._cloud_port))
         command += ["--redis-url", self.redis_url, "--mqtt-url", self.mqtt_url]
         command += ["--dtype", self._dtype]
         return [*command, *self._model_args(), *self._cloud_args]
 
     def _new_edge(self, port: int, args: Sequence[str]) -> Program:
         name = f"edge-{len(self.edges) + 1}"
-        command = python_command("edge", "--port", str(port))
+        command = module_command("segue", "edge", "--port", str(port))
         command += ["--cloud", self.cloud_address, *self._model_args(), *self._edge_args, *args]
         edge = Program(
             name,
