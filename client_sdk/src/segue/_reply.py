@@ -15,7 +15,7 @@ from segue_contract.v1 import agent_pb2 as pb
 class ReplyView:
     """Collects one turn's events over any number of streams, each token once.
 
-    `incomplete` is true after an end that came before all of the turn's tokens: a further stream
+    `incomplete` is true right after an end that came before all of the turn's tokens: a further stream
     from `resume_index` brings them, and the end again.
     """
 
@@ -39,6 +39,7 @@ class ReplyView:
         """
         if self.ended is not None:
             return []
+        self.incomplete = False
         out: list[events.TurnEvent] = []
         kind = wire.WhichOneof("kind")
         if not self.started and kind is not None:

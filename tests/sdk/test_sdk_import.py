@@ -1,0 +1,36 @@
+"""`import segue` is light: it must never pull in what only nodes need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ("numpy", "torch", "onnxruntime", "tokenizers", "redis", "structlog", "transformers")
+
+
+def _loaded(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_import_loads_nothing_but_itself() -> None:
+    loaded = _loaded("import segue; segue.__version__")
+    assert "segue" in loaded
+    assert loaded.isdisjoint({*HEAVY, "grpc", "aiomqtt", "msgspec", "rich", "typer"})
+
+
+def test_whole_api_does_without_the_nodes_packages() -> None:
+    loaded = _loaded("import segue, segue._mqtt; [getattr(segue, name) for name in segue.__all__]")
+    assert "grpc" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_public_names() -> None:
+    import segue
+
+    for name in segue.__all__:
+        assert getattr(segue, name) is not None
+    assert set(segue.__all__) <= set(dir(segue))

@@ -1,0 +1,108 @@
+"""The pure parts of the SDK: log view, reply view, inbox."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.fake_agent import durable, ended, frame, started
+
+from segue._inbox import Batch, Head, Inbox, Link, Overflow, RawEntry
+from segue._log import LogView
+from segue._reply import ReplyView
+from segue.events import Frame, Rewound
+from segue_contract.sync.ops import Set, Unknown, encode_op
+from segue_contract.sync.state import Cursor, SessionState
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def raw(offset: int, generation: int = 1) -> RawEntry:
+    data = encode_op(Set(id=f"o{offset}", name="n", value=b"%d" % offset))
+    return RawEntry(generation, offset, data)
+
+
+@given(st.lists(st.integers(1, 12), max_size=60), st.integers(0, 2**32))
+def test_any_order_and_repetition_yields_each_entry_once(offsets: list[int], seed: int) -> None:
+    offsets = [*offsets, *range(1, 13)]
+    random.Random(seed).shuffle(offsets)
+    view = LogView(1)
+    out = [entry.offset for offset in offsets for entry in view.offer([raw(offset)])]
+    assert out == list(range(1, 13))
+    assert not view.behind
+    assert view.state.values == {"n": b"12"}
+
+
+def test_a_snapshot_overtakes_early_entries() -> None:
+    view = LogView(1)
+    assert [e.offset for e in view.offer([raw(1), raw(5), raw(8)])] == [1]
+    assert view.behind
+    snapshot = view.load(SessionState(cursor=Cursor(1, 6)))
+    assert snapshot is not None
+    assert snapshot.offset == 6
+    assert [e.offset for e in view.offer([raw(7), raw(5)])] == [7, 8]
+    assert view.load(SessionState(cursor=Cursor(1, 3))) is None
+
+
+def test_an_unreadable_entry_keeps_its_place() -> None:
+    view = LogView(1)
+    first, second = view.offer([RawEntry(1, 1, b"\xc1 rubbish"), raw(2)])
+    assert isinstance(first.op, Unknown)
+    assert second.offset == 2
+
+
+def test_another_generation_waits_for_a_snapshot() -> None:
+    view = LogView(1)
+    list(view.offer([raw(1), raw(2)]))
+    assert list(view.offer([raw(3, generation=2)])) == []
+    assert view.behind
+    assert view.load(SessionState(cursor=Cursor(2, 2))) is not None
+    assert [e.offset for e in view.offer([raw(3, generation=2), raw(3)])] == [3]
+    assert not view.behind
+
+
+def test_a_full_inbox_keeps_its_links_and_says_overflow() -> None:
+    inbox = Inbox(max_entries=4)
+    inbox.put(Link(True))
+    for offset in range(1, 7):
+        inbox.put(Batch((raw(offset),)))
+        inbox.put(Head(Cursor(1, offset)))
+    kinds = [type(item) for item in inbox._items]
+    assert kinds == [Link, Overflow, Head, Batch, Head]
+
+
+@given(st.data())
+def test_a_reply_over_any_broken_streams_is_whole(data: st.DataObject) -> None:
+    """Streams that break anywhere, previews that were never durable, repeated frames."""
+    view = ReplyView("t")
+    shown: list[str] = []
+
+    def take(wire: object) -> None:
+        for event in view.take(wire):  # type: ignore[arg-type]
+            if isinstance(event, Rewound):
+                del shown[event.index :]
+            elif isinstance(event, Frame):
+                assert event.index == len(shown)
+                shown.extend(event.pieces)
+        assert "".join(shown) == view.merger.text
+        view.merger.check_integrity()
+
+    take(started("t"))
+    epoch = 1
+    for _ in range(data.draw(st.integers(0, 4))):
+        index = view.resume_index
+        length = data.draw(st.integers(0, len(WORDS) - index))
+        previews = data.draw(st.booleans())
+        words = WORDS[index : index + length]
+        if previews:
+            words = [f"{word}{epoch}" for word in words]
+        for place, word in enumerate(words):
+            take(frame(index + place, word, epoch=epoch, durable=not previews))
+        epoch += previews
+    index = view.resume_index
+    take(frame(index, " ".join(WORDS[index:]), epoch=epoch, durable=False))
+    take(durable(len(WORDS)))
+    take(ended(len(WORDS), epoch=epoch))
+    assert view.ended is not None
+    assert "".join(shown).split() == WORDS

@@ -1,0 +1,320 @@
+"""A turn seen by the device that asked: merged, resumed, never cancelled by leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from tests.support.fake_agent import (
+    Break,
+    FakeAgent,
+    FakeLog,
+    Step,
+    Wait,
+    durable,
+    ended,
+    frame,
+    started,
+)
+
+import segue
+from segue import errors
+from segue_contract.plan import PlanReport, encode_plan
+from segue_contract.v1 import agent_pb2 as pb
+
+REPLY = "Paris is a fine place to walk "
+
+
+def whole(request: pb.RunTurnRequest) -> Sequence[Step]:
+    steps = [frame(i, word) for i, word in enumerate(REPLY.split())]
+    return [started(request.turn), *steps[request.from_index :], ended(7)]
+
+
+def by_attempt(*scripts: Sequence[Step]):
+    """One script per attempt; the last one serves all further attempts."""
+    attempts = iter(range(len(scripts)))
+
+    def script(request: pb.RunTurnRequest) -> Sequence[Step]:
+        return scripts[next(attempts, len(scripts) - 1)]
+
+    return script
+
+
+async def collect(turn: segue.Turn) -> list[object]:
+    return [event async for event in turn]
+
+
+async def test_events_text_and_result() -> None:
+    plan = encode_plan(PlanReport(shape="ship"))
+    script = [
+        started("x"),
+        frame(0, "Paris", durable=False, made_by="edge"),
+        durable(1),
+        frame(1, "is a fine place to walk"),
+        ended(7, plan=plan),
+    ]
+    async with (
+        FakeAgent(FakeLog("trip"), lambda _: script) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?", max_tokens=20, seed=7) as turn:
+            events = await collect(turn)
+            reply = await turn.result()
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["Started", "Frame", "Durable", "Frame", "Ended"]
+    assert "".join(event.text for event in events) == REPLY == turn.text == reply.text
+    assert reply.reason == "stop"
+    assert reply.usage.completion_tokens == 7
+    assert reply.plan is not None
+    assert reply.plan.shape == "ship"
+    assert turn.timing.first_token_by == "edge"
+    assert turn.timing.tokens == 7
+    sent = agent.runs[0]
+    assert (sent.prompt, sent.max_tokens, sent.sampling.seed) == ("Where?", 20, 7)
+    assert sent.sampling.top_p == 1.0
+
+
+async def test_broken_stream_is_joined_again_at_the_same_node() -> None:
+    attempts = by_attempt(
+        [started("x"), frame(0, "Paris is"), frame(2, "a", durable=False), Break()],
+        [frame(2, "a fine"), Break()],
+        [started("x"), frame(4, "place to walk"), ended(7)],
+    )
+    async with (
+        FakeAgent(FakeLog("trip"), attempts) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            events = await collect(turn)
+    assert "".join(event.text for event in events) == REPLY == turn.text
+    assert [run.from_index for run in agent.runs] == [0, 2, 4]
+    assert len({run.turn for run in agent.runs}) == 1
+    assert not [event for event in events if isinstance(event, segue.Rewound)]
+
+
+async def test_dead_node_is_replaced_by_the_next_address() -> None:
+    log = FakeLog("trip")
+    go_on = asyncio.Event()
+    async with (
+        FakeAgent(log, lambda r: [started(r.turn), frame(0, "Paris is a"), Wait(go_on)]) as first,
+        FakeAgent(log, whole, role="cloud") as second,
+        segue.Client([first.address, second.address], device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            text = ""
+            async for event in turn:
+                text += event.text
+                if isinstance(event, segue.Frame) and event.next_index == 3:
+                    await first.kill()
+            assert text == REPLY
+            assert second.runs[0].turn == turn.id
+            assert second.runs[0].from_index == 3
+            assert turn.address == "" or turn.address == second.address
+
+
+async def test_lost_previews_are_rewound() -> None:
+    """The edge showed tokens that the log never got; epoch 2 makes others in their place."""
+    attempts = by_attempt(
+        [
+            started("x"),
+            frame(0, "Paris is"),
+            frame(2, "big and loud", durable=False, made_by="edge"),
+            Break(),
+        ],
+        [started("x", 2), frame(2, "a fine place to walk", epoch=2), ended(7, epoch=2)],
+    )
+    async with (
+        FakeAgent(FakeLog("trip"), attempts) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        pieces: list[str] = []
+        async with session.run("Where?") as turn:
+            async for event in turn:
+                if isinstance(event, segue.Frame):
+                    pieces += event.pieces
+                elif isinstance(event, segue.Rewound):
+                    assert event.index == 2
+                    del pieces[event.index :]
+    assert "".join(pieces) == REPLY == turn.text
+    assert agent.runs[1].from_index == 2
+
+
+async def test_an_end_without_all_tokens_is_not_believed() -> None:
+    attempts = by_attempt(
+        [started("x"), frame(0, "Paris"), frame(5, "to walk"), ended(7)],
+        [frame(1, "is a fine place to walk"), ended(7)],
+    )
+    async with (
+        FakeAgent(FakeLog("trip"), attempts) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            reply = await turn.result()
+    assert reply.text == REPLY
+    assert len(agent.runs) == 2
+
+
+async def test_resuming_without_progress_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segue.turn.RESUME_TIMEOUT_S", 0.3)
+    script = [started("x"), frame(0, "Paris"), Break()]
+    async with (
+        FakeAgent(FakeLog("trip"), lambda _: script) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            with pytest.raises(errors.Unreachable) as caught:
+                await turn.result()
+    assert caught.value.fields["turn"] == turn.id
+    assert 1 < len(agent.runs) < 20
+    assert turn.text == "Paris "
+
+
+async def test_leaving_early_stops_nothing() -> None:
+    go_on = asyncio.Event()
+    async with (
+        FakeAgent(
+            FakeLog("trip"), lambda r: [started(r.turn), frame(0, "Paris"), Wait(go_on)]
+        ) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            async for event in turn:
+                if isinstance(event, segue.Frame):
+                    break
+        async with asyncio.timeout(5):
+            await agent.run_closed.wait()
+        assert not agent.stops
+        assert await session.stop()
+        assert agent.stops[0].turn == ""
+
+
+async def test_a_cancelled_reader_may_read_on() -> None:
+    go_on = asyncio.Event()
+    attempts = by_attempt(
+        [started("x"), frame(0, "Paris"), Wait(go_on)],
+        [frame(1, "is a fine place to walk"), ended(7)],
+    )
+    async with (
+        FakeAgent(FakeLog("trip"), attempts) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            shown = asyncio.Event()
+
+            async def read() -> None:
+                async for event in turn:
+                    if event.text:
+                        shown.set()
+
+            waiting = asyncio.create_task(read())
+            await shown.wait()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await turn.result()).text == REPLY
+    assert agent.runs[1].from_index == 1
+
+
+async def test_failed_turn_is_an_event_and_a_typed_error() -> None:
+    script = [
+        started("x"),
+        frame(0, "Paris"),
+        ended(1, reason="error", error_code="store_unavailable", error_message="The store died."),
+    ]
+    async with (
+        FakeAgent(FakeLog("trip"), lambda _: script) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            events = await collect(turn)
+            with pytest.raises(errors.TurnFailed, match=r"The store died\.") as caught:
+                await turn.result()
+    assert caught.value.fields["code"] == "store_unavailable"
+    last = events[-1]
+    assert isinstance(last, segue.Ended)
+    assert last.error is not None
+
+
+async def test_refusals_are_typed_and_raised_on_entry() -> None:
+    busy = errors.SessionBusy("Another turn runs.")
+    async with (
+        FakeAgent(FakeLog("trip"), lambda _: [busy]) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        with pytest.raises(errors.SessionBusy):
+            async with session.run("Where?", when_busy="refuse"):
+                pass
+        assert agent.runs[0].when_busy == pb.WHEN_BUSY_REFUSE
+        assert len(agent.runs) == 1
+
+
+async def test_an_overloaded_node_sends_us_to_the_next() -> None:
+    log = FakeLog("trip")
+    full = errors.Overloaded("Full.", retry_after_s=2.0)
+    async with (
+        FakeAgent(log, lambda _: [full]) as first,
+        FakeAgent(log, whole) as second,
+    ):
+        async with segue.Client([first.address, second.address], device="phone") as client:
+            session = await client.session("trip")
+            async with session.run("Where?") as turn:
+                assert (await turn.result()).text == REPLY
+        async with segue.Client(first.address, device="phone") as client:
+            session = await client.session("trip")
+            with pytest.raises(errors.Overloaded) as caught:
+                async with session.run("Where?"):
+                    pass
+        assert caught.value.fields["retry_after_s"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"prompt": ""}, errors.EmptyPrompt),
+        ({"prompt": " \n"}, errors.EmptyPrompt),
+        ({"prompt": "\ud800"}, errors.InvalidArgument),
+        ({"prompt": "x" * 300_000}, errors.PromptTooLong),
+        ({"max_tokens": 0}, errors.BadSampling),
+        ({"max_tokens": -1}, errors.BadSampling),
+        ({"max_tokens": 2**40}, errors.BadSampling),
+        ({"temperature": float("nan")}, errors.BadSampling),
+        ({"temperature": float("inf")}, errors.BadSampling),
+        ({"temperature": -0.1}, errors.BadSampling),
+        ({"top_p": 0.0}, errors.BadSampling),
+        ({"top_p": 1.1}, errors.BadSampling),
+        ({"top_k": -1}, errors.BadSampling),
+        ({"min_p": float("nan")}, errors.BadSampling),
+        ({"seed": -1}, errors.BadSampling),
+        ({"seed": 2**64}, errors.BadSampling),
+        ({"stop": [""]}, errors.InvalidArgument),
+        ({"stop": "one text"}, errors.InvalidArgument),
+        ({"stop": ["x"] * 9}, errors.InvalidArgument),
+        ({"plan": "magic"}, errors.InvalidArgument),
+        ({"when_busy": "maybe"}, errors.InvalidArgument),
+        ({"turn": "a/b"}, errors.InvalidArgument),
+    ],
+)
+async def test_bad_input_never_leaves_the_device(
+    arguments: dict[str, object], error: type[Exception]
+) -> None:
+    async with (
+        FakeAgent(FakeLog("trip"), whole) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        with pytest.raises(error) as caught:
+            session.run(**{"prompt": "Where?", **arguments})  # type: ignore[arg-type]
+        assert isinstance(caught.value, errors.SegueError)
+        assert caught.value.hint
+        assert not agent.runs
