@@ -22,8 +22,9 @@ from segue_cloud.turns.feed import TurnFeed
 from segue_cloud.turns.messages import ended_event, frame_event, started_event
 from segue_cloud.turns.ports import TurnLog
 from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.text import ReplyText
 from segue_cloud.turns.writer import TurnWriter
-from segue_contract.chat import ChatTokenizer, StopScanner
+from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import (
     DeadlineExceeded,
     Internal,
@@ -243,11 +244,7 @@ class TurnOwner:
             return "length"
         if self.stopping.is_set():
             return "cancelled"
-        detokenizer = self._deps.tokenizer.detokenizer()
-        scanner = StopScanner(spec.stop)
-        for token in self._tokens:
-            scanner.push((token,), (detokenizer.push(token),))
-        scanner.flush()
+        text = ReplyText(self._deps.tokenizer, spec.stop, self._tokens)
         turn = EngineTurn(
             turn=spec.key.turn,
             prompt=spec.prompt,
@@ -271,13 +268,12 @@ class TurnOwner:
                 if output is None:
                     raise Internal("The engine ended a turn without a reason.")
                 self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
-                pieces = tuple(detokenizer.push(token) for token in output.tokens)
-                scan = scanner.push(output.tokens, pieces)
+                scan = text.push(output.tokens)
                 self._add(scan.tokens, scan.pieces, "cloud")
                 if scan.stopped:
                     return "stop"
                 if output.finished:
-                    rest = scanner.flush()
+                    rest = text.flush()
                     self._add(rest.tokens, rest.pieces, "cloud")
                     return output.finished
         finally:
