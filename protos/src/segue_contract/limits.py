@@ -113,3 +113,5 @@ HEAD_DELAY_S: Final = 0.1  # a head goes out this long after the first append it
 PUBLISH_INFLIGHT: Final = 128  # unacknowledged MQTT messages of one publisher
 DIRTY_AFTER_S: Final = 2.0  # appended and not confirmed for this long: another one publishes
 MAX_SWEEP_SESSIONS: Final = 1000
+MAX_SESSION_DEVICES: Final = 256  # devices of one session that are remembered, latest first
+TITLE_CHARS: Final = 80  # of a session's first message, for lists

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -29,6 +29,8 @@ class AppendResult:
     expected_seq: int = 0
     # somebody asked the session's running turn to stop
     stop_requested: bool = False
+    # how many of the batch's last ops this call appended: they end at `tail`
+    appended: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class TurnClaim:
 
     status: Status
     epoch: int = 0
-    cursor: Cursor = Cursor()
+    cursor: Cursor = field(default_factory=Cursor)
     known: bool = False  # this turn id began earlier
     ended: bool = False  # and has ended since
-    holder: str = ""  # the turn that holds the session, where BUSY
+    # BUSY: the turn that holds the session. OK: one whose owner let its lease run out, and which
+    # this claim fenced off without ending it.
+    holder: str = ""
+    appended: int = 0  # how many opening ops this call appended; they end at `cursor`
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,13 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def renew_turn(self, tenant: str, session: str, turn: str, epoch: int, lease_s: float) -> AppendResult:
+    async def fence_turn(self, tenant: str, session: str, turn: str) -> TurnClaim:
+        """As `take_over`, without claiming the session: to end a turn whose owner is gone."""
+        ...
+
+    async def renew_turn(
+        self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
+    ) -> AppendResult:
         """Extend the lease; also says whether a stop was requested."""
         ...
 
@@ -129,6 +140,17 @@ class SessionStore(Protocol):
         self, tenant: str, session: str, after: int, max_entries: int
     ) -> tuple[Cursor, list[StoredEntry]]:
         """Tail, and entries with offset > `after`, oldest first. May start later: see `compact`."""
+        ...
+
+    async def tails(self, sessions: Sequence[tuple[str, str]]) -> list[Cursor | None]:
+        """The tail of each (tenant, session); None where there is no such session."""
+        ...
+
+    async def report_loss(self, tenant: str, session: str, known: Cursor) -> Cursor:
+        """The log ends before `known`, which it once acknowledged: go on under generation + 1.
+
+        Returns the tail. Raises UnknownSession.
+        """
         ...
 
     async def load_snapshot(self, tenant: str, session: str) -> SessionState | None:
@@ -145,6 +167,10 @@ class SessionStore(Protocol):
 
     async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[tuple[str, str]]:
         """(tenant, session) appended to but not confirmed as published for `older_than_s`."""
+        ...
+
+    async def take_idle(self, max_sessions: int, idle_s: float) -> list[tuple[str, str]]:
+        """(tenant, session) that nobody appended to for `idle_s`; each is handed out once."""
         ...
 
     async def mark_published(self, tenant: str, session: str, cursor: Cursor) -> None:

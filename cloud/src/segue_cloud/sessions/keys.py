@@ -1,0 +1,59 @@
+"""Names of everything the cloud keeps in Redis.
+
+All keys of one session share the hash tag `{tenant:session}`, so the log's script touches one slot
+of a Redis Cluster. What spans sessions (the index of a tenant, the lists of active sessions) lies
+under tags of its own and is written by separate commands *before* the session itself: after a crash
+in between they name a session that is missing or clean, which readers skip.
+"""
+
+from __future__ import annotations
+
+from binascii import crc_hqx
+from dataclasses import dataclass
+
+from segue_contract.limits import ACTIVE_SHARDS
+
+_SLOTS = 16384
+
+
+@dataclass(frozen=True)
+class SessionKeys:
+    """The keys of one session, in the order in which the script takes them."""
+
+    log: str
+    meta: str
+    producers: str
+    turns: str
+    devices: str
+    snapshot: str
+
+    @classmethod
+    def of(cls, tenant: str, session: str) -> SessionKeys:
+        tag = f"segue:{{{tenant}:{session}}}"
+        return cls(*(f"{tag}:{name}" for name in cls.__dataclass_fields__))
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.log, self.meta, self.producers, self.turns, self.devices, self.snapshot)
+
+
+def index_key(tenant: str) -> str:
+    """Sorted set: a tenant's sessions by the time of their last turn, ms."""
+    return f"segue:index:{{{tenant}}}"
+
+
+def active_key(shard: int) -> str:
+    """Sorted set: "tenant:session" by the time when a writer last named it, ms."""
+    return f"segue:active:{{{shard}}}"
+
+
+def active_shard(tenant: str, session: str) -> int:
+    return crc_hqx(f"{tenant}:{session}".encode(), 0) % ACTIVE_SHARDS
+
+
+def key_slot(key: str) -> int:
+    """The Cluster slot of `key`: CRC-16/XMODEM of its hash tag, modulo 16384."""
+    start = key.find("{")
+    end = key.find("}", start + 1)
+    tag = key[start + 1 : end] if start >= 0 and end > start + 1 else key
+    return crc_hqx(tag.encode(), 0) % _SLOTS

@@ -1,0 +1,407 @@
+"""`SessionStore` on Redis or Valkey: see `log.lua` for the rules, `keys.py` for the keys."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
+from segue_cloud.sessions.port import (
+    AppendResult,
+    SessionSummary,
+    Status,
+    StoredEntry,
+    TurnClaim,
+)
+from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
+from segue_contract.errors import InvalidArgument, SegueError, UnknownDevice, UnknownSession
+from segue_contract.limits import (
+    ACTIVE_REFRESH_S,
+    ACTIVE_SHARDS,
+    MAX_APPEND_OPS,
+    MAX_OP_BYTES,
+    MAX_SESSION_DEVICES,
+    PRODUCER_MEMORY,
+    PRODUCER_RUNS,
+    SESSION_CACHE,
+    STORE_CONNECTIONS,
+    STORE_TIMEOUT_S,
+    TITLE_CHARS,
+    TURN_ID_MEMORY,
+    TURN_LEASE_S,
+)
+from segue_contract.sync import ops as log_ops
+from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
+
+_LOG = Script(files(__package__).joinpath("log.lua").read_text())
+_ACTIVE = Script(files(__package__).joinpath("active.lua").read_text())
+
+
+def unknown_session(session: str) -> UnknownSession:
+    return UnknownSession(
+        f"There is no session {session!r}.", hint="Open it first.", session=session
+    )
+
+
+class RedisStore:
+    """All methods as `segue_cloud.sessions.port.SessionStore` says."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        *,
+        lease_s: float = TURN_LEASE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """`lease_s`: how long an append of a turn's owner renews its lease for."""
+        self._wire = wire
+        self._lease_ms = int(lease_s * 1000)
+        self._monotonic = monotonic
+        self._random_bytes = random_bytes
+        # When this process last named a session active; see `_touch`.
+        self._named: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        *,
+        lease_s: float = TURN_LEASE_S,
+        timeout_s: float = STORE_TIMEOUT_S,
+        max_connections: int = STORE_CONNECTIONS,
+        sleep: Sleep = asyncio.sleep,
+    ) -> RedisStore:
+        """Connect to redis://host:port and see that it answers.
+
+        Raises:
+            StoreUnavailable: it does not within `timeout_s`.
+            InvalidArgument: `url` is no Redis URL.
+        """
+        wire = Wire(
+            url,
+            scripts=(_LOG, _ACTIVE),
+            timeout_s=timeout_s,
+            max_connections=max_connections,
+            sleep=sleep,
+        )
+        try:
+            await wire.call(("PING",))
+        except BaseException:
+            await wire.close()
+            raise
+        return cls(wire, lease_s=lease_s)
+
+    async def close(self) -> None:
+        await self._wire.close()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable where the store does not answer."""
+        await self._wire.call(("PING",))
+
+    # -- sessions and devices -----------------------------------------------------------------
+
+    async def open_session(
+        self, tenant: str, session: str, *, must_exist: bool = False, device: str = ""
+    ) -> tuple[Cursor, bool]:
+        index: list[Command] = []
+        if not must_exist:  # before the session itself: see keys.py
+            index.append(("ZADD", index_key(tenant), "NX", int(time.time() * 1000), session))
+        verb = self._log(tenant, session, "open", int(must_exist), device, MAX_SESSION_DEVICES)
+        status, generation, tail, created = (await self._wire.call(*index, verb))[-1]
+        if status == b"missing":
+            raise unknown_session(session)
+        return Cursor(generation, tail), bool(created)
+
+    async def check_device(self, tenant: str, session: str, device: str) -> None:
+        keys = SessionKeys.of(tenant, session)
+        exists, known = await self._wire.call(
+            ("EXISTS", keys.meta), ("ZSCORE", keys.devices, device)
+        )
+        if not exists:
+            raise unknown_session(session)
+        if known is None:
+            raise UnknownDevice(
+                f"The device {device!r} never joined the session {session!r}.",
+                hint="Open the session with this device first.",
+                device=device,
+            )
+
+    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
+        (names,) = await self._wire.call(
+            ("ZREVRANGE", index_key(tenant), 0, max(max_sessions, 1) - 1)
+        )
+        if not names:
+            return []
+        sessions = [name.decode() for name in names]
+        fields = ("gen", "tail", "u", "title", "n", "cur")
+        rows = await self._wire.call(
+            *(("HMGET", SessionKeys.of(tenant, one).meta, *fields) for one in sessions)
+        )
+        found = [
+            SessionSummary(
+                session=session,
+                cursor=Cursor(int(gen), int(tail)),
+                updated_ms=int(updated),
+                title=title.decode(),
+                turns=int(turns),
+                running_turn=running.decode(),
+            )
+            for session, (gen, tail, updated, title, turns, running) in zip(
+                sessions, rows, strict=True
+            )
+            if gen is not None
+        ]
+        return sorted(found, key=lambda one: (-one.updated_ms, one.session))
+
+    # -- writing ------------------------------------------------------------------------------
+
+    async def append(
+        self,
+        tenant: str,
+        session: str,
+        producer: str,
+        epoch: int,
+        first_seq: int,
+        ops: Sequence[bytes],
+        *,
+        turn: str = "",
+        ends_turn: bool = False,
+    ) -> AppendResult:
+        """As the port says. A batch that repeats known ops and goes on beyond them appends only
+        what is new: OK, with `first_offset` as the first op got it then and `appended` new ones.
+        An offset that is forgotten (`PRODUCER_RUNS`) is 0.
+
+        Raises:
+            InvalidArgument: no ops, too many, too large, or numbers out of range.
+        """
+        _check_ops(ops, least=1)
+        if epoch < 0 or first_seq < 1:
+            raise InvalidArgument(
+                f"Epoch {epoch} and sequence number {first_seq} are out of range.",
+                hint="Epochs count from 0, sequence numbers from 1.",
+            )
+        verb = self._log(
+            tenant, session, "append", producer, epoch, first_seq, turn, int(ends_turn),
+            self._lease_ms, PRODUCER_RUNS, PRODUCER_MEMORY, *ops,
+        )  # fmt: skip
+        index = [self._index(tenant, session)] if ends_turn else []
+        return _append_result(await self._write(tenant, session, *index, verb))
+
+    async def begin_turn(
+        self, tenant: str, session: str, turn: str, ops: Sequence[bytes], lease_s: float
+    ) -> TurnClaim:
+        _check_ops(ops, least=0)
+        verb = self._log(
+            tenant, session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, _title(ops),
+            self._nonce(), *ops,
+        )  # fmt: skip
+        return _claim(await self._write(tenant, session, self._index(tenant, session), verb))
+
+    async def take_over(
+        self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
+    ) -> TurnClaim:
+        mode = "expired" if only_expired else "now"
+        return await self._take(tenant, session, turn, lease_s, mode)
+
+    async def fence_turn(self, tenant: str, session: str, turn: str) -> TurnClaim:
+        """Raise the epoch of a turn whose owner is gone, without claiming the session for it."""
+        return await self._take(tenant, session, turn, 0.0, "fence")
+
+    async def renew_turn(
+        self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
+    ) -> AppendResult:
+        verb = self._log(tenant, session, "renew", turn, epoch, int(lease_s * 1000))
+        return _append_result((await self._wire.call(verb))[0])
+
+    async def request_stop(self, tenant: str, session: str, turn: str = "") -> str:
+        ((stopping,),) = await self._wire.call(self._log(tenant, session, "stop", turn))
+        return str(stopping.decode())
+
+    async def compact(self, tenant: str, session: str, state: SessionState, keep_from: int) -> None:
+        cursor = state.cursor
+        await self._wire.call(
+            self._log(
+                tenant, session, "compact", cursor.generation, cursor.offset, keep_from,
+                encode_state(state),
+            )
+        )  # fmt: skip
+
+    async def report_loss(self, tenant: str, session: str, known: Cursor) -> Cursor:
+        """Somebody was told of `known`, and the log ends before it: entries were lost.
+
+        The log goes on under the next generation (once, however many report it), so that nobody
+        takes later entries for the lost ones. Returns the tail.
+
+        Raises:
+            UnknownSession: it is gone altogether.
+        """
+        ((status, generation, tail),) = await self._wire.call(
+            self._log(tenant, session, "lost", known.generation, known.offset)
+        )
+        if status == b"missing":
+            raise unknown_session(session)
+        return Cursor(generation, tail)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    async def read(
+        self, tenant: str, session: str, after: int, max_entries: int
+    ) -> tuple[Cursor, list[StoredEntry]]:
+        ((status, generation, tail, rows),) = await self._wire.call(
+            self._log(tenant, session, "read", max(after, 0), max(max_entries, 1))
+        )
+        if status == b"missing":
+            raise unknown_session(session)
+        return Cursor(generation, tail), [_entry(row) for row in rows]
+
+    async def tails(self, sessions: Sequence[tuple[str, str]]) -> list[Cursor | None]:
+        """The tail of each (tenant, session); None where there is no such session."""
+        if not sessions:
+            return []
+        rows = await self._wire.call(
+            *(("HMGET", SessionKeys.of(*one).meta, "gen", "tail") for one in sessions)
+        )
+        return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in rows]
+
+    async def load_snapshot(self, tenant: str, session: str) -> SessionState | None:
+        (data,) = await self._wire.call(("GET", SessionKeys.of(tenant, session).snapshot))
+        return None if data is None else decode_state(data)
+
+    # -- the fan-out's book-keeping -----------------------------------------------------------
+
+    async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[tuple[str, str]]:
+        each = -(-max_sessions // ACTIVE_SHARDS)
+        shards = await self._wire.call(
+            *(_ACTIVE.call((active_key(shard),), "list", each) for shard in range(ACTIVE_SHARDS))
+        )
+        active = [_split(member) for shard in shards for member in shard]
+        if not active:
+            return []
+        now, *rows = await self._wire.call(
+            ("TIME",), *(("HGET", SessionKeys.of(*one).meta, "da") for one in active)
+        )
+        latest_ms = int(now[0]) * 1000 + int(now[1]) // 1000 - older_than_s * 1000
+        dirty = [
+            one
+            for one, since in zip(active, rows, strict=True)
+            if since is not None and 0 < int(since) <= latest_ms
+        ]
+        return dirty[:max_sessions]
+
+    async def take_idle(self, max_sessions: int, idle_s: float) -> list[tuple[str, str]]:
+        """(tenant, session) that nobody appended to for `idle_s`; each is handed out once."""
+        each = -(-max_sessions // ACTIVE_SHARDS)
+        shards = await self._wire.call(
+            *(
+                _ACTIVE.call((active_key(shard),), "take", int(idle_s * 1000), each)
+                for shard in range(ACTIVE_SHARDS)
+            )
+        )
+        return [_split(member) for shard in shards for member in shard]
+
+    async def mark_published(self, tenant: str, session: str, cursor: Cursor) -> None:
+        await self._wire.call(
+            self._log(tenant, session, "published", cursor.generation, cursor.offset)
+        )
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _log(self, tenant: str, session: str, verb: str, *args: str | bytes | int) -> Command:
+        return _LOG.call(SessionKeys.of(tenant, session).all, verb, *args)
+
+    async def _take(
+        self, tenant: str, session: str, turn: str, lease_s: float, mode: str
+    ) -> TurnClaim:
+        verb = self._log(tenant, session, "take", turn, int(lease_s * 1000), mode, self._nonce())
+        return _claim(await self._write(tenant, session, verb))
+
+    async def _write(self, tenant: str, session: str, *commands: Command) -> Any:
+        """The last one's reply. The session is named active first, where that is not fresh.
+
+        So the sweep finds whatever a writer leaves behind that dies after its append, without a
+        command more for every append and without a script across Cluster slots.
+        """
+        key, now = (tenant, session), self._monotonic()
+        named = self._named.get(key)
+        if named is not None and now - named < ACTIVE_REFRESH_S:
+            return (await self._wire.call(*commands))[-1]
+        shard = active_key(active_shard(tenant, session))
+        touch = _ACTIVE.call((shard,), "touch", f"{tenant}:{session}")
+        reply = (await self._wire.call(touch, *commands))[-1]
+        self._named[key] = now
+        self._named.move_to_end(key)
+        while len(self._named) > SESSION_CACHE:
+            self._named.popitem(last=False)
+        return reply
+
+    def _index(self, tenant: str, session: str) -> Command:
+        return ("ZADD", index_key(tenant), "XX", int(time.time() * 1000), session)
+
+    def _nonce(self) -> str:
+        return self._random_bytes(8).hex()
+
+
+def _check_ops(ops: Sequence[bytes], least: int) -> None:
+    if not least <= len(ops) <= MAX_APPEND_OPS:
+        raise InvalidArgument(
+            f"A batch of {len(ops)} log entries; {least} to {MAX_APPEND_OPS} are allowed."
+        )
+    for op in ops:
+        if len(op) > MAX_OP_BYTES:
+            raise InvalidArgument(f"A log entry of {len(op)} bytes is over the limit.")
+
+
+def _title(ops: Sequence[bytes]) -> str:
+    """What the session is about: the begin of its first message, where it can be read."""
+    for data in ops:
+        try:
+            op = log_ops.decode_op(data)
+        except SegueError:
+            continue
+        if isinstance(op, log_ops.UserMessage):
+            return " ".join(op.text.split())[:TITLE_CHARS]
+    return ""
+
+
+def _append_result(row: list[Any]) -> AppendResult:
+    status, generation, first, tail, epoch, expected, stopping, appended = row
+    return AppendResult(
+        status=Status(status.decode()),
+        generation=generation,
+        first_offset=first,
+        tail=tail,
+        current_epoch=epoch,
+        expected_seq=expected,
+        stop_requested=bool(stopping),
+        appended=appended,
+    )
+
+
+def _claim(row: list[Any]) -> TurnClaim:
+    status, epoch, generation, offset, known, ended, holder, appended = row
+    return TurnClaim(
+        status=Status(status.decode()),
+        epoch=epoch,
+        cursor=Cursor(generation, offset),
+        known=bool(known),
+        ended=bool(ended),
+        holder=holder.decode(),
+        appended=appended,
+    )
+
+
+def _entry(row: list[Any]) -> StoredEntry:
+    entry_id, fields = row
+    generation, offset = entry_id.split(b"-")
+    return StoredEntry(Cursor(int(generation), int(offset)), fields[1])
+
+
+def _split(member: bytes) -> tuple[str, str]:
+    tenant, session = member.decode().split(":", 1)
+    return tenant, session
