@@ -79,20 +79,27 @@ def report(numbers: DemoNumbers) -> RenderableType:
     columns = [_column(turn) for turn in numbers.turns]
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
+    meaning = Table.grid(padding=(0, 4, 0, 0))
+    meaning.add_column(style="dim", no_wrap=True)
+    meaning.add_column(style="dim")
+    for name, words in _MEANING.items():
+        meaning.add_row(name, words)
     delays = numbers.delays
-    both = (
+    meaning.add_row(
+        "",
         f"Both directions together: {_ms(percentile(delays, 0.5))} p50, "
-        f"{_ms(percentile(delays, 0.99))} p99 over {len(delays)} tokens."
+        f"{_ms(percentile(delays, 0.99))} p99 over {len(delays)} tokens.",
     )
-    return Group(table, Text(), Text.from_markup(_MEANING.format(both=both), style="dim"))
+    return Group(table, Text(), meaning)
 
 
-_MEANING = """\
-time to first token   from asking to the first token on the asking device, all of it included
-device to device      per token: shown on the other device minus shown on the asking one, by one clock
-                      {both}
-KV shipped            attention state sent from edge to cloud, against the same blocks in fp16
-blocks reused         64-token blocks of the prompt whose KV was there already, of all its blocks"""
+_MEANING = {
+    "time to first token": "From asking until the asking device has the first token, all included.",
+    "KV shipped": "Attention state that went from edge to cloud; the same blocks in fp16.",
+    "blocks reused": "64-token blocks of the prompt whose KV was there already, of all.",
+    "device to device": "Per token: when the other device had it, minus when the asking one had "
+    "it, by one clock.",
+}
 
 
 def _column(turn: TurnNumbers) -> dict[str, str]:

@@ -201,10 +201,11 @@ class LocalStack:
     async def _start_servers(self) -> None:
         servers = []
         if not self.redis_url:
-            store = Server("store", Valkey.start(directory=self._data), self._on_crash)
+            valkey = Valkey.start(port=self._port(0, ""), directory=self._data)
+            store = Server("store", valkey, self._on_crash)
             servers.append(store)
         if not self.mqtt_url:
-            broker = Server("broker", Broker.start(), self._on_crash)
+            broker = Server("broker", Broker.start(port=self._port(0, "")), self._on_crash)
             servers.append(broker)
         self.processes.update({server.name: server for server in servers})
         await together(self._start_part(server) for server in servers)

@@ -74,11 +74,13 @@ class ChildProcess:
             async with asyncio.timeout(timeout_s):
                 await asyncio.shield(child._ready)
         except TimeoutError:
+            child._ready.cancel()  # nobody waits for it any more
             await child.stop()
             raise DeadlineExceeded(
                 f"{name} was not ready within {timeout_s:.0f} s.", log=child.log_tail()
             ) from None
         except BaseException:
+            child._ready.cancel()
             await child.stop()
             raise
         return child
