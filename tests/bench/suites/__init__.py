@@ -1,0 +1,1 @@
+"""One module per suite, each with `run(report: Report, quick: bool) -> None`."""
