@@ -1,0 +1,1 @@
+"""The device API of an edge node: turns are served here, everything else by the cloud."""

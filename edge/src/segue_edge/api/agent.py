@@ -1,0 +1,139 @@
+"""`Agent` on an edge node."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from segue_contract.errors import SegueError, Unreachable
+from segue_contract.ids import DEFAULT_TENANT, check_id
+from segue_contract.limits import RPC_TIMEOUT_S
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import agent_pb2_grpc
+from segue_edge.turns.asked import Asked
+from segue_edge.turns.history import HistoryCache
+from segue_edge.turns.registry import TurnRegistry
+from segue_edge.uplink.clouds import CloudSet
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    """`RunTurn` starts or joins a turn of this node; the other methods go to the session's cloud,
+    and the cloud's errors come back with their own type."""
+
+    def __init__(
+        self,
+        registry: TurnRegistry,
+        clouds: CloudSet,
+        histories: HistoryCache,
+        *,
+        instance: str,
+        model: str,
+        context: int,
+    ) -> None:
+        self._registry = registry
+        self._clouds = clouds
+        self._histories = histories
+        self._instance = instance
+        self._model = model
+        self._context = context
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    async def RunTurn(
+        self, request: pb.RunTurnRequest, context: Any
+    ) -> AsyncIterator[pb.TurnEvent]:
+        run = self._registry.run_or_join(Asked.of(request))
+        async for event in run.feed.read(request.from_index):
+            yield event
+
+    async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
+        run = self._registry.offline_turn(request.session, request.turn)
+        if run is not None:
+            run.stopping.set()
+            return pb.StopTurnReply(stopping=True, turn=run.asked.turn)
+        reply: pb.StopTurnReply = await self._ask("StopTurn", request, request.session)
+        return reply
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    async def OpenSession(
+        self, request: pb.OpenSessionRequest, context: Any
+    ) -> pb.OpenSessionReply:
+        reply: pb.OpenSessionReply
+        try:
+            reply = await self._ask("OpenSession", request, request.session)
+        except Unreachable:
+            reply = self._open_offline(request)
+        if reply.created:
+            self._histories.of(request.session).created(reply.tail.generation)
+        reply.role = "edge"
+        reply.instance = self._instance
+        reply.max_context_tokens = self._context
+        return reply
+
+    def _open_offline(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:
+        """A session that this node knows goes on without the cloud; any other cannot."""
+        history = self._histories.find(request.session)
+        if history is None or not history.known:
+            raise Unreachable(
+                f"No cloud can be reached, and this edge does not know session {request.session}.",
+                hint="Check the cloud (`segue doctor`) and try again.",
+            )
+        return pb.OpenSessionReply(
+            session=request.session,
+            tail=pb.Cursor(generation=history.generation, offset=0),
+            model=self._model,
+            tenant=DEFAULT_TENANT,
+        )
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Any
+    ) -> pb.ListSessionsReply:
+        reply: pb.ListSessionsReply = await self._ask("ListSessions", request, "any")
+        return reply
+
+    # -- the log -------------------------------------------------------------------------------
+
+    async def Attach(
+        self, request: pb.AttachRequest, context: Any
+    ) -> AsyncIterator[pb.AttachEvent]:
+        cloud = self._clouds.best(check_id(request.session, "session"))
+        call = cloud.agent.Attach(request)
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+
+    async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
+        reply: pb.ReadReply = await self._ask("Read", request, request.session)
+        return reply
+
+    async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
+        reply: pb.AppendReply = await self._ask("Append", request, request.session)
+        return reply
+
+    async def _ask(self, method: str, request: Any, session: str) -> Any:
+        """One idempotent call at the session's cloud, at the next one where that is gone.
+
+        Raises:
+            SegueError: the cloud's own error, or Unreachable where none answers.
+        """
+        check_id(session, "session")
+        failure: SegueError = Unreachable(
+            "This edge has no cloud.", hint="Start it with --cloud HOST:PORT."
+        )
+        for cloud in self._clouds.ranked(session):
+            try:
+                return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                failure = error_from_rpc(error)
+                if not isinstance(failure, Unreachable):
+                    raise failure from error
+                cloud.failed(failure)
+        raise failure

@@ -1,0 +1,109 @@
+"""`segue edge`: start an edge node and serve until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import structlog
+import typer
+
+from segue_contract.errors import SegueError
+from segue_contract.telemetry import EVENT_READY
+from segue_contract.transport.logs import set_up_logs
+from segue_edge.config import DEFAULT_CLOUD, DEFAULT_PORT, EdgeConfig, read_config
+
+if TYPE_CHECKING:
+    from segue_edge.node import EdgeNode
+
+app = typer.Typer(help="Run an edge node: prefill near the user, decode in the cloud.")
+log = structlog.get_logger("segue.edge")
+
+_STARTED = time.monotonic()
+
+
+@app.callback(invoke_without_command=True)
+def edge(
+    host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help=f"Port; 0 picks a free one. Default {DEFAULT_PORT}.")
+    ] = None,
+    cloud: Annotated[
+        list[str] | None,
+        typer.Option(help=f"HOST:PORT of a cloud, may be repeated. Default {DEFAULT_CLOUD}."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of a built model, or its directory.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="auto, or force a shape: edge, ship, text.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: one per core.")] = None,
+    providers: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+    cache_mb: Annotated[int | None, typer.Option(help="Prefix cache, MiB.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Append one JSON line per turn to this file.")
+    ] = None,
+    link_mbps: Annotated[
+        float | None, typer.Option(help="Pace the uplink to this rate (for measurements).")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+) -> None:
+    """Serve devices from this machine. Settings also come from SEGUE_EDGE_* variables."""
+    try:
+        config = read_config(
+            host=host,
+            port=port,
+            cloud=tuple(cloud) if cloud else None,
+            model=model,
+            plan=plan,
+            threads=threads,
+            providers=providers,
+            cache_mb=cache_mb,
+            ledger=ledger,
+            link_mbps=link_mbps,
+            log_level=log_level,
+        )
+        set_up_logs(config.log_level)
+        asyncio.run(_serve(config))
+    except SegueError as error:
+        typer.echo(f"segue edge: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+async def _serve(config: EdgeConfig) -> None:
+    from segue_edge.node import EdgeNode  # the model's runtime is loaded only to serve
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with EdgeNode(config) as node:
+        _say_ready(node)
+        await stop.wait()
+        log.info("stopping", turns=len(node.registry))
+
+
+def _say_ready(node: EdgeNode) -> None:
+    ready = {
+        "event": EVENT_READY,
+        "role": "edge",
+        "port": node.server.port,
+        "host": node.server.host,
+        "instance": node.instance,
+        "seconds": round(time.monotonic() - _STARTED, 3),
+        "model": node.deps.manifest.name,
+        "provider": node.provider,
+        "cloud": list(node.config.cloud),
+        "plan": node.config.plan,
+    }
+    sys.stdout.write(msgspec.json.encode(ready).decode() + "\n")
+    sys.stdout.flush()
+    log.info(EVENT_READY, **{key: value for key, value in ready.items() if key != "event"})

@@ -1,0 +1,247 @@
+"""The edge node: everything is put together here, and only here.
+
+model, cache, compute thread ─┐
+clouds (channels, probes) ────┼─► EdgeDeps ─► TurnRegistry ─► Agent service ─► gRPC server
+histories, outbox, warmer ────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Protocol
+
+import structlog
+
+from segue_contract.chat import ChatTokenizer
+from segue_contract.errors import ModelMismatch
+from segue_contract.ids import new_id
+from segue_contract.kv.layout import BLOCK_TOKENS
+from segue_contract.limits import MIB
+from segue_contract.model.manifest import Manifest
+from segue_contract.sync.ops import Sampling
+from segue_contract.telemetry import EVENT_PROVIDER
+from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.v1 import agent_pb2_grpc
+from segue_edge.api.agent import AgentService
+from segue_edge.compute import ComputeThread, Priority
+from segue_edge.config import EdgeConfig
+from segue_edge.planner.estimators import EdgeSpeeds
+from segue_edge.planner.plan import parse_force
+from segue_edge.prefill.prefix_cache import PrefixCache
+from segue_edge.prefill.providers import Device
+from segue_edge.prefill.runtime import EdgeModel
+from segue_edge.turns.asked import Asked
+from segue_edge.turns.deliver import deliver
+from segue_edge.turns.deps import EdgeDeps
+from segue_edge.turns.history import HistoryCache
+from segue_edge.turns.ledger_file import LedgerFile
+from segue_edge.turns.model_port import EdgeModelPort
+from segue_edge.turns.outbox import OfflineTurn, Outbox
+from segue_edge.turns.prefill_job import DecodeJob, NoCache, PrefillJob
+from segue_edge.turns.registry import TurnRegistry
+from segue_edge.turns.run import TurnRun
+from segue_edge.turns.warm import Warmer
+from segue_edge.uplink.clouds import CloudSet
+from segue_edge.uplink.pacer import Pacer
+
+log = structlog.get_logger("segue.edge")
+
+AGENT = "segue.v1.Agent"
+
+
+class NodeModel(EdgeModelPort, Protocol):
+    """A turn's model that also says what it is."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def recipe_name(self) -> str: ...
+
+
+Load = Callable[[EdgeConfig], tuple[NodeModel, ChatTokenizer]]
+
+# Bytes per token on the wire before any block was encoded: int8 with scales, of fp16.
+_WIRE_PRIOR = 0.53
+
+
+class EdgeNode:
+    """`async with EdgeNode(config) as node`: serves until the block is left.
+
+    Attributes (once entered): `server`, `deps`, `registry`, `instance`, `provider`, `start_s`.
+    """
+
+    def __init__(self, config: EdgeConfig, load: Load | None = None) -> None:
+        self.config = config
+        self._load = load or load_model
+        self.instance = new_id("edge-", os.urandom)
+        self.provider = ""
+        self.start_s = 0.0
+        self.deps: EdgeDeps
+        self.registry: TurnRegistry
+        self.server: RunningServer
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> EdgeNode:
+        begun = time.monotonic()
+        check_loopback(self.config.host)
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self.start_s = time.monotonic() - begun
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        config = self.config
+        clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
+        self._stack.push_async_callback(clouds.close)
+        probing = asyncio.create_task(clouds.start(), name="first probes")
+        model, tokenizer = await asyncio.to_thread(self._load, config)
+        manifest = model.manifest
+        self.provider = model.device.name
+        self._say_provider(model)
+        compute = ComputeThread()
+        compute.start()
+        self._stack.push_async_callback(compute.close)
+        encoder = ThreadPoolExecutor(1, "segue-encode")
+        self._stack.callback(encoder.shutdown, wait=False, cancel_futures=True)
+        cache = PrefixCache(config.cache_mb * MIB)
+        recipe = model.recipe.digest
+        speeds = EdgeSpeeds(manifest.geometry.kv.fp16_bytes_per_token * _WIRE_PRIOR)
+        await _measure_speeds(model, compute, speeds, manifest)
+        await probing
+        _check_clouds(clouds, manifest)
+        warmer = Warmer(model, cache, compute, recipe)
+        outbox = Outbox()
+        self.deps = EdgeDeps(
+            model=model,
+            manifest=manifest,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            cache=cache,
+            compute=compute,
+            encoder=encoder,
+            clouds=clouds,
+            histories=HistoryCache(),
+            speeds=speeds,
+            warmer=warmer,
+            outbox=outbox,
+            ledger=LedgerFile(config.ledger),
+            prefill_backlog=compute.prefill_backlog,
+            instance=self.instance,
+            force=parse_force(config.plan),
+        )
+        warmer.start()
+        self._stack.push_async_callback(warmer.close)
+        outbox.start(clouds.wait_for_return, self._deliver)
+        self._stack.push_async_callback(outbox.close)
+        await self._serve()
+
+    async def _serve(self) -> None:
+        deps = self.deps
+        self.registry = TurnRegistry(
+            self._make_run,
+            retry_after_s=self._retry_after_s,
+            on_busy=deps.warmer.busy,
+            on_idle=deps.warmer.idle,
+            max_turns=self.config.max_turns,
+        )
+        service = AgentService(
+            self.registry,
+            deps.clouds,
+            deps.histories,
+            instance=self.instance,
+            model=deps.manifest.name,
+            context=deps.manifest.geometry.context,
+        )
+        self.server = await start_server(
+            self.config.host,
+            self.config.port,
+            [
+                (
+                    AGENT,
+                    lambda server: agent_pb2_grpc.add_AgentServicer_to_server(service, server),  # type: ignore[no-untyped-call]
+                )
+            ],
+        )
+        self._stack.push_async_callback(self.server.stop)
+        self._stack.push_async_callback(self.registry.close)
+
+    def _make_run(self, asked: Asked) -> TurnRun:
+        return TurnRun(asked, self.deps)
+
+    async def _deliver(self, offline: OfflineTurn) -> None:
+        await deliver(self.deps, offline)
+
+    def _retry_after_s(self) -> float:
+        """Until the prompts that wait are prefilled, at least a moment."""
+        rate = self.deps.speeds.prefill_tokens_per_s.value
+        return max(0.2, self.deps.prefill_backlog() / rate)
+
+    def _say_provider(self, model: NodeModel) -> None:
+        log.info(
+            EVENT_PROVIDER,
+            device=model.device.name,
+            providers=list(model.device.providers),
+            recipe=model.recipe_name,
+            threads=self.config.threads or len(os.sched_getaffinity(0)),
+        )
+
+
+def load_model(config: EdgeConfig) -> tuple[NodeModel, ChatTokenizer]:
+    """The built model of the configuration. Raises ModelMissing or ModelMismatch."""
+    directory = config.model_directory
+    model = EdgeModel.load(directory, threads=config.threads, providers=config.providers)
+    return model, ChatTokenizer.load(directory, model.manifest)
+
+
+async def _measure_speeds(
+    model: NodeModel, compute: ComputeThread, speeds: EdgeSpeeds, manifest: Manifest
+) -> None:
+    """A short prefill and two decoded tokens: warms the runtime and gives the planner priors."""
+    tokens = [manifest.end_tokens[0]] * (2 * BLOCK_TOKENS)
+    for _ in range(2):
+        job = PrefillJob(model, NoCache(), tokens, [], sampling=Sampling(), room=8)
+        prefill = await compute.submit(job, Priority.PREFILL)
+    for count, seconds in prefill.rates:
+        if count >= BLOCK_TOKENS:
+            speeds.prefill_tokens_per_s.set_prior(count / seconds)
+    for index in (1, 2, 3):
+        step = DecodeJob(model, prefill.kv, tokens[0], Sampling(), index)
+        _, seconds = await compute.submit(step, Priority.DECODE)
+        speeds.decode_step_s.set_prior(seconds)
+
+
+def _check_clouds(clouds: CloudSet, manifest: Manifest) -> None:
+    """Another model in the cloud is an operator's mistake: say so at once.
+
+    Raises:
+        ModelMismatch: a reachable cloud serves other weights.
+    """
+    for cloud in clouds.clouds.values():
+        if cloud.weights_digest and cloud.weights_digest != manifest.weights_digest:
+            raise ModelMismatch(
+                f"The cloud at {cloud.target} serves other weights than this edge's "
+                f"{manifest.name}.",
+                hint="Give both the same --model.",
+                cloud=cloud.target,
+            )

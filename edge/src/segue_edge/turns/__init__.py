@@ -1,0 +1,1 @@
+"""Turns as this node serves them: what devices see, the prompt, the tokens, the life of one."""

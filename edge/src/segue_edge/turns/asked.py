@@ -1,0 +1,52 @@
+"""One turn as a device asked for it, checked before anybody works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from segue_contract.checks import check_run
+from segue_contract.ids import check_id
+from segue_contract.plan import Shape
+from segue_contract.sync.ops import Sampling
+from segue_contract.v1 import agent_pb2 as pb
+from segue_edge.planner.plan import parse_force
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`force`: the plan shape that the request itself demands."""
+
+    request: pb.RunTurnRequest
+    sampling: Sampling
+    stop: tuple[str, ...]
+    force: Shape | None
+
+    @property
+    def session(self) -> str:
+        return self.request.session
+
+    @property
+    def turn(self) -> str:
+        return self.request.turn
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.request.session, self.request.turn
+
+    @classmethod
+    def of(cls, request: pb.RunTurnRequest) -> Asked:
+        """Raises InvalidArgument, EmptyPrompt, PromptTooLong or BadSampling."""
+        check_id(request.session, "session")
+        check_id(request.device, "device")
+        check_id(request.turn, "turn")
+        wire = request.sampling
+        sampling = Sampling(
+            temperature=wire.temperature,
+            top_p=wire.top_p or 1.0,  # 0 on the wire: not set
+            top_k=wire.top_k,
+            min_p=wire.min_p,
+            seed=wire.seed,
+        )
+        stop = tuple(request.stop)
+        check_run(request.prompt, request.max_tokens, sampling, stop)
+        return cls(request, sampling, stop, parse_force(request.plan))

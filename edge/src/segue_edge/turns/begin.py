@@ -1,0 +1,138 @@
+"""The turn's beginning: claim it in the cloud, learn what the edge lacks, make the token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import grpc
+
+from segue_contract.errors import DeadlineExceeded, PromptTooLong, Unreachable
+from segue_contract.limits import BEGIN_TIMEOUT_S
+from segue_contract.sync.state import TurnState, decode_turns
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.turns.asked import Asked
+from segue_edge.turns.deps import EdgeDeps
+from segue_edge.turns.history import SessionHistory
+from segue_edge.uplink.clouds import Cloud
+
+
+@dataclass
+class Begun:
+    """`cloud` is None where none could be reached: the turn is served offline.
+
+    `prompt`: token ids of the whole conversation and this message. `joined`: the turn's id was
+    known to the cloud, so it is followed, not run.
+    """
+
+    cloud: Cloud | None
+    prompt: list[int]
+    epoch: int = 0
+    offset: int = 0
+    joined: bool = False
+
+
+async def begin(deps: EdgeDeps, asked: Asked) -> Begun:
+    """Begin the turn at the best cloud that answers, tokenizing meanwhile.
+
+    Raises:
+        PromptTooLong: before the log was touched, where this node knows the conversation.
+        SegueError: what the cloud said of the request, typed.
+        Unreachable: no cloud answers, and this node does not know the conversation.
+    """
+    history = deps.histories.of(asked.session)
+    guess = asyncio.create_task(_encode(deps, history.turns, asked))
+    try:
+        if _may_not_fit(deps, history, asked):
+            check_fits(deps, await guess)
+        begun = await _begin_at_some_cloud(deps, asked, history)
+        if begun is None:
+            return await _begin_offline(deps, asked, history, guess)
+        cloud, reply = begun
+        result = Begun(cloud, [], reply.epoch, reply.tail.offset, reply.joined)
+        if reply.joined:
+            return result
+        changed = history.merge(reply.tail.generation, reply.first_turn, decode_turns(reply.turns))
+        result.prompt = await _encode(deps, history.turns, asked) if changed else await guess
+        return result
+    finally:
+        guess.cancel()
+
+
+async def _encode(deps: EdgeDeps, turns: list[TurnState], asked: Asked) -> list[int]:
+    prompt = asked.request.prompt
+    return await asyncio.to_thread(deps.tokenizer.encode_conversation, turns, prompt)
+
+
+def _may_not_fit(deps: EdgeDeps, history: SessionHistory, asked: Asked) -> bool:
+    """A token has at least a byte, so a small conversation needs no look before Begin."""
+    text = sum(len(turn.prompt) + len(turn.tokens) for turn in history.turns)
+    return 4 * (text + len(asked.request.prompt)) > deps.manifest.geometry.context
+
+
+def check_fits(deps: EdgeDeps, prompt: list[int]) -> int:
+    """How many tokens the context leaves for the reply.
+
+    Raises:
+        PromptTooLong: none.
+    """
+    context = deps.manifest.geometry.context
+    room = context - len(prompt)
+    if room < 1:
+        raise PromptTooLong(
+            f"The conversation has {len(prompt)} tokens; the model's context is {context}.",
+            hint="Shorten the message, or begin a new session.",
+            tokens=len(prompt),
+            limit=context,
+        )
+    return room
+
+
+async def _begin_at_some_cloud(
+    deps: EdgeDeps, asked: Asked, history: SessionHistory
+) -> tuple[Cloud, dpb.BeginReply] | None:
+    for cloud in deps.clouds.ranked(asked.session):
+        try:
+            if not cloud.healthy:  # ask briefly before a call that may wait for minutes
+                await cloud.probe(deps.clouds.pacer)
+            return cloud, await call_begin(cloud, asked, history)
+        except Unreachable as error:
+            cloud.failed(error)
+        except DeadlineExceeded as error:
+            if cloud.healthy:  # the session was busy all the time
+                raise
+            cloud.failed(error)
+    return None
+
+
+async def call_begin(cloud: Cloud, asked: Asked, history: SessionHistory) -> dpb.BeginReply:
+    """One `Decode.Begin`. Raises the cloud's typed error, or Unreachable."""
+    request = dpb.BeginRequest(
+        turn=asked.request,
+        known_turns=len(history.confirmed),
+        known_generation=history.generation,
+    )
+    started = time.monotonic()
+    try:
+        reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    cloud.view.rtt_s.observe(time.monotonic() - started)
+    cloud.take_facts(reply.facts)
+    return reply
+
+
+async def _begin_offline(
+    deps: EdgeDeps, asked: Asked, history: SessionHistory, guess: asyncio.Task[list[int]]
+) -> Begun:
+    if not history.known:
+        raise Unreachable(
+            f"No cloud can be reached, and this edge does not know session {asked.session}.",
+            hint="Check the cloud (`segue doctor`), or go on in a session opened here before.",
+        )
+    deps.outbox.check_room()
+    prompt = await guess
+    check_fits(deps, prompt)
+    return Begun(None, prompt)

@@ -1,0 +1,88 @@
+"""Conversations this node has seen, so that Begin sends only what is new. Bounded, LRU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from segue_contract.limits import EDGE_SESSION_CACHE
+from segue_contract.sync.state import TurnState
+
+
+class SessionHistory:
+    """One session's finished turns; as many as fit the model's context, for more are refused.
+
+    `confirmed` came from the log; `provisional` are turns this node served and the log may or may
+    not have: they matter while the cloud is out of reach, and give way to the log's own.
+    `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.confirmed: list[TurnState] = []
+        self.provisional: list[TurnState] = []
+        self.held: list[int] = []
+        self.held_by = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether the conversation's beginning is known, so that it can go on without the log."""
+        return self.generation > 0
+
+    @property
+    def turns(self) -> list[TurnState]:
+        return [*self.confirmed, *self.provisional]
+
+    def created(self, generation: int) -> None:
+        """The session was created just now: its history is known to be empty."""
+        if not self.known:
+            self.generation = generation
+
+    def merge(self, generation: int, first_turn: int, turns: list[TurnState]) -> bool:
+        """Take a Begin reply; returns whether it changed what `turns` was before."""
+        before = [turn.turn for turn in self.turns]
+        if generation != self.generation:
+            self.confirmed = []
+            self.generation = generation
+        self.confirmed = [*self.confirmed[:first_turn], *turns]
+        texts = {turn.turn: turn.tokens for turn in self.provisional}
+        self.provisional = []
+        same = [turn.turn for turn in self.confirmed] == before
+        return not (same and all(texts.get(t.turn, t.tokens) == t.tokens for t in turns))
+
+    def add(self, turn: TurnState) -> None:
+        """A turn that this node served to its end."""
+        if all(known.turn != turn.turn for known in self.turns):
+            self.provisional.append(turn)
+
+    def cloud_has(self, instance: str, prompt: list[int]) -> int:
+        """Prompt tokens whose KV the instance should still hold."""
+        if not instance or instance != self.held_by:
+            return 0
+        same = 0
+        for mine, theirs in zip(prompt, self.held, strict=False):
+            if mine != theirs:
+                break
+            same += 1
+        return same
+
+    def cloud_now_holds(self, instance: str, tokens: list[int]) -> None:
+        self.held, self.held_by = tokens, instance
+
+
+class HistoryCache:
+    """Sessions by name, the least recently used forgotten first."""
+
+    def __init__(self, capacity: int = EDGE_SESSION_CACHE) -> None:
+        self._capacity = capacity
+        self._sessions: OrderedDict[str, SessionHistory] = OrderedDict()
+
+    def of(self, session: str) -> SessionHistory:
+        """The session's history, empty where it is new here."""
+        history = self._sessions.pop(session, None) or SessionHistory()
+        self._sessions[session] = history
+        while len(self._sessions) > self._capacity:
+            self._sessions.popitem(last=False)
+        return history
+
+    def find(self, session: str) -> SessionHistory | None:
+        return self._sessions.get(session)

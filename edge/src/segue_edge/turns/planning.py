@@ -1,0 +1,72 @@
+"""From what this node knows of a turn to the planner's inputs, and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
+from segue_contract.plan import PlanReport, Shape
+from segue_edge.planner.costs import PlanInputs
+from segue_edge.planner.estimators import CloudView
+from segue_edge.planner.ledger import open_report
+from segue_edge.planner.plan import Plan, choose
+from segue_edge.turns.asked import Asked
+from segue_edge.turns.begin import Begun
+from segue_edge.turns.deps import EdgeDeps
+
+
+@dataclass
+class Planned:
+    """The plan with the ids of the prompt's full blocks and the report so far."""
+
+    plan: Plan
+    ids: list[bytes]
+    report: PlanReport
+
+
+def plan_turn(deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int) -> Planned:
+    """Look up the caches, gather the estimates, choose."""
+    ids = block_ids(deps.recipe, begun.prompt)
+    cached = min(deps.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
+    inputs = _inputs(deps, asked, begun, max_tokens, cached)
+    plan = choose(inputs, asked.force or deps.force)
+    report = open_report(
+        plan,
+        inputs,
+        instance=begun.cloud.instance if begun.cloud else deps.instance,
+        edge_cached_blocks=cached,
+        offline=begun.cloud is None,
+    )
+    return Planned(plan, ids, report)
+
+
+def _inputs(
+    deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int, cached_blocks: int
+) -> PlanInputs:
+    cloud = begun.cloud
+    view = cloud.view if cloud else CloudView()
+    history = deps.histories.of(asked.session)
+    rate = deps.speeds.prefill_tokens_per_s.value
+    return PlanInputs(
+        prompt_tokens=len(begun.prompt),
+        reply_tokens=deps.speeds.reply.expect(max_tokens),
+        edge_cached_tokens=cached_blocks * BLOCK_TOKENS,
+        cloud_cached_tokens=history.cloud_has(cloud.instance, begun.prompt) if cloud else 0,
+        edge_prefill_tokens_per_s=rate,
+        edge_decode_step_s=deps.speeds.decode_step_s.value,
+        edge_queue_s=deps.prefill_backlog() / rate,
+        cloud_prefill_tokens_per_s=view.prefill_tokens_per_s.value,
+        cloud_decode_step_s=view.decode_step_s.value,
+        cloud_queue_s=view.queue_s,
+        rtt_s=view.rtt_s.value,
+        goodput_bytes_per_s=view.goodput.bytes_per_s,
+        link_backlog_bytes=float(cloud.backlog_bytes) if cloud else 0.0,
+        kv_bytes_per_token=deps.speeds.kv_bytes_per_token.value,
+        cloud_reachable=cloud is not None,
+        recipe_accepted=cloud is not None and deps.recipe in cloud.recipes,
+    )
+
+
+def needs_edge(shape: Shape) -> bool:
+    """Whether this node prefills for the shape."""
+    return shape in (Shape.EDGE, Shape.SHIP)

@@ -1,0 +1,101 @@
+"""The turns of this node: started once, joined by id, bounded, ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+
+import structlog
+
+from segue_contract.errors import Overloaded
+from segue_contract.limits import ENDED_TURNS_KEPT, MAX_TURNS_PER_EDGE, SHUTDOWN_GRACE_S
+from segue_edge.turns.asked import Asked
+from segue_edge.turns.run import TurnRun
+
+log = structlog.get_logger("segue.turns")
+
+Key = tuple[str, str]
+
+
+class TurnRegistry:
+    """Owns the turn tasks.
+
+    Args:
+        make: a run for what was asked.
+        retry_after_s: how long until a place should be free, for refusals.
+        on_busy, on_idle: told when the first turn starts and the last one ends.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Asked], TurnRun],
+        *,
+        retry_after_s: Callable[[], float],
+        on_busy: Callable[[], None],
+        on_idle: Callable[[], None],
+        max_turns: int = MAX_TURNS_PER_EDGE,
+    ) -> None:
+        self._make = make
+        self._retry_after_s = retry_after_s
+        self._on_busy = on_busy
+        self._on_idle = on_idle
+        self._max_turns = max_turns
+        self._running: dict[Key, tuple[TurnRun, asyncio.Task[None]]] = {}
+        self._ended: OrderedDict[Key, TurnRun] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def run_or_join(self, asked: Asked) -> TurnRun:
+        """The run of this session and turn id: the one there is, or a new one.
+
+        Raises:
+            Overloaded: as many turns run as this node takes; at once, with a retry hint.
+        """
+        known = self._running.get(asked.key)
+        if known is not None:
+            return known[0]
+        if asked.key in self._ended:
+            return self._ended[asked.key]
+        if len(self._running) >= self._max_turns:
+            raise Overloaded(
+                f"This edge already serves {len(self._running)} turns.",
+                hint="Try again a little later, or another edge.",
+                retry_after_s=round(self._retry_after_s(), 3),
+            )
+        run = self._make(asked)
+        task = asyncio.create_task(run.run(), name=f"turn {asked.turn}")
+        self._running[asked.key] = (run, task)
+        if len(self._running) == 1:
+            self._on_busy()
+        task.add_done_callback(lambda _: self._done(asked.key))
+        return run
+
+    def offline_turn(self, session: str, turn: str) -> TurnRun | None:
+        """A running turn that only this node knows of; `turn` may be empty."""
+        for (in_session, name), (run, _) in self._running.items():
+            if run.offline and in_session == session and turn in ("", name):
+                return run
+        return None
+
+    def _done(self, key: Key) -> None:
+        run, _ = self._running.pop(key)
+        if not run.refused:
+            self._ended[key] = run
+            while len(self._ended) > ENDED_TURNS_KEPT:
+                self._ended.popitem(last=False)
+        if not self._running:
+            self._on_idle()
+
+    async def close(self) -> None:
+        """Give running turns a part of the grace period; the cloud finishes what is left."""
+        tasks = [task for _, task in self._running.values()]
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=SHUTDOWN_GRACE_S / 2)
+        if late:
+            log.warning("turns_left_to_the_cloud", turns=len(late))
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,157 @@
+"""The cloud instances this node may use: channels, health, measured link and speeds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import structlog
+
+from segue_contract.errors import SegueError, Unreachable
+from segue_contract.limits import PROBE_INTERVAL_S, PROBE_PAYLOAD_BYTES, PROBE_TIMEOUT_S
+from segue_contract.transport.channel import check_target, open_channel
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
+from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.planner.estimators import CloudView
+from segue_edge.uplink.pacer import Pacer
+from segue_edge.uplink.rendezvous import rank
+
+log = structlog.get_logger("segue.uplink")
+
+
+class Cloud:
+    """One instance: its channel, its stubs, and what is known of it.
+
+    Attributes:
+        view: estimates for the planner.
+        backlog_bytes: KV of running turns that this node has yet to send there.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = check_target(target)
+        self.channel = open_channel(target)
+        self.agent: Any = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
+        self.decode: Any = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
+        self.view = CloudView()
+        self.healthy = True  # until a call says otherwise: the first turn should try
+        self.instance = ""
+        self.recipes: frozenset[str] = frozenset()
+        self.weights_digest = ""
+        self.backlog_bytes = 0
+
+    def take_facts(self, facts: dpb.CloudFacts) -> None:
+        """What the cloud says of itself, with every Begin, Opened and Probe."""
+        self.healthy = True
+        self.instance = facts.instance
+        self.recipes = frozenset(facts.recipes)
+        self.weights_digest = facts.weights_digest
+        self.view.observe_facts(
+            queue_s=facts.queue_s,
+            prefill_tokens_per_s=facts.prefill_tokens_per_s,
+            decode_step_s=facts.decode_step_s,
+        )
+
+    def failed(self, error: SegueError) -> None:
+        """A call did not reach it."""
+        if self.healthy:
+            log.warning("cloud_unreachable", cloud=self.target, error=str(error))
+        self.healthy = False
+
+    async def probe(self, pacer: Pacer, payload_bytes: int = 0) -> None:
+        """Measure the round trip, and the goodput where a payload is sent.
+
+        Raises:
+            Unreachable, DeadlineExceeded: no answer within `PROBE_TIMEOUT_S`.
+        """
+        started = time.monotonic()
+        reply = await self._probe_call(b"")
+        rtt_s = time.monotonic() - started
+        self.view.rtt_s.observe(rtt_s)
+        if payload_bytes:
+            started = time.monotonic()
+            await pacer.pass_through(payload_bytes)
+            # Random bytes: a link that compresses must not look faster than it is.
+            reply = await self._probe_call(os.urandom(payload_bytes))
+            seconds = max(time.monotonic() - started - rtt_s, 1e-6)
+            self.view.goodput.observe(reply.received_bytes, seconds, app_limited=False)
+        self.take_facts(reply.facts)
+
+    async def _probe_call(self, payload: bytes) -> dpb.ProbeReply:
+        try:
+            reply: dpb.ProbeReply = await self.decode.Probe(
+                dpb.ProbeRequest(payload=payload), timeout=PROBE_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    async def close(self) -> None:
+        await self.channel.close(None)
+
+
+class CloudSet:
+    """All configured clouds. `start` probes them once and then at a pace; `close` stops that."""
+
+    def __init__(self, targets: Sequence[str], pacer: Pacer) -> None:
+        self.clouds = {target: Cloud(target) for target in targets}
+        self.pacer = pacer
+        self._prober: asyncio.Task[None] | None = None
+        self._returned = asyncio.Event()
+
+    async def start(self) -> None:
+        await asyncio.gather(*(self._try_probe(c, payload=True) for c in self.clouds.values()))
+        self._prober = asyncio.create_task(self._probe_forever(), name="cloud probes")
+
+    def ranked(self, session: str) -> list[Cloud]:
+        """All clouds, the best for this session first, healthy ones before others."""
+        healthy = [target for target, cloud in self.clouds.items() if cloud.healthy]
+        return [self.clouds[target] for target in rank(session, self.clouds, healthy)]
+
+    def best(self, session: str) -> Cloud:
+        """Raises Unreachable where none is configured."""
+        ranked = self.ranked(session)
+        if not ranked:
+            raise Unreachable(
+                "This edge has no cloud.", hint="Start it with --cloud HOST:PORT.", cloud=""
+            )
+        return ranked[0]
+
+    @property
+    def any_healthy(self) -> bool:
+        return any(cloud.healthy for cloud in self.clouds.values())
+
+    async def wait_for_return(self) -> None:
+        """Return when a cloud that was out of reach answers again."""
+        await self._returned.wait()
+        self._returned.clear()
+
+    async def _probe_forever(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S if self.any_healthy else PROBE_INTERVAL_S / 10)
+            await asyncio.gather(*(self._try_probe(c, payload=False) for c in self.clouds.values()))
+
+    async def _try_probe(self, cloud: Cloud, *, payload: bool) -> None:
+        was_healthy = cloud.healthy
+        unmeasured = cloud.view.goodput.confidence == 0
+        try:
+            await cloud.probe(self.pacer, PROBE_PAYLOAD_BYTES if payload or unmeasured else 0)
+        except SegueError as error:
+            cloud.failed(error)
+            return
+        if not was_healthy:
+            log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)
+        if not was_healthy or payload:
+            self._returned.set()
+
+    async def close(self) -> None:
+        if self._prober is not None:
+            self._prober.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._prober
+        await asyncio.gather(*(cloud.close() for cloud in self.clouds.values()))
