@@ -1,0 +1,233 @@
+"""What a chat knows: the session's turns, its own streamed by `run`, all others by `follow`.
+
+No terminal here: a `Screen` shows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import segue
+from segue.errors import SegueError, Unreachable
+from segue_contract.limits import RETRY_PAUSE_MAX_S
+from segue_contract.plan import PlanReport, decode_plan
+from segue_contract.sync.ops import Frame, UserMessage
+from segue_contract.sync.state import SessionState, TurnState
+
+
+@dataclass(eq=False)
+class Talk:
+    """One turn as it is shown. `ours`: its frames come from our own run stream."""
+
+    turn: str
+    device: str
+    prompt: str
+    begun_at: float
+    ours: bool = False
+    pieces: list[str] = field(default_factory=list)
+    reason: str = ""
+    error: str = ""
+    timing: segue.Timing = field(default_factory=segue.Timing)
+    plan: PlanReport | None = None
+    cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class Screen(Protocol):
+    """Where a room is shown. None of these waits."""
+
+    def history(self, talks: Sequence[Talk]) -> None:
+        """Turns that had ended before we came, oldest first."""
+        ...
+
+    def changed(self) -> None:
+        """`Room.live` is to be shown anew."""
+        ...
+
+    def finished(self, talk: Talk) -> None:
+        """A turn ended; it will not change any more."""
+        ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Room:
+    """One device in one session.
+
+    Args:
+        options: keyword arguments of `Session.run`.
+    """
+
+    def __init__(
+        self,
+        session: segue.Session,
+        screen: Screen,
+        options: dict[str, Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.session = session
+        self.options = options
+        self.live: dict[str, Talk] = {}
+        self.arrived = asyncio.Event()  # history was shown
+        self._screen = screen
+        self._clock = clock
+        self._done: set[str] = set()
+        self._follower: segue.Follower | None = None
+
+    @property
+    def transport(self) -> str:
+        """What brings the others' turns now."""
+        live = self._follower.live if self._follower is not None else ""
+        return {"mqtt": "live over MQTT", "grpc": "live over gRPC"}.get(live, "connecting")
+
+    # -- the others -------------------------------------------------------------------------------
+    async def follow(self) -> None:
+        """Show the session until cancelled; come back when a node comes back."""
+        told = False
+        while True:
+            self._follower = self.session.follow()
+            try:
+                async for item in self._follower:
+                    told = False
+                    if isinstance(item, segue.Snapshot):
+                        self._snapshot(item.state)
+                    else:
+                        self._entry(item, self._follower.state)
+                return
+            except SegueError as error:
+                if not error.retryable:
+                    raise
+                if not told:
+                    self._screen.note(f"{error.message} Trying again.")
+                told = True
+                await asyncio.sleep(RETRY_PAUSE_MAX_S)
+
+    def _snapshot(self, state: SessionState) -> None:
+        first = not self.arrived.is_set()
+        history = []
+        for known in state.turns:
+            if known.turn in self._done:
+                continue
+            if first and known.ended:
+                talk = self._talk(known)
+                self._fill(talk, known)
+                self.live.pop(talk.turn)
+                self._done.add(talk.turn)
+                history.append(talk)
+            else:
+                self._update(known)
+        if first:
+            self._screen.history(history)
+            self.arrived.set()
+        self._screen.changed()
+
+    def _entry(self, entry: segue.Entry, state: SessionState) -> None:
+        name = getattr(entry.op, "turn", "")
+        known = next((turn for turn in reversed(state.turns) if turn.turn == name), None)
+        if known is None or name in self._done:
+            return
+        talk = self._talk(known)
+        if isinstance(entry.op, Frame) and not talk.ours:
+            seconds = self._clock() - talk.begun_at
+            talk.timing.saw(seconds, len(known.tokens), entry.op.made_by)
+        elif isinstance(entry.op, UserMessage):
+            talk.prompt = entry.op.text
+        self._update(known)
+        self._screen.changed()
+
+    def _talk(self, known: TurnState) -> Talk:
+        talk = self.live.get(known.turn)
+        if talk is None:
+            talk = Talk(known.turn, known.device, known.prompt, self._clock())
+            self.live[known.turn] = talk
+        return talk
+
+    def _update(self, known: TurnState) -> None:
+        talk = self._talk(known)
+        if talk.ours:
+            return
+        self._fill(talk, known)
+        if known.ended:
+            self._finish(talk)
+
+    def _fill(self, talk: Talk, known: TurnState) -> None:
+        talk.pieces = known.pieces
+        if not known.ended:
+            return
+        talk.reason, talk.error = known.reason, known.error_message
+        talk.timing.tokens = len(known.tokens)
+        talk.cached_tokens = known.usage.edge_cached_tokens or known.usage.cloud_cached_tokens
+        if known.plan:
+            try:
+                talk.plan = decode_plan(known.plan)
+            except SegueError:
+                talk.plan = None
+
+    def _finish(self, talk: Talk) -> None:
+        if talk.turn not in self._done:
+            self._done.add(talk.turn)
+            self.live.pop(talk.turn, None)
+            self._screen.finished(talk)
+
+    # -- we ---------------------------------------------------------------------------------------
+    async def say(self, prompt: str) -> None:
+        """Run a turn and show it as it comes; what goes wrong is shown, not raised."""
+        talk: Talk | None = None
+        try:
+            turn = self.session.run(prompt, **self.options)
+            talk = Talk(turn.id, self.session.device, prompt, self._clock(), ours=True)
+            talk.timing = turn.timing
+            self.live[turn.id] = talk
+            self._screen.changed()
+            async with turn:
+                async for event in turn:
+                    self._own(talk, event)
+        except Unreachable as error:
+            self._screen.note(str(error))
+            if talk is not None:
+                self._hand_to_log(talk)
+        except SegueError as error:
+            self._screen.note(str(error))
+            if talk is not None:
+                self.live.pop(talk.turn, None)
+                self._screen.changed()
+
+    def _own(self, talk: Talk, event: object) -> None:
+        if isinstance(event, segue.Frame):
+            talk.pieces[event.index :] = event.pieces
+        elif isinstance(event, segue.Rewound):
+            del talk.pieces[event.index :]
+        elif isinstance(event, segue.Ended):
+            talk.reason, talk.plan = event.reason, event.plan
+            talk.error = event.error.message if event.error is not None else ""
+            usage = event.usage
+            talk.cached_tokens = usage.edge_cached_tokens or usage.cloud_cached_tokens
+            self._finish(talk)
+        self._screen.changed()
+
+    def _hand_to_log(self, talk: Talk) -> None:
+        """Our stream is gone for good; if the turn ever began, the log shows its rest."""
+        talk.ours = False
+        state = self._follower.state if self._follower is not None else SessionState()
+        known = next((turn for turn in state.turns if turn.turn == talk.turn), None)
+        if known is None:
+            self.live.pop(talk.turn, None)
+        else:
+            self._update(known)
+        self._screen.changed()
+
+    async def stop(self) -> None:
+        """Stop whatever runs, whoever asked for it."""
+        try:
+            if not await self.session.stop():
+                self._screen.note("Nothing is running.")
+        except SegueError as error:
+            self._screen.note(str(error))

@@ -1,0 +1,175 @@
+"""`segue sessions` and `segue log`: what a node keeps, for people and for programs."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from segue.cli.chat import DEFAULT_ADDRESS, AddressOption, DeviceOption, default_device
+from segue.cli.console import Output, OutputOption, out, print_json
+from segue.cli.runner import run
+from segue_contract.sync.state import TurnState
+
+app = typer.Typer(add_completion=False)
+log_app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def sessions(
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+    limit: Annotated[int, typer.Option("--limit", "-n", help="So many at most.")] = 100,
+) -> None:
+    """List the sessions of a node, newest first."""
+    run(_sessions(address, output, limit))
+
+
+async def _sessions(addresses: list[str], output: Output, limit: int) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        found = await client.sessions(limit)
+    if output is Output.JSON:
+        print_json(
+            [
+                {
+                    "session": one.session, "turns": one.turns, "title": one.title,
+                    "offset": one.cursor.offset, "generation": one.cursor.generation,
+                    "updated_ms": one.updated_ms, "running_turn": one.running_turn,
+                }
+                for one in found
+            ]
+        )  # fmt: skip
+        return
+    if not found:
+        out().print("No sessions yet. Begin one: segue chat --session NAME", style="dim")
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for column, justify in (("session", "left"), ("turns", "right"), ("changed", "left")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("begins with", overflow="ellipsis", no_wrap=True)
+    now = time.time()
+    for one in found:
+        changed = "now, replying" if one.running_turn else age(now - one.updated_ms / 1000)
+        title = " ".join(one.title.split())
+        table.add_row(Text(one.session, "bold"), str(one.turns), changed, Text(title))
+    out().print(table)
+
+
+def age(seconds: float) -> str:
+    """ "3 min ago", from seconds; clocks that disagree read as now."""
+    for unit, length in (("day", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count = int(seconds // length)
+        if count > 0:
+            plural = "s" if unit == "day" and count > 1 else ""
+            return f"{count} {unit}{plural} ago"
+    return "now"
+
+
+@log_app.command()
+def log(
+    session: Annotated[str, typer.Argument(help="Its name.")],
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    device: DeviceOption = "",
+    from_offset: Annotated[int, typer.Option("--from", help="Begin after this offset.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Print a session's log, one entry per line; with -o json as JSON lines."""
+    run(_log(session, address, device or default_device(), from_offset, follow, output))
+
+
+async def _log(
+    name: str, addresses: list[str], device: str, from_offset: int, follow: bool, output: Output
+) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=device) as client:
+        session = await client.session(name, must_exist=True)
+        after = from_offset
+        for item in await session.read(from_offset):
+            _show(item, output)
+            after = item.offset
+        if not follow:
+            return
+        async for item in session.follow(after):
+            if item.offset > after:
+                _show(item, output)
+                after = item.offset
+
+
+def _show(item: Any, output: Output) -> None:
+    rows = list(rows_of(item))
+    if output is Output.JSON:
+        for row in rows:
+            typer.echo(msgspec.json.encode(row))
+        return
+    for row in rows:
+        out().print(line_of(row), soft_wrap=True)
+
+
+def rows_of(item: Any) -> list[dict[str, Any]]:
+    """One mapping for an entry; for a snapshot, one for each thing it stands for."""
+    from segue.events import Snapshot
+
+    if not isinstance(item, Snapshot):
+        fields = msgspec.to_builtins(item.op)
+        fields.pop("tokens", None)
+        pieces = fields.pop("pieces", None)
+        if pieces is not None:
+            fields["tokens"], fields["text"] = len(pieces), "".join(pieces)
+        return [{"offset": item.offset, "generation": item.generation, **fields}]
+    where = {"offset": item.offset, "generation": item.generation}
+    rows = [{**where, "kind": "turn", **_turn_fields(turn)} for turn in item.state.turns]
+    rows += [
+        {**where, "kind": "value", "name": name, "value": value}
+        for name, value in item.state.values.items()
+    ]
+    return rows or [{**where, "kind": "snapshot"}]
+
+
+def _turn_fields(turn: TurnState) -> dict[str, Any]:
+    return {
+        "turn": turn.turn, "device": turn.device, "prompt": turn.prompt, "text": turn.text,
+        "tokens": len(turn.tokens), "reason": turn.reason or "running",
+    }  # fmt: skip
+
+
+def line_of(row: dict[str, Any]) -> Text:
+    """offset, kind, who, and the rest of what the entry says."""
+    from segue.cli._chat_text import clean
+
+    rest = {
+        name: value
+        for name, value in row.items()
+        if name not in ("offset", "generation", "kind", "device", "id", "at_ms", "plan", "sampling")
+    }
+    line = Text.assemble(
+        (f"{row['offset']:>6} ", "dim"),
+        (f"{row['kind']:<13} ", "cyan"),
+        (f"{row.get('device') or '-':<10} ", "magenta"),
+    )
+    turn = rest.pop("turn", "")
+    if turn:
+        line.append(f"{turn[-6:]} ", "dim")
+    text = rest.pop("text", None)
+    words = [f"{name}={_value(value)}" for name, value in rest.items() if value not in ("", b"")]
+    line.append(" ".join(words), "dim" if text is not None else "")
+    if text is not None:
+        line.append((" " if words else "") + repr(clean(str(text))))
+    return line
+
+
+def _value(value: Any) -> str:
+    from segue.cli._chat_text import clean
+
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{inner}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "-"
+    return clean(str(value))
