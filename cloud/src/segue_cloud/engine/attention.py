@@ -1,0 +1,200 @@
+"""The operations between two matrix products, in two forms with one meaning.
+
+`CompiledOps` runs the fused CPU kernels; `TorchOps` says the same in plain torch, for other devices
+and as the reference in tests. A long chunk of a prompt goes through torch's own attention in both
+(`attend_segment`): there the matrix units count, and the keys are gathered once per chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from segue_cloud.engine.kv_pages import KvPages, slots_of
+from segue_cloud.engine.step_input import Segment, StepInput
+from segue_contract.model.manifest import ModelGeometry
+
+
+class StepOps(Protocol):
+    """`residual` is float32 `[T, hidden]` and updated in place; the rest has the engine's dtype."""
+
+    def add_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """residual += delta; RMSNorm(residual) * weight."""
+        ...
+
+    def rope_store(self, qkv: torch.Tensor, step: StepInput, layer: int) -> None:
+        """Rotate q and k of `[T, (heads + 2 kv_heads) * head_dim]` in place; write k, v."""
+        ...
+
+    def attend_rows(
+        self, qkv: torch.Tensor, step: StepInput, layer: int, out: torch.Tensor
+    ) -> None:
+        """Attention of `step.rows` through their page tables, into `out[T, heads * head_dim]`."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up."""
+        ...
+
+
+def rope_tables(geometry: ModelGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 `[context, head_dim / 2]`, for the rotate-half convention of Llama."""
+    half = torch.arange(0, geometry.head_dim, 2, dtype=torch.int64).float() / geometry.head_dim
+    frequencies = 1.0 / (geometry.rope_base**half)
+    angles = torch.outer(torch.arange(geometry.context).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def attend_segment(
+    qkv: torch.Tensor,
+    segment: Segment,
+    pages: KvPages,
+    layer: int,
+    geometry: ModelGeometry,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention of a chunk; its own and all earlier keys are already in the pages."""
+    g = geometry
+    group = g.heads // g.kv_heads
+    q_width, kv_width = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    rows = qkv[segment.first : segment.first + segment.count]
+    q = rows[:, :q_width].view(segment.count, g.kv_heads, group, g.head_dim).permute(1, 2, 0, 3)
+    if segment.slots is None:
+        k = rows[:, q_width : q_width + kv_width]
+        v = rows[:, q_width + kv_width :]
+        k = k.view(segment.count, g.kv_heads, g.head_dim).transpose(0, 1)
+        v = v.view(segment.count, g.kv_heads, g.head_dim).transpose(0, 1)
+    else:
+        k = pages.k[layer].index_select(1, segment.slots)
+        v = pages.v[layer].index_select(1, segment.slots)
+    shape = (g.kv_heads, group, k.shape[1], g.head_dim)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k[:, None].expand(shape),
+        v[:, None].expand(shape),
+        attn_mask=segment.mask,
+        is_causal=segment.mask is None,
+    )
+    target = out[segment.first : segment.first + segment.count]
+    target.view(segment.count, g.kv_heads, group, g.head_dim).copy_(attended.permute(2, 0, 1, 3))
+
+
+class TorchOps:
+    """The plain form, on any device."""
+
+    def __init__(self, geometry: ModelGeometry, pages: KvPages, device: str) -> None:
+        self._geometry = geometry
+        self._pages = pages
+        self._device = device
+        cos, sin = rope_tables(geometry)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+
+    def add_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        if delta is not None:
+            residual += delta.float()
+        eps = self._geometry.norm_eps
+        normed = torch.nn.functional.rms_norm(residual, (residual.shape[1],), weight, eps)
+        return normed.to(self._pages.k[0].dtype)
+
+    def rope_store(self, qkv: torch.Tensor, step: StepInput, layer: int) -> None:
+        g = self._geometry
+        tokens = qkv.shape[0]
+        positions = torch.from_numpy(step.positions_np).to(self._device)
+        slots = torch.from_numpy(step.slots_np).to(self._device)
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        heads = qkv.view(tokens, g.heads + 2 * g.kv_heads, g.head_dim)
+        rotated = heads[:, : g.heads + g.kv_heads]
+        a, b = rotated.float().chunk(2, dim=-1)
+        rotated.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
+        k = heads[:, g.heads : g.heads + g.kv_heads].transpose(0, 1)
+        v = heads[:, g.heads + g.kv_heads :].transpose(0, 1)
+        self._pages.k[layer].index_copy_(1, slots, k)
+        self._pages.v[layer].index_copy_(1, slots, v)
+
+    def attend_rows(
+        self, qkv: torch.Tensor, step: StepInput, layer: int, out: torch.Tensor
+    ) -> None:
+        g = self._geometry
+        width = g.heads * g.head_dim
+        for row, table, length in step.rows.tolist():
+            slots = torch.from_numpy(slots_of(step.tables[table])[:length]).to(self._device)
+            q = qkv[row, :width].view(g.kv_heads, g.heads // g.kv_heads, g.head_dim)
+            k = self._pages.k[layer].index_select(1, slots)
+            v = self._pages.v[layer].index_select(1, slots)
+            attended = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])
+            out[row] = attended.reshape(width)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.float()).mul_(up.float()).to(gate_up.dtype)
+
+
+class CompiledOps:
+    """The fused CPU kernels over the same memory: arrays are views of the tensors."""
+
+    def __init__(self, geometry: ModelGeometry, pages: KvPages) -> None:
+        from segue_cloud.engine.kernels import build_kernels
+
+        self.kernels = build_kernels(geometry.heads, geometry.kv_heads, geometry.head_dim)
+        self._k = [_array(k) for k in pages.k]
+        self._v = [_array(v) for v in pages.v]
+        self._dtype = pages.k[0].dtype
+        self._eps = np.float32(geometry.norm_eps)
+        self._scale = np.float32(geometry.head_dim**-0.5)
+        cos, sin = rope_tables(geometry)
+        self._cos, self._sin = cos.numpy(), sin.numpy()
+
+    def add_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.empty(residual.shape, dtype=self._dtype)
+        target = _array(out)
+        added = target if delta is None else _array(delta)
+        self.kernels.add_norm(
+            residual.numpy(), added, delta is not None, weight.numpy(), self._eps, target
+        )
+        return out
+
+    def rope_store(self, qkv: torch.Tensor, step: StepInput, layer: int) -> None:
+        self.kernels.rope_store(
+            _array(qkv),
+            step.positions_np,
+            step.slots_np,
+            self._cos,
+            self._sin,
+            self._k[layer],
+            self._v[layer],
+        )
+
+    def attend_rows(
+        self, qkv: torch.Tensor, step: StepInput, layer: int, out: torch.Tensor
+    ) -> None:
+        self.kernels.attend(
+            _array(qkv),
+            self._k[layer],
+            self._v[layer],
+            step.tables,
+            step.rows,
+            self._scale,
+            _array(out),
+        )
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=self._dtype)
+        self.kernels.silu_mul(_array(gate_up), _array(out))
+        return out
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A view of the tensor's memory; bfloat16 as its bits, which numpy has no type for."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: NDArray[Any] = tensor.numpy()
+    return array

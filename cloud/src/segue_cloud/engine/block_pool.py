@@ -1,0 +1,176 @@
+"""Who owns which KV page: a pure bookkeeper, it never touches the numbers in the pages.
+
+A page holds the KV of 16 tokens in all layers. A page is in exactly one of three places: free,
+owned by one sequence, or part of a cached block. A cached block is four pages (64 tokens) under a
+content-addressed id; sequences share it by reference count, and an unreferenced one stays until
+its pages are needed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from segue_contract.limits import KV_BLOCK_TOKENS, KV_PAGE_TOKENS
+
+PAGE_TOKENS = KV_PAGE_TOKENS
+PAGES_PER_BLOCK = KV_BLOCK_TOKENS // KV_PAGE_TOKENS
+# A block that was used often survives at most this many rounds of eviction without a new use.
+_MAX_CREDIT = 3
+
+
+@dataclass(slots=True)
+class _Cached:
+    pages: tuple[int, ...]
+    refs: int
+    credit: int = 0
+    aliases: tuple[bytes, ...] = ()
+
+
+class BlockPool:
+    """Pages, reference counts and the prefix cache.
+
+    Eviction takes the least recently released block first; one that was found again since it was
+    entered is passed over once per use (the clock rule), so that common prefixes outlive one-off
+    ones. Sequences release their blocks last to first, so leaves go before their parents.
+    """
+
+    def __init__(self, pages: int) -> None:
+        if pages < PAGES_PER_BLOCK:
+            raise ValueError(f"a pool has at least {PAGES_PER_BLOCK} pages, not {pages}")
+        self.pages_total = pages
+        self._free = list(range(pages - 1, -1, -1))
+        self._owned: set[int] = set()
+        self._cached: dict[bytes, _Cached] = {}
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._aliases: dict[bytes, bytes] = {}
+        self.evicted_blocks = 0
+
+    # -- what is there ------------------------------------------------------------------------
+
+    @property
+    def pages_free(self) -> int:
+        """Pages that an allocation could get now: free ones and those of idle cached blocks."""
+        return len(self._free) + PAGES_PER_BLOCK * len(self._idle)
+
+    @property
+    def blocks_cached(self) -> int:
+        return len(self._cached)
+
+    def resolve(self, block: bytes) -> bytes | None:
+        """The id under which `block`, or the block it is an alias of, is cached."""
+        if block in self._cached:
+            return block
+        return self._aliases.get(block)
+
+    def count_prefix(self, ids: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `ids` that is cached, under its own name or an alias."""
+        for index, block in enumerate(ids):
+            if self.resolve(block) is None:
+                return index
+        return len(ids)
+
+    # -- pages of one sequence ----------------------------------------------------------------
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages for one owner, evicting idle blocks as needed; None if there is no room.
+
+        Nothing changes when it returns None.
+        """
+        if count > self.pages_free:
+            return None
+        while len(self._free) < count:
+            self._evict_one()
+        taken = [self._free.pop() for _ in range(count)]
+        self._owned.update(taken)
+        return taken
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give owned pages back."""
+        for page in pages:
+            self._owned.remove(page)
+            self._free.append(page)
+
+    # -- cached blocks ------------------------------------------------------------------------
+
+    def is_idle(self, block: bytes) -> bool:
+        """Cached, and referenced by nobody."""
+        return block in self._idle
+
+    def acquire(self, block: bytes) -> tuple[int, ...]:
+        """Reference a block that is cached and return its pages."""
+        entry = self._cached[block]
+        if entry.refs == 0:
+            del self._idle[block]
+        entry.refs += 1
+        entry.credit = min(entry.credit + 1, _MAX_CREDIT)
+        return entry.pages
+
+    def release(self, block: bytes) -> None:
+        """Drop one reference; at none the block is idle and may be evicted."""
+        entry = self._cached[block]
+        assert entry.refs > 0, "a block was released more often than acquired"
+        entry.refs -= 1
+        if entry.refs == 0:
+            self._idle[block] = None
+
+    def enter(self, block: bytes, pages: Sequence[int], *, refs: int) -> bool:
+        """Turn four owned pages into a cached block with `refs` references.
+
+        Returns False, and changes nothing, where the id is cached already.
+        """
+        assert len(pages) == PAGES_PER_BLOCK, "a block has four pages"
+        if block in self._cached:
+            return False
+        for page in pages:
+            self._owned.remove(page)
+        self._cached[block] = _Cached(tuple(pages), refs)
+        if refs == 0:
+            self._idle[block] = None
+        return True
+
+    def alias(self, block: bytes, name: bytes) -> None:
+        """Let `name` also find a cached block: the same tokens' KV under another recipe."""
+        if name not in self._cached and name not in self._aliases:
+            self._aliases[name] = block
+            self._cached[block].aliases += (name,)
+
+    def drop_idle(self) -> int:
+        """Empty the cache of everything that nobody references; returns the blocks dropped."""
+        dropped = len(self._idle)
+        while self._idle:
+            self._drop(next(iter(self._idle)))
+        return dropped
+
+    def _evict_one(self) -> None:
+        while True:
+            block, _ = self._idle.popitem(last=False)
+            entry = self._cached[block]
+            self._idle[block] = None
+            if entry.credit == 0:
+                self._drop(block)
+                self.evicted_blocks += 1
+                return
+            entry.credit -= 1
+
+    def _drop(self, block: bytes) -> None:
+        del self._idle[block]
+        entry = self._cached.pop(block)
+        for name in entry.aliases:
+            del self._aliases[name]
+        self._free.extend(reversed(entry.pages))
+
+    def check_integrity(self) -> None:
+        """Assert that every page is in exactly one place and the counts agree."""
+        cached = [page for entry in self._cached.values() for page in entry.pages]
+        everything = [*self._free, *self._owned, *cached]
+        assert len(everything) == self.pages_total, "a page was lost or doubled"
+        assert set(everything) == set(range(self.pages_total)), "a page is in two places"
+        idle = {block for block, entry in self._cached.items() if entry.refs == 0}
+        assert idle == set(self._idle), "idle blocks and reference counts disagree"
+        for name, block in self._aliases.items():
+            assert name in self._cached[block].aliases, "an alias of a block that is gone"
+        assert sum(len(e.aliases) for e in self._cached.values()) == len(self._aliases)
+        assert all(entry.refs >= 0 for entry in self._cached.values())
+        assert all(len(entry.pages) == PAGES_PER_BLOCK for entry in self._cached.values())

@@ -1,0 +1,273 @@
+"""The small operations of a Llama step as fused CPU kernels, compiled once by numba.
+
+torch multiplies matrices well; what lies between two multiplications would cost it five to ten
+calls a layer, and its attention cannot read a page table. These four kernels do that work in one
+pass each and read the KV where it lies: nothing is copied or expanded per step.
+
+bfloat16 numbers travel as their bits in uint16 and are widened by a shift; sums are in float32.
+Compiled code is cached in the user's cache folder, so only the first start pays (some seconds).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from segue_contract.limits import KV_PAGE_TOKENS
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
+
+
+# Read by numba when it is imported.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(_cache_folder()))
+
+import numba  # noqa: E402
+from llvmlite import ir  # type: ignore[import-untyped]  # noqa: E402
+from numba import types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+Function: TypeAlias = Callable[..., Any]
+
+
+def _kernel(function: Function) -> Function:
+    compiled: Function = numba.njit(parallel=True, fastmath=True, nogil=True, cache=True)(function)
+    return compiled
+
+
+def _inline(function: Function) -> Function:
+    compiled: Function = numba.njit(inline="always")(function)
+    return compiled
+
+
+def _intrinsic(function: Function) -> Function:
+    known: Function = intrinsic(function)
+    return known
+
+
+_PAGE = KV_PAGE_TOKENS
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+
+
+_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+@_intrinsic
+def _load(typingctx: Any, stored: Any) -> Any:
+    """A stored number as float32: bfloat16 bits are its upper half, float32 is itself."""
+
+    def widen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(bits, _F32)
+
+    def keep(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return types.float32(stored), widen if stored == types.uint16 else keep
+
+
+@_intrinsic
+def _store(typingctx: Any, value: Any, like: Any) -> Any:
+    """float32 in the form of `like`: bfloat16 bits rounded to nearest even, or float32."""
+
+    def narrow(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
+
+    def keep(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return like(types.float32, like), narrow if like == types.uint16 else keep
+
+
+@_intrinsic
+def _as_float(typingctx: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _F32)
+
+    return types.float32(types.uint32), build
+
+
+@_inline
+def _exp(x: Any) -> Any:
+    """expf after Cephes, which unlike libm's vectorises: relative error under 2e-7.
+
+    Clamped to [-60, 60], so that no weight becomes a (slow) denormal number.
+    """
+    x = min(max(x, np.float32(-60.0)), np.float32(60.0))
+    n = np.floor(x * _LOG2_E + np.float32(0.5))
+    x = x - n * _LN2_HIGH - n * _LN2_LOW
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1.0)
+    return y * _as_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compiled functions; arrays are C-contiguous, `store` is uint16 (bfloat16 bits) or float32.
+
+    add_norm(residual f32[T,H], delta store[T,H], add bool, weight f32[H], eps, out store[T,H])
+        residual += delta (if add); out = RMSNorm(residual) * weight
+    rope_store(qkv store[T,(Q+2K)*D], positions i64[T], slots i64[T], cos/sin f32[C,D/2],
+               k/v store[K,slots,D])
+        rotates q and k in place (rotate-half, as Hugging Face's Llama) and writes k, v
+    attend(qkv, k, v, tables i32[S,P], rows i32[R,3] (qkv row, table, length), scale, out)
+        out[row] = softmax(q k^T * scale) v over the first `length` tokens of a page table
+    silu_mul(gate_up store[T,2F], out store[T,F])   silu(gate) * up
+    """
+
+    add_norm: Function
+    rope_store: Function
+    attend: Function
+    silu_mul: Function
+
+    def set_threads(self, threads: int) -> None:
+        """Threads that a kernel uses when the calling thread calls it."""
+        numba.set_num_threads(min(threads, numba.get_num_threads()))
+
+    @property
+    def seem_cached(self) -> bool:
+        """Whether the cache folder holds kernels of this file (numba checks their freshness)."""
+        return any(Path(os.environ["NUMBA_CACHE_DIR"]).glob("*/kernels.*attend*.nbi"))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything had to be compiled in this process (else it came from the cache)."""
+        parts: tuple[Any, ...] = (self.add_norm, self.rope_store, self.attend, self.silu_mul)
+        return any(part.stats.cache_misses for part in parts)
+
+
+def build_kernels(heads: int, kv_heads: int, head_dim: int) -> Kernels:
+    """Kernels for one geometry; sizes become constants so that inner loops unroll."""
+    return Kernels(
+        add_norm=_build_add_norm(),
+        rope_store=_build_rope_store(heads, kv_heads, head_dim),
+        attend=_build_attend(heads // kv_heads, kv_heads, head_dim),
+        silu_mul=_build_silu_mul(),
+    )
+
+
+def _build_add_norm() -> Function:
+    @_kernel
+    def add_norm(residual: Any, delta: Any, add: Any, weight: Any, eps: Any, out: Any) -> None:
+        width = residual.shape[1]
+        for row in numba.prange(residual.shape[0]):
+            square = np.float32(0)
+            if add:
+                for i in range(width):
+                    residual[row, i] += _load(delta[row, i])
+            for i in range(width):
+                square += residual[row, i] * residual[row, i]
+            scale = np.float32(1) / np.sqrt(square / np.float32(width) + eps)
+            for i in range(width):
+                out[row, i] = _store(residual[row, i] * scale * weight[i], out[0, 0])
+
+    return add_norm
+
+
+def _build_rope_store(heads: int, kv_heads: int, head_dim: int) -> Function:
+    half_dim = head_dim // 2
+    rotated = heads + kv_heads
+
+    @_kernel
+    def rope_store(
+        qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, k: Any, v: Any
+    ) -> None:
+        for row in numba.prange(qkv.shape[0]):
+            position = positions[row]
+            slot = slots[row]
+            for head in range(rotated):
+                base = head * head_dim
+                for i in range(half_dim):
+                    a = _load(qkv[row, base + i])
+                    b = _load(qkv[row, base + half_dim + i])
+                    c = cos[position, i]
+                    s = sin[position, i]
+                    qkv[row, base + i] = _store(a * c - b * s, qkv[0, 0])
+                    qkv[row, base + half_dim + i] = _store(b * c + a * s, qkv[0, 0])
+            for head in range(kv_heads):
+                base = (heads + head) * head_dim
+                for i in range(head_dim):
+                    k[head, slot, i] = qkv[row, base + i]
+                base = (rotated + head) * head_dim
+                for i in range(head_dim):
+                    v[head, slot, i] = qkv[row, base + i]
+
+    return rope_store
+
+
+def _build_attend(group: int, kv_heads: int, head_dim: int) -> Function:
+    @_kernel
+    def attend(qkv: Any, k: Any, v: Any, tables: Any, rows: Any, scale: Any, out: Any) -> None:
+        for task in numba.prange(rows.shape[0] * kv_heads):
+            entry = task // kv_heads
+            head = task % kv_heads
+            row = rows[entry, 0]
+            table = tables[rows[entry, 1]]
+            length = rows[entry, 2]
+            scores = np.empty((group, length), np.float32)
+            query = np.empty((group, head_dim), np.float32)
+            total = np.zeros((group, head_dim), np.float32)
+            for g in range(group):
+                for i in range(head_dim):
+                    query[g, i] = _load(qkv[row, (head * group + g) * head_dim + i]) * scale
+            for page in range((length + _PAGE - 1) // _PAGE):
+                start = table[page] * _PAGE
+                for t in range(min(_PAGE, length - page * _PAGE)):
+                    for g in range(group):
+                        dot = np.float32(0)
+                        for i in range(head_dim):
+                            dot += query[g, i] * _load(k[head, start + t, i])
+                        scores[g, page * _PAGE + t] = dot
+            for g in range(group):
+                largest = scores[g, 0]
+                for t in range(length):
+                    largest = max(largest, scores[g, t])
+                weight_sum = np.float32(0)
+                for t in range(length):
+                    scores[g, t] = _exp(scores[g, t] - largest)
+                    weight_sum += scores[g, t]
+                inverse = np.float32(1) / weight_sum
+                for t in range(length):
+                    scores[g, t] *= inverse
+            for page in range((length + _PAGE - 1) // _PAGE):
+                start = table[page] * _PAGE
+                for t in range(min(_PAGE, length - page * _PAGE)):
+                    for g in range(group):
+                        weight = scores[g, page * _PAGE + t]
+                        for i in range(head_dim):
+                            total[g, i] += weight * _load(v[head, start + t, i])
+            for g in range(group):
+                for i in range(head_dim):
+                    out[row, (head * group + g) * head_dim + i] = _store(total[g, i], out[0, 0])
+
+    return attend
+
+
+def _build_silu_mul() -> Function:
+    @_kernel
+    def silu_mul(gate_up: Any, out: Any) -> None:
+        width = out.shape[1]
+        for row in numba.prange(out.shape[0]):
+            for i in range(width):
+                gate = _load(gate_up[row, i])
+                up = _load(gate_up[row, width + i])
+                out[row, i] = _store(gate * up / (np.float32(1) + _exp(-gate)), out[0, 0])
+
+    return silu_mul

@@ -1,0 +1,48 @@
+"""The memory behind the block pool: keys and values of all pages, written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from segue_contract.kv.layout import KvBlock, KvGeometry
+from segue_contract.limits import KV_PAGE_TOKENS
+
+
+class KvPages:
+    """`k[layer]`, `v[layer]`: `[kv_heads, pages * 16, head_dim]`; a page is 16 slots in a row."""
+
+    def __init__(self, geometry: KvGeometry, pages: int, dtype: torch.dtype, device: str) -> None:
+        slots = pages * KV_PAGE_TOKENS
+        shape = (geometry.layers, 2, geometry.kv_heads, slots, geometry.head_dim)
+        # empty, not zeros: the machine gives memory to pages as they are first used.
+        self._all = torch.empty(shape, dtype=dtype, device=device)
+        self.k = [self._all[layer, 0] for layer in range(geometry.layers)]
+        self.v = [self._all[layer, 1] for layer in range(geometry.layers)]
+        self.geometry = geometry
+
+    def write_block(self, pages: Sequence[int], block: KvBlock) -> None:
+        """Put a 64-token block into four pages, converted to the pool's dtype."""
+        slots = slots_of(pages)
+        at = torch.from_numpy(slots).to(self._all.device)
+        for part, values in ((0, block.k), (1, block.v)):
+            tensor = _as_tensor(values).to(device=self._all.device, dtype=self._all.dtype)
+            self._all[:, part].index_copy_(2, at, tensor)
+
+
+def slots_of(pages: Sequence[int]) -> NDArray[np.int64]:
+    """Slot numbers of all tokens of `pages`, in order."""
+    starts = np.asarray(pages, np.int64) * KV_PAGE_TOKENS
+    return (starts[:, None] + np.arange(KV_PAGE_TOKENS, dtype=np.int64)).reshape(-1)
+
+
+def _as_tensor(values: NDArray[Any]) -> torch.Tensor:
+    """float16 and float32 as they are; uint16 holds the bits of bfloat16."""
+    if not values.flags.writeable or not values.flags.c_contiguous:
+        values = np.array(values, order="C")
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if values.dtype == np.uint16 else tensor

@@ -1,0 +1,133 @@
+"""What an operator may choose about the torch engine, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from segue_cloud.engine.sequence import pages_for
+from segue_contract.errors import InvalidArgument, ModelError
+from segue_contract.kv.layout import KvGeometry
+from segue_contract.limits import KV_PAGE_TOKENS, MAX_TURNS_PER_CLOUD, MIB
+
+DTYPES = ("auto", "bf16", "fp32")
+# The pool takes a quarter of the machine's memory and no more than this: 45,000 tokens of the
+# default model, five full contexts. More is for operators who ask for it.
+_POOL_SHARE = 0.25
+_POOL_MAX_BYTES = 2048 * MIB
+_POOL_MIN_TOKENS = 1024  # below it a single ordinary chat does not fit
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Choices of the engine. None: decide from the machine.
+
+    `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
+    `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
+    `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
+    `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
+    """
+
+    dtype: str = "auto"
+    threads: int | None = None
+    pool_bytes: int | None = None
+    max_turns: int = MAX_TURNS_PER_CLOUD
+    max_batch: int = 128
+    step_tokens: int = 512
+    mixed_tokens: int = 256
+    device: str = "cpu"
+    compiled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InvalidArgument(
+                f"{self.dtype!r} is no dtype of the engine.",
+                hint=f"Use one of {', '.join(DTYPES)}.",
+            )
+        for name in (
+            "threads",
+            "pool_bytes",
+            "max_turns",
+            "max_batch",
+            "step_tokens",
+            "mixed_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name} must be at least 1, not {value}.")
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of weights and KV. bfloat16 without native instructions is slower than float32."""
+    if name == "bf16":
+        return torch.bfloat16
+    if name == "fp32":
+        return torch.float32
+    if device != "cpu":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def choose_threads(threads: int | None) -> int:
+    """The cores this process may use; more threads than that only wait for each other."""
+    if threads:
+        return threads
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_pages(options: EngineOptions, kv: KvGeometry, itemsize: int, context: int) -> int:
+    """Pages of the KV pool.
+
+    Raises:
+        ModelError: the pool would not hold `_POOL_MIN_TOKENS` tokens; says what is needed.
+    """
+    token_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * itemsize
+    available = available_memory_bytes()
+    pool = options.pool_bytes or min(int(available * _POOL_SHARE), _POOL_MAX_BYTES)
+    pages = pool // (token_bytes * KV_PAGE_TOKENS)
+    needed = pages_for(min(context, _POOL_MIN_TOKENS))
+    if pages < needed:
+        need_mib = needed * token_bytes * KV_PAGE_TOKENS // MIB + 1
+        raise ModelError(
+            f"A KV pool of {pool // MIB} MiB is too small; this model needs {need_mib} MiB.",
+            hint=f"Give it more with --pool-mb {need_mib} (or SEGUE_CLOUD_POOL_MB).",
+            needed_mib=need_mib,
+        )
+    if pool > available:
+        raise ModelError(
+            f"A KV pool of {pool // MIB} MiB does not fit the {available // MIB} MiB of free"
+            " memory.",
+            hint="Choose a smaller one with --pool-mb (or SEGUE_CLOUD_POOL_MB).",
+            needed_mib=pool // MIB,
+        )
+    return pages
+
+
+def available_memory_bytes() -> int:
+    """Memory this process may still take: the machine's, or its cgroup's if that is less."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    used = _read(Path("/sys/fs/cgroup/memory.current")).strip()
+    if limit.isdigit() and used.isdigit():
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

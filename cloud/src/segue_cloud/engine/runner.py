@@ -1,0 +1,191 @@
+"""One step's effect: a plan of the scheduler in, sampled tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps
+from segue_cloud.engine.kv_pages import KvPages, slots_of
+from segue_cloud.engine.model import LlamaModel
+from segue_cloud.engine.options import EngineOptions, choose_dtype
+from segue_cloud.engine.sampler import sample_rows
+from segue_cloud.engine.scheduler import Step, Work
+from segue_cloud.engine.sequence import Sequence, pages_for
+from segue_cloud.engine.step_input import Segment, StepInput
+from segue_cloud.engine.weights import load_weights
+from segue_contract.kv.layout import KvBlock
+from segue_contract.limits import KV_PAGE_TOKENS
+from segue_contract.model.manifest import ModelGeometry
+
+# Chunks up to this size attend row by row through the page table: cheaper than a gather.
+_ROW_CHUNK = 16
+_WARM_UP_TOKENS = 128
+
+
+class Runner:
+    """Weights, pages and kernels. Used by one thread only, the one that built it.
+
+    Raises (from the constructor):
+        ModelMissing, ModelMismatch: see `load_weights`.
+    """
+
+    def __init__(
+        self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+    ) -> None:
+        device = options.device
+        dtype = choose_dtype(options.dtype, device)
+        self._device = device
+        self._geometry = geometry
+        self.pages = KvPages(geometry.kv, pages, dtype, device)
+        self._ops: StepOps = (
+            CompiledOps(geometry, self.pages)
+            if options.compiled and device == "cpu"
+            else TorchOps(geometry, self.pages, device)
+        )
+        weights = load_weights(directory, geometry, dtype, device)
+        self._model = LlamaModel(geometry, weights, self.pages, self._ops)
+        self._tables = _Tables(options.max_batch, pages_for(geometry.context))
+        self._dtype = dtype
+
+    def run(self, step: Step) -> list[int]:
+        """Compute a step; one token per work that samples, in order (negative: bad logits)."""
+        with torch.inference_mode():
+            logits = self._model.step(self._build(step.works))
+            sampling = step.sampling
+            if not sampling:
+                return []
+            return sample_rows(
+                logits.cpu().numpy(),
+                [work.sequence.turn.sampling for work in sampling],
+                [work.sequence.reply_index for work in sampling],
+            )
+
+    def write_block(self, pages: Seq[int], block: KvBlock) -> None:
+        with torch.inference_mode():
+            self.pages.write_block(pages, block)
+
+    def set_threads(self, threads: int) -> None:
+        """Let the kernels use as many threads as torch does; counts for the calling thread."""
+        if isinstance(self._ops, CompiledOps):
+            self._ops.kernels.set_threads(threads)
+
+    def must_compile(self) -> bool:
+        """Whether the kernels were never compiled on this machine, as far as one can tell."""
+        return isinstance(self._ops, CompiledOps) and not self._ops.kernels.seem_cached
+
+    def compiled_anew(self) -> bool:
+        """Whether kernels had to be compiled in this process (else they came from the cache)."""
+        return isinstance(self._ops, CompiledOps) and self._ops.kernels.compiled
+
+    def warm_up(self) -> None:
+        """Run a chunk and a row through scratch pages: kernels load, libraries set themselves up.
+
+        Only before the first turn: it overwrites the first pages.
+        """
+        tokens = min(_WARM_UP_TOKENS, self._geometry.context)
+        chunk = np.arange(tokens, dtype=np.int64)
+        rows = np.array([[0, 0, 1]], np.int32)
+        tables = np.zeros((self._tables.array.shape[0], self._tables.array.shape[1]), np.int32)
+        segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
+        with torch.inference_mode():
+            self._model.step(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))
+            self._model.step(self._input(chunk[:1], chunk[:1], chunk[:1], rows, tables, (), [0]))
+
+    # -- building a step's arrays -------------------------------------------------------------
+
+    def _build(self, works: Seq[Work]) -> StepInput:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[tuple[int, int, int]] = []
+        segments: list[Segment] = []
+        logit_rows: list[int] = []
+        self._tables.update([work.sequence for work in works])
+        for work in works:
+            sequence, start, end = work.sequence, work.start, work.start + work.count
+            first = len(tokens)
+            if work.count == 1:  # the common case, kept short
+                tokens.append(sequence.tokens[start])
+                positions.append(start)
+                page = sequence.pages[start // KV_PAGE_TOKENS]
+                slots.append(page * KV_PAGE_TOKENS + start % KV_PAGE_TOKENS)
+            else:
+                tokens.extend(sequence.tokens[start:end])
+                positions.extend(range(start, end))
+                slots.extend(slots_of(sequence.pages)[start:end].tolist())
+            if work.count <= _ROW_CHUNK:
+                table = self._tables.index(sequence)
+                rows.extend((first + i, table, start + i + 1) for i in range(work.count))
+            else:
+                segments.append(self._segment(work, first))
+            if work.samples:
+                logit_rows.append(first + work.count - 1)
+        return self._input(
+            np.array(tokens, np.int64),
+            np.array(positions, np.int64),
+            np.array(slots, np.int64),
+            rows,
+            self._tables.array,
+            tuple(segments),
+            logit_rows,
+        )
+
+    def _input(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        rows: Seq[tuple[int, int, int]] | np.ndarray,
+        tables: np.ndarray,
+        segments: tuple[Segment, ...],
+        logit_rows: list[int],
+    ) -> StepInput:
+        return StepInput(
+            tokens=torch.from_numpy(tokens).to(self._device),
+            positions_np=positions,
+            slots_np=slots,
+            rows=np.array(rows, np.int32).reshape(-1, 3),
+            tables=tables,
+            segments=segments,
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
+        )
+
+    def _segment(self, work: Work, first: int) -> Segment:
+        if work.start == 0:
+            return Segment(first, work.count, 0, None, None)
+        end = work.start + work.count
+        slots = torch.from_numpy(slots_of(work.sequence.pages)[:end]).to(self._device)
+        mask = torch.zeros(work.count, end, dtype=self._dtype)
+        late = torch.arange(end)[None, :] > torch.arange(work.start, end)[:, None]
+        mask.masked_fill_(late, float("-inf"))
+        return Segment(first, work.count, work.start, slots, mask.to(self._device))
+
+
+class _Tables:
+    """Page tables of the running sequences in one array, rewritten only where they changed."""
+
+    def __init__(self, sequences: int, pages: int) -> None:
+        self.array = np.zeros((sequences, pages), np.int32)
+        self._free = list(range(sequences - 1, -1, -1))
+        self._known: dict[Sequence, tuple[int, int]] = {}
+
+    def index(self, sequence: Sequence) -> int:
+        return self._known[sequence][0]
+
+    def update(self, sequences: Seq[Sequence]) -> None:
+        if len(sequences) > len(self._free):
+            self._forget(frozenset(sequences))
+        for sequence in sequences:
+            index, version = self._known.get(sequence, (-1, -1))
+            if version != sequence.table_version:
+                index = self._free.pop() if index < 0 else index
+                self.array[index, : len(sequence.pages)] = sequence.pages
+                self._known[sequence] = (index, sequence.table_version)
+
+    def _forget(self, keep: frozenset[Sequence]) -> None:
+        for sequence in [s for s in self._known if s not in keep]:
+            self._free.append(self._known.pop(sequence)[0])

@@ -1,0 +1,90 @@
+"""One turn while the engine works on it: tokens, pages, and how far its KV goes. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK
+from segue_cloud.engine.port import EngineTurn
+from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens [0, computed) have their KV in `pages`; the rest waits to be computed.
+
+    `chain` names the full 64-token blocks of [0, computed) in order, `held` those among them whose
+    pages are cached blocks that this sequence references (None: the pages are its own).
+    `shipped_names`: what the edge calls the blocks of `tokens`, as far as they were asked for.
+    `table_version` changes whenever `pages` does, so that readers can keep copies.
+    """
+
+    turn: EngineTurn
+    arrival: int
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    chain: list[bytes] = field(default_factory=list)
+    held: list[bytes | None] = field(default_factory=list)
+    shipped_names: list[bytes] = field(default_factory=list)
+    table_version: int = 0
+    cached_tokens: int = 0
+    preempted: int = 0
+    told_cached: bool = False
+
+    @staticmethod
+    def of(turn: EngineTurn, arrival: int) -> Sequence:
+        return Sequence(turn=turn, arrival=arrival, tokens=[*turn.prompt, *turn.made])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.turn.prompt)
+
+    @property
+    def reply_index(self) -> int:
+        """Index in the reply of the next token to sample."""
+        return len(self.tokens) - len(self.turn.prompt)
+
+    @property
+    def uncomputed(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Only the newest token lacks its KV."""
+        return self.uncomputed == 1
+
+    @property
+    def parent(self) -> bytes:
+        return self.chain[-1] if self.chain else ROOT_PARENT
+
+    @property
+    def tokens_left(self) -> int:
+        """Reply tokens that may still be sampled."""
+        return max(0, self.turn.max_tokens - self.reply_index)
+
+    def block_tokens(self, index: int) -> list[int]:
+        return self.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+
+    def shipped_name(self, recipe: str, index: int) -> bytes:
+        """What the edge calls block `index` under `recipe`; known from the tokens alone."""
+        names = self.shipped_names
+        while len(names) <= index:
+            parent = names[-1] if names else ROOT_PARENT
+            names.append(block_id(recipe, parent, self.block_tokens(len(names))))
+        return names[index]
+
+    def block_pages(self, index: int) -> list[int]:
+        return self.pages[index * PAGES_PER_BLOCK : (index + 1) * PAGES_PER_BLOCK]
+
+    def check_integrity(self) -> None:
+        assert 0 <= self.computed <= len(self.tokens)
+        assert len(self.pages) * PAGE_TOKENS >= self.computed
+        assert len(self.chain) == len(self.held)
+        assert len(self.chain) * BLOCK_TOKENS <= self.computed
+        assert len(set(self.pages)) == len(self.pages)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold the KV of `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)

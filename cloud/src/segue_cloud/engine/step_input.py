@@ -1,0 +1,43 @@
+"""What one step computes, as arrays: rows are tokens of any turns, one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [first, first + count) are consecutive tokens of one turn, from `start` on.
+
+    `slots`: where the KV of its tokens [0, start + count) lies; None where `start` is 0, since
+    then all keys are among the rows themselves. `mask`: `[count, start + count]`, added to scores.
+    """
+
+    first: int
+    count: int
+    start: int
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step over T rows.
+
+    `tokens`, `positions`, `slots`: int64 `[T]` (`*_np` the same memory as numpy).
+    `rows`: int32 `[R, 3]` (row, page table, length) for rows that attend through a page table;
+    `tables`: int32 `[S, pages]`. `segments`: the rows that attend as a chunk.
+    `logit_rows`: int64 `[N]`, the rows whose next token is sampled.
+    """
+
+    tokens: torch.Tensor
+    positions_np: NDArray[np.int64]
+    slots_np: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    tables: NDArray[np.int32]
+    segments: tuple[Segment, ...]
+    logit_rows: torch.Tensor

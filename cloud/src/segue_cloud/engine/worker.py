@@ -1,0 +1,415 @@
+"""The torch engine: one computing thread, and the engine port on the event loop's side of it.
+
+    event loop                           engine thread
+    submit, cancel, offer ── commands ─► drain → schedule → run → postprocess ─┐
+    streams  ◄──────────── one call_soon_threadsafe per step ──────────────────┘
+
+The thread waits for commands only when it has nothing to compute, and never for I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import structlog
+import torch
+
+from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.options import (
+    EngineOptions,
+    choose_dtype,
+    choose_pages,
+    choose_threads,
+    dtype_name,
+)
+from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
+from segue_cloud.engine.rates import Rates
+from segue_cloud.engine.runner import Runner
+from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
+from segue_cloud.engine.sequence import pages_for
+from segue_cloud.engine.streams import TurnStream
+from segue_contract.errors import (
+    BadBlock,
+    BadRecipe,
+    DeadlineExceeded,
+    EmptyPrompt,
+    InvalidArgument,
+    Overloaded,
+    PromptTooLong,
+    SegueError,
+    TurnFailed,
+)
+from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
+from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
+from segue_contract.model.manifest import Manifest
+
+__all__ = ["EngineOptions", "TorchEngine"]
+
+log = structlog.get_logger(__name__)
+
+_MIN_RETRY_S = 0.25
+
+
+@dataclass(frozen=True)
+class _Submit:
+    turn: EngineTurn
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    key: str
+
+
+@dataclass(frozen=True)
+class _Offer:
+    blocks: tuple[KvBlock, ...]
+    taken: asyncio.Future[int]
+
+
+@dataclass(frozen=True)
+class _Close:
+    pass
+
+
+_Command: TypeAlias = _Submit | _Cancel | _Offer | _Close
+_Delivery: TypeAlias = tuple[str, EngineOutput | SegueError]
+
+
+def own_recipe(manifest: Manifest, dtype: torch.dtype) -> KvRecipe:
+    """The recipe of the KV that this engine computes itself: no codec in between."""
+    return KvRecipe(
+        weights_digest=manifest.weights_digest,
+        weight_quant=dtype_name(dtype),
+        rope=manifest.edge_recipe.rope,
+        codec="none",
+    )
+
+
+class TorchEngine:
+    """Implements `port.Engine` for the Llama family. Build it with `load`, end it with `close`."""
+
+    def __init__(self, manifest: Manifest, options: EngineOptions, pages: int) -> None:
+        self._geometry = manifest.geometry
+        self._options = options
+        self._recipes = manifest.allowed_recipes()
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[str, TurnStream] = {}
+        self._numbers = itertools.count(1)
+        self._closed = False
+        self._rates = Rates()
+        self._dtype = choose_dtype(options.dtype, options.device)
+        self._pool = BlockPool(pages)
+        self._scheduler = Scheduler(
+            self._pool,
+            own_recipe(manifest, self._dtype).digest,
+            manifest.edge_recipe.digest,
+            SchedulerLimits(
+                max_batch=options.max_batch,
+                step_tokens=options.step_tokens,
+                mixed_tokens=options.mixed_tokens,
+                context=manifest.geometry.context,
+            ),
+        )
+        self._stats = EngineStats(0, 0, pages, pages, 0.0, 0.0, 0.0, 0, 0)
+
+    @classmethod
+    async def load(
+        cls, directory: Path, manifest: Manifest, options: EngineOptions | None = None
+    ) -> TorchEngine:
+        """Load weights, reserve the pool and start the engine thread.
+
+        Raises:
+            ModelMissing, ModelMismatch: the weights are not there or do not fit the manifest.
+            ModelError: the KV pool is too small or does not fit into memory.
+        """
+        options = options or EngineOptions()
+        dtype = choose_dtype(options.dtype, options.device)
+        geometry = manifest.geometry
+        pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
+        engine = cls(manifest, options, pages)
+        await engine._start(directory)
+        return engine
+
+    async def _start(self, directory: Path) -> None:
+        ready: asyncio.Future[None] = self._loop.create_future()
+        build = partial(Runner, directory, self._geometry, self._pool.pages_total, self._options)
+        self._thread = threading.Thread(
+            target=self._main, args=(build, ready), name="segue-engine", daemon=True
+        )
+        self._thread.start()
+        await ready
+        log.info(
+            "engine_ready",
+            dtype=dtype_name(self._dtype),
+            threads=choose_threads(self._options.threads),
+            kv_tokens=self._pool.pages_total * BLOCK_TOKENS // PAGES_PER_BLOCK,
+        )
+
+    # -- the port, on the event loop ----------------------------------------------------------
+
+    def submit(self, turn: EngineTurn) -> TurnStream:
+        """See `port.Engine.submit`; also raises EmptyPrompt and InvalidArgument (token ids)."""
+        self._check(turn)
+        if len(self._streams) >= self._options.max_turns:
+            retry_s = round(max(_MIN_RETRY_S, self._stats.queue_s), 2)
+            raise Overloaded(
+                f"All {self._options.max_turns} turns that this engine admits are taken.",
+                hint=f"Try again in {retry_s:g} s.",
+                retry_after_s=retry_s,
+            )
+        # A turn may come again (after a cancel, with more tokens made): our key is never reused.
+        key = f"{turn.turn}#{next(self._numbers)}"
+        stream = TurnStream(partial(self._cancel, key))
+        self._streams[key] = stream
+        self._commands.put(_Submit(replace(turn, turn=key)))
+        return stream
+
+    def _check(self, turn: EngineTurn) -> None:
+        if self._closed:
+            raise TurnFailed("The engine is shutting down.", hint="Another instance goes on.")
+        if not turn.prompt:
+            raise EmptyPrompt("The prompt has no tokens.")
+        vocab = self._geometry.vocab
+        if not all(0 <= token < vocab for token in itertools.chain(turn.prompt, turn.made)):
+            raise InvalidArgument(
+                f"A token id is outside the model's vocabulary of {vocab}.",
+                hint="Edge and cloud must serve the same model.",
+            )
+        total = len(turn.prompt) + max(turn.max_tokens, len(turn.made))
+        context = self._geometry.context
+        if total > context:
+            raise PromptTooLong(
+                f"{len(turn.prompt)} prompt tokens and {turn.max_tokens} new ones exceed the"
+                f" model's context of {context} tokens.",
+                hint="Shorten the conversation or ask for fewer tokens.",
+                context=context,
+            )
+        if pages_for(total) > self._pool.pages_total:
+            raise PromptTooLong(
+                f"A turn of {total} tokens does not fit this engine's KV pool.",
+                hint="Shorten it, or start the cloud with a larger --pool-mb.",
+            )
+
+    def _cancel(self, key: str) -> None:
+        if self._streams.pop(key, None) is not None:
+            self._commands.put(_Cancel(key))
+
+    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
+        """See `port.Engine.offer_blocks`; returns once the blocks can be found."""
+        if not blocks:
+            return 0
+        for block in blocks:
+            self._check_block(block)
+        if self._closed:
+            return 0
+        taken: asyncio.Future[int] = self._loop.create_future()
+        self._commands.put(_Offer(tuple(blocks), taken))
+        try:
+            async with asyncio.timeout(RPC_TIMEOUT_S):
+                return await taken
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                "The engine did not take the KV blocks in time.", hint="It is overloaded."
+            ) from error
+
+    def _check_block(self, block: KvBlock) -> None:
+        if block.recipe not in self._recipes:
+            raise BadRecipe(
+                "A KV block was made in a way that this model's manifest does not allow.",
+                hint="Build the same model on both sides (`segue model verify`).",
+                recipe=block.recipe,
+            )
+        kv = self._geometry.kv
+        shape = (kv.layers, kv.kv_heads, BLOCK_TOKENS, kv.head_dim)
+        for values in (block.k, block.v):
+            if values.shape != shape or values.dtype not in (np.float16, np.float32, np.uint16):
+                raise BadBlock(
+                    f"A KV block has shape {list(values.shape)} of {values.dtype}; this model's"
+                    f" blocks have {list(shape)}.",
+                    hint="Edge and cloud must serve the same model.",
+                )
+
+    def have_blocks(self, ids: Sequence[bytes]) -> int:
+        # Single look-ups in dictionaries that the engine thread writes: each is atomic, and an
+        # answer can be outdated by the next step whatever we do.
+        return self._pool.count_prefix(ids)
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent in steps since the start."""
+        return self._rates.busy_s
+
+    async def close(self) -> None:
+        """Stop after the current step; turns that still run end with TurnFailed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._commands.put(_Close())
+        await asyncio.to_thread(self._thread.join, SHUTDOWN_GRACE_S)
+        self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
+
+    def _fail_all(self, error: SegueError) -> None:
+        for stream in self._streams.values():
+            stream.fail(error)
+        self._streams.clear()
+
+    def _deliver(self, deliveries: Sequence[_Delivery]) -> None:
+        for key, what in deliveries:
+            stream = self._streams.get(key)
+            if stream is None:
+                continue  # its reader left in the meantime
+            if isinstance(what, SegueError):
+                del self._streams[key]
+                stream.fail(what)
+                continue
+            if what.finished:
+                del self._streams[key]
+            stream.push(what)
+
+    # -- the engine thread --------------------------------------------------------------------
+
+    def _main(self, build: Callable[[], Runner], ready: asyncio.Future[None]) -> None:
+        try:
+            self._runner = self._set_up(build)
+        except BaseException as error:
+            self._post(_fail_future, ready, error)
+            return
+        self._post(_finish_future, ready, None)
+        try:
+            while self._drain():
+                self._step()
+        except BaseException as error:
+            log.exception("engine_died")
+            self._closed = True
+            self._post(self._fail_all, TurnFailed(f"The engine died: {error}."))
+
+    def _set_up(self, build: Callable[[], Runner]) -> Runner:
+        # Both pools take the number from the thread that computes, so it is set here.
+        threads = choose_threads(self._options.threads)
+        torch.set_num_threads(threads)
+        started = time.monotonic()
+        runner = build()
+        runner.set_threads(threads)
+        if runner.must_compile():
+            log.info("compiling_cpu_kernels", note="once on this machine, about 10 s")
+        runner.warm_up()
+        runner.warm_up()
+        if runner.compiled_anew():
+            log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
+        return runner
+
+    def _drain(self) -> bool:
+        """Take in all waiting commands; wait for one if there is nothing else to do."""
+        block = self._scheduler.idle
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            match command:
+                case _Submit(turn):
+                    output = self._scheduler.add(turn)
+                    if output is not None:
+                        self._post(self._deliver, [(turn.turn, output)])
+                case _Cancel(key):
+                    self._scheduler.cancel(key)
+                case _Offer(blocks, taken):
+                    self._post(_finish_future, taken, self._take_blocks(blocks))
+                case _Close():
+                    return False
+            self._publish_stats()
+            block = self._scheduler.idle and self._commands.empty()
+
+    def _step(self) -> None:
+        step = self._scheduler.schedule()
+        if not step.works:
+            return
+        started = time.perf_counter()
+        try:
+            sampled = self._runner.run(step)
+        except Exception as error:
+            log.exception("step_failed", turns=len(step.works))
+            failure = TurnFailed(f"The engine failed in a step: {error}.", hint="Ask again.")
+            self._post(self._deliver, [(key, failure) for key in self._scheduler.fail(step)])
+            return
+        outputs = self._scheduler.postprocess(step, sampled)
+        self._observe(step, time.perf_counter() - started)
+        self._post(self._deliver, [(key, _or_failure(output)) for key, output in outputs])
+
+    def _observe(self, step: Step, seconds: float) -> None:
+        decode_rows = sum(work.count == 1 and work.samples for work in step.works)
+        self._rates.observe(step.tokens - decode_rows, decode_rows, seconds)
+        self._publish_stats()
+
+    def _take_blocks(self, blocks: Sequence[KvBlock]) -> int:
+        taken = 0
+        for block in blocks:
+            if self._pool.resolve(block.id) is not None:
+                taken += 1
+                continue
+            pages = self._pool.allocate(PAGES_PER_BLOCK)
+            if pages is None:
+                break
+            self._runner.write_block(pages, block)
+            self._pool.enter(block.id, pages, refs=0)
+            taken += 1
+        return taken
+
+    def _publish_stats(self) -> None:
+        scheduler, rates = self._scheduler, self._rates
+        self._stats = EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            pages_free=self._pool.pages_free,
+            pages_total=self._pool.pages_total,
+            queue_s=rates.queue_s(
+                scheduler.prefill_backlog,
+                scheduler.decode_backlog,
+                scheduler.waiting,
+                self._options.max_batch,
+            ),
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            decode_step_s=rates.decode_step_s,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            steps=rates.steps,
+        )
+
+    def _post(self, call: Callable[..., None], *args: object) -> None:
+        # The loop may be gone when a program ends without `close`: nobody listens then.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
+
+
+def _or_failure(output: EngineOutput | None) -> EngineOutput | SegueError:
+    if output is not None:
+        return output
+    return TurnFailed(
+        "The model's numbers for this turn are not finite.",
+        hint="Ask again; if it stays so, check the model with `segue model verify`.",
+    )
+
+
+def _finish_future(future: asyncio.Future[object], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail_future(future: asyncio.Future[object], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
