@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from segue_cloud.config import CloudSettings
 from segue_contract.errors import InvalidArgument
 
-app = typer.Typer(help="Run the cloud service: decode engine, session log, fan-out.")
+app = typer.Typer(
+    help="Run the cloud service: decode engine, session log, fan-out.", add_completion=False
+)
 
 
 @app.callback(invoke_without_command=True)

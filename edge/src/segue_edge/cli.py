@@ -21,7 +21,9 @@ from segue_edge.config import DEFAULT_CLOUD, DEFAULT_PORT, EdgeConfig, read_conf
 if TYPE_CHECKING:
     from segue_edge.node import EdgeNode
 
-app = typer.Typer(help="Run an edge node: prefill near the user, decode in the cloud.")
+app = typer.Typer(
+    help="Run an edge node: prefill near the user, decode in the cloud.", add_completion=False
+)
 log = structlog.get_logger("segue.edge")
 
 _STARTED = time.monotonic()

@@ -13,7 +13,7 @@ from segue_contract.plan import Shape
 from segue_edge.planner.costs import PlanInputs, split_cost
 from segue_edge.planner.plan import DEFAULT_WEIGHTS, Plan, choose, parse_force
 
-app = typer.Typer(help="Look at how turns are planned.")
+app = typer.Typer(help="Look at how turns are planned.", add_completion=False)
 
 
 @app.callback()

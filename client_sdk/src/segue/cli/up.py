@@ -135,7 +135,7 @@ def _describe(part: Part) -> str:
 
 def next_steps(stack: LocalStack) -> RenderableType:
     """What to type in other terminals."""
-    node = "" if stack.edge_address == "127.0.0.1:7411" else f" --node {stack.edge_address}"
+    node = "" if stack.edge_address == "127.0.0.1:7411" else f" --address {stack.edge_address}"
     lines = [
         "Now, in two other terminals (they are two devices of one session):",
         f"  [bold]segue chat --session trip --device phone{node}[/]",
