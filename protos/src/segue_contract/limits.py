@@ -115,3 +115,6 @@ DIRTY_AFTER_S: Final = 2.0  # appended and not confirmed for this long: another 
 MAX_SWEEP_SESSIONS: Final = 1000
 MAX_SESSION_DEVICES: Final = 256  # devices of one session that are remembered, latest first
 TITLE_CHARS: Final = 80  # of a session's first message, for lists
+HUB_POLL_SESSIONS: Final = 256  # tails looked up in one round trip
+HUB_EVENT_BYTES: Final = 1 * MIB  # entries of one event of Attach, beyond the first
+PUBLISH_FLUSH_S: Final = 1.0  # at shutdown, for what still waits for the broker

@@ -59,6 +59,10 @@ class Replica:
         self._state = state
         self._turns = {turn.turn: turn for turn in state.turns}
 
+    def adopt_generation(self, generation: int) -> None:
+        """What is known was read from the log itself, which now lives on as `generation`."""
+        self._state.cursor = Cursor(generation, self._state.cursor.offset)
+
     def apply(self, entry: LogEntryLike) -> Applied:
         """Fold one entry, or say why not.
 

@@ -1,0 +1,162 @@
+"""Live followers in this process: a snapshot first, then every entry, in order, once.
+
+Entries that this process appends come at once; those of other instances are found by looking up
+the tails of the followed sessions every `HUB_POLL_S`, all in one round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import structlog
+
+from segue_cloud.hub.state import HubState
+from segue_cloud.sessions.port import SessionStore, StoredEntry
+from segue_cloud.sessions.reader import LogReader
+from segue_contract.errors import SegueError
+from segue_contract.limits import (
+    HUB_EVENT_BYTES,
+    HUB_POLL_S,
+    HUB_POLL_SESSIONS,
+    MAX_READ_ENTRIES,
+)
+from segue_contract.sync.state import Cursor, SessionState
+
+log = structlog.get_logger("segue.hub")
+
+
+@dataclass(frozen=True)
+class Following:
+    """One step of a follower: a state to start (over) from, or entries that follow on."""
+
+    entries: list[StoredEntry]
+    snapshot: SessionState | None = None
+
+
+class Hub:
+    """`async with Hub(store) as hub:` runs the look-up of tails in the background."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        *,
+        reader: LogReader | None = None,
+        poll_s: float = HUB_POLL_S,
+        state: HubState | None = None,
+    ) -> None:
+        self.reader = reader or LogReader(store)
+        self._store = store
+        self._poll_s = poll_s
+        self._state = state or HubState()
+        self._wakes: dict[int, asyncio.Event] = {}
+        self._someone = asyncio.Event()
+        self._poller: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Hub:
+        self._poller = asyncio.create_task(self._poll(), name="hub poll")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+
+    @property
+    def followers(self) -> int:
+        return len(self._wakes)
+
+    def offer(self, tenant: str, session: str, entries: Sequence[StoredEntry]) -> None:
+        """Entries that were just appended here."""
+        self._wake(self._state.offer((tenant, session), entries))
+
+    @contextlib.asynccontextmanager
+    async def follow(
+        self, tenant: str, session: str, after: Cursor | None = None
+    ) -> AsyncIterator[AsyncIterator[Following]]:
+        """Iterate over a snapshot, then entries as they come; a later snapshot starts over.
+
+        `after` is what the caller has; it is told the whole state all the same, because a state
+        is never larger than what made it. Leaving the context ends it.
+
+        Raises (while iterating):
+            UnknownSession, StoreUnavailable.
+        """
+        number = self._state.join((tenant, session))
+        self._wakes[number] = asyncio.Event()
+        self._someone.set()
+        steps = self._steps(number, tenant, session)
+        try:
+            yield steps
+        finally:
+            await steps.aclose()
+            del self._wakes[number]
+            self._state.leave(number)
+            if not self._wakes:
+                self._someone.clear()
+
+    def check_integrity(self) -> None:
+        self._state.check_integrity()
+        assert self._someone.is_set() == bool(self._wakes)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    async def _steps(
+        self, number: int, tenant: str, session: str
+    ) -> AsyncGenerator[Following, None]:
+        wake = self._wakes[number]
+        state = await self.reader.state(tenant, session)
+        at = state.cursor
+        self._state.move(number, at)
+        yield Following([], state)
+        while True:
+            wake.clear()
+            if taken := self._state.take(number, HUB_EVENT_BYTES):
+                at = taken[-1].cursor
+                yield Following(taken)
+            elif (tail := self._state.behind(number)) is not None:
+                page = await self.reader.read(tenant, session, at, MAX_READ_ENTRIES)
+                if page.end is None and page.tail < tail:
+                    # It was acknowledged and is gone. The next read gives a new generation.
+                    at = tail
+                    continue
+                at = page.end or at
+                self._state.move(number, at)
+                if page.end is not None:
+                    yield Following(page.entries, page.snapshot)
+            else:
+                await wake.wait()
+
+    def _wake(self, followers: Iterable[int]) -> None:
+        for number in followers:
+            self._wakes[number].set()
+
+    async def _poll(self) -> None:
+        healthy = True
+        while True:
+            await self._someone.wait()
+            await asyncio.sleep(self._poll_s)
+            try:
+                await self._poll_once()
+                healthy = True
+            except SegueError as error:
+                if healthy:
+                    log.warning("tails_unknown", error=str(error))
+                healthy = False
+
+    async def _poll_once(self) -> None:
+        followed = self._state.followed
+        for start in range(0, len(followed), HUB_POLL_SESSIONS):
+            some = followed[start : start + HUB_POLL_SESSIONS]
+            tails = await self._store.tails(some)
+            for key, tail in zip(some, tails, strict=True):
+                if tail is not None:
+                    self._wake(self._state.announce(key, tail))

@@ -1,0 +1,177 @@
+"""What still has to go to the broker: log messages in order, and heads. Pure.
+
+Log messages are an optimisation: they are bounded, and dropped while the broker is away. A head
+(the tail of a log) is what makes devices read what they missed, so it stays here until the broker
+has confirmed it. It goes out a little after the first append it covers, not after every one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from segue_cloud.sessions.port import StoredEntry
+from segue_contract.limits import (
+    HEAD_DELAY_S,
+    MAX_APPEND_OPS,
+    MAX_MQTT_PAYLOAD_BYTES,
+    MQTT_PUBLISH_QUEUE,
+    SESSION_CACHE,
+)
+from segue_contract.sync.state import Cursor
+
+Key = tuple[str, str]  # tenant, session
+
+_OVERHEAD_BYTES = 64  # of a message and of each op in it, generously
+
+
+@dataclass(frozen=True)
+class LogBatch:
+    """Consecutive entries of one session."""
+
+    key: Key
+    first: Cursor
+    ops: list[bytes]
+
+
+@dataclass
+class _Head:
+    cursor: Cursor
+    due_s: float | None  # None: on its way, or confirmed
+    confirmed: bool = False
+
+
+class Outbox:
+    def __init__(
+        self,
+        *,
+        max_entries: int = MQTT_PUBLISH_QUEUE,
+        max_heads: int = SESSION_CACHE,
+        head_delay_s: float = HEAD_DELAY_S,
+    ) -> None:
+        self._max_entries = max_entries
+        self._max_heads = max_heads
+        self._head_delay_s = head_delay_s
+        self._pending: OrderedDict[Key, list[StoredEntry]] = OrderedDict()
+        self._entries = 0
+        self._heads: OrderedDict[Key, _Head] = OrderedDict()
+        self._clears: list[Key] = []
+        self.dropped = 0
+
+    @property
+    def empty(self) -> bool:
+        """Nothing waits, and every head is confirmed."""
+        return not self._pending and all(head.confirmed for head in self._heads.values())
+
+    def add(self, key: Key, entries: Sequence[StoredEntry], now_s: float, *, online: bool) -> None:
+        """Entries that were appended. Offline, or beyond the bound, only their head counts."""
+        self.add_head(key, entries[-1].cursor, now_s + self._head_delay_s)
+        if not online or self._entries + len(entries) > self._max_entries:
+            self.dropped += len(entries)
+            return
+        self._pending.setdefault(key, []).extend(entries)
+        self._entries += len(entries)
+
+    def add_head(self, key: Key, cursor: Cursor, due_s: float) -> None:
+        """The log's tail is `cursor`: say so by `due_s`."""
+        head = self._heads.get(key)
+        if head is None:
+            self._heads[key] = _Head(cursor, due_s)
+            self._forget_confirmed()
+        elif cursor >= head.cursor:
+            if head.due_s is None or due_s < head.due_s:
+                head.due_s = due_s
+            head.cursor, head.confirmed = cursor, False
+            self._heads.move_to_end(key)
+
+    def next_batch(self) -> LogBatch | None:
+        """The oldest waiting session's entries, as many as fit one message.
+
+        An entry too large for any message is left out: its head tells devices to read it.
+        """
+        while self._pending:
+            key, waiting = next(iter(self._pending.items()))
+            size, count = _OVERHEAD_BYTES, 0
+            for entry in waiting[:MAX_APPEND_OPS]:
+                size += len(entry.op) + _OVERHEAD_BYTES
+                follows = count == 0 or entry.cursor == _after(waiting[count - 1].cursor)
+                if size > MAX_MQTT_PAYLOAD_BYTES or not follows:
+                    break
+                count += 1
+            taken, rest = waiting[: max(count, 1)], waiting[max(count, 1) :]
+            self._entries -= len(taken)
+            del self._pending[key]
+            if rest:  # behind the others: one busy session holds up nobody
+                self._pending[key] = rest
+            if count:
+                return LogBatch(key, taken[0].cursor, [entry.op for entry in taken])
+            self.dropped += 1
+        return None
+
+    def due_heads(self, now_s: float) -> list[tuple[Key, Cursor]]:
+        """Heads to send now; each needs `head_confirmed`, or `restart` where the link was lost."""
+        due = []
+        for key, head in self._heads.items():
+            if head.due_s is not None and head.due_s <= now_s:
+                head.due_s = None
+                due.append((key, head.cursor))
+        return due
+
+    def next_head_s(self) -> float | None:
+        """When the next head is due; None where none waits."""
+        return min(
+            (head.due_s for head in self._heads.values() if head.due_s is not None), default=None
+        )
+
+    def head_confirmed(self, key: Key, cursor: Cursor) -> None:
+        head = self._heads.get(key)
+        if head is not None and head.cursor == cursor:
+            head.confirmed = True
+            self._forget_confirmed()
+
+    def clear_head(self, key: Key) -> None:
+        """The session is idle: its head is to be taken from the broker."""
+        self._heads.pop(key, None)
+        self._clears.append(key)
+
+    def take_clears(self) -> list[Key]:
+        """Sessions whose head is to be cleared now and that got no new one meanwhile."""
+        taken, self._clears = self._clears, []
+        return [key for key in taken if key not in self._heads]
+
+    def restart(self, now_s: float) -> None:
+        """The link is new: whatever was on its way is lost, and the broker may be empty."""
+        for waiting in self._pending.values():
+            self.dropped += len(waiting)
+        self._pending.clear()
+        self._entries = 0
+        for head in self._heads.values():
+            head.due_s, head.confirmed = now_s, False
+
+    def hurry(self, now_s: float) -> None:
+        """Everything is due now."""
+        for head in self._heads.values():
+            if head.due_s is not None:
+                head.due_s = now_s
+
+    def check_integrity(self) -> None:
+        """Assert what must always hold."""
+        assert self._entries == sum(map(len, self._pending.values())) <= self._max_entries
+        assert all(self._pending.values()), "a session waits with nothing"
+        for head in self._heads.values():
+            assert not (head.confirmed and head.due_s is not None)
+        unconfirmed = sum(not head.confirmed for head in self._heads.values())
+        assert len(self._heads) <= max(self._max_heads, unconfirmed)
+
+    def _forget_confirmed(self) -> None:
+        """Only heads that the broker has may be forgotten, the least recently used first."""
+        surplus = len(self._heads) - self._max_heads
+        if surplus > 0:
+            known = [key for key, head in self._heads.items() if head.confirmed]
+            for key in known[:surplus]:
+                del self._heads[key]
+
+
+def _after(cursor: Cursor) -> Cursor:
+    return Cursor(cursor.generation, cursor.offset + 1)

@@ -1,0 +1,245 @@
+"""The fan-out: appended entries and heads to the broker, which nothing here ever waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any
+
+import aiomqtt
+import structlog
+
+from segue_cloud.mqtt.outbox import Key, LogBatch, Outbox
+from segue_cloud.sessions.port import SessionStore, StoredEntry
+from segue_contract.errors import SegueError
+from segue_contract.limits import (
+    BROKER_KEEPALIVE_S,
+    BROKER_RETRY_S,
+    CONNECT_TIMEOUT_S,
+    DIRTY_AFTER_S,
+    HEAD_IDLE_S,
+    MAX_SWEEP_SESSIONS,
+    PUBLISH_FLUSH_S,
+    PUBLISH_INFLIGHT,
+    SWEEP_INTERVAL_S,
+)
+from segue_contract.sync.state import Cursor
+from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
+from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+
+log = structlog.get_logger("segue.mqtt")
+
+
+class Publisher:
+    """`async with Publisher(url, store) as publisher:` connects, and connects again, by itself.
+
+    It also sweeps: sessions that some process appended to and never confirmed as published get
+    their head published, and heads of sessions that went idle are cleared.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        store: SessionStore,
+        *,
+        retry_s: float = BROKER_RETRY_S,
+        sweep_s: float = SWEEP_INTERVAL_S,
+        dirty_after_s: float = DIRTY_AFTER_S,
+        head_idle_s: float = HEAD_IDLE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+        outbox: Outbox | None = None,
+    ) -> None:
+        """`url`: mqtt://host:port. Raises InvalidArgument where it is none."""
+        self._host, self._port = parse_mqtt_url(url)
+        self._store = store
+        self._retry_s = retry_s
+        self._sweep_s = sweep_s
+        self._dirty_after_s = dirty_after_s
+        self._head_idle_s = head_idle_s
+        self._monotonic = monotonic
+        self._outbox = outbox or Outbox()
+        self._confirmed: dict[Key, Cursor] = {}
+        self._wake = asyncio.Event()
+        self._marks = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._online = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.published = 0
+
+    async def __aenter__(self) -> Publisher:
+        for name, run in (
+            ("mqtt link", self._keep_connected),
+            ("mqtt marks", self._mark),
+            ("mqtt sweep", self._sweep),
+        ):
+            self._tasks.append(asyncio.create_task(run(), name=name))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Send what waits, for a moment, then stop."""
+        if self.connected:
+            self._outbox.hurry(self._monotonic())
+            self._wake.set()
+            try:
+                async with asyncio.timeout(PUBLISH_FLUSH_S):
+                    while not (self._outbox.empty and not self._confirmed):
+                        self._settled.clear()
+                        await self._settled.wait()
+            except TimeoutError:
+                log.warning("fanout_unfinished")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def connected(self) -> bool:
+        return self._online.is_set()
+
+    @property
+    def dropped(self) -> int:
+        """Entries that devices had to read instead, because no message carried them."""
+        return self._outbox.dropped
+
+    async def wait_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
+        """True once the broker is there; False if that takes longer than `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._online.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def publish(self, tenant: str, session: str, entries: Sequence[StoredEntry]) -> None:
+        """Hand over entries that the log holds; returns at once, whatever the broker does."""
+        if entries:
+            self._outbox.add((tenant, session), entries, self._monotonic(), online=self.connected)
+            self._wake.set()
+
+    def check_integrity(self) -> None:
+        self._outbox.check_integrity()
+
+    # -- the link -----------------------------------------------------------------------------
+
+    async def _keep_connected(self) -> None:
+        said = False
+        while True:
+            try:
+                async with aiomqtt.Client(
+                    self._host,
+                    self._port,
+                    protocol=aiomqtt.ProtocolVersion.V5,
+                    keepalive=BROKER_KEEPALIVE_S,
+                    timeout=CONNECT_TIMEOUT_S,
+                    socket_options=mqtt_socket_options(),
+                    max_inflight_messages=PUBLISH_INFLIGHT,
+                ) as client:
+                    client.pending_calls_threshold = 2 * PUBLISH_INFLIGHT
+                    self._outbox.restart(self._monotonic())
+                    self._online.set()
+                    if said:
+                        log.info("broker_back", host=self._host, port=self._port)
+                    said = False
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(_watch(client), name="mqtt watch")
+                        group.create_task(self._pump(client, group), name="mqtt pump")
+            except* (aiomqtt.MqttError, OSError, ValueError) as errors:
+                if not said:
+                    log.warning("broker_away", host=self._host, port=self._port,
+                                error=str(errors.exceptions[0]))  # fmt: skip
+                said = True
+            finally:
+                self._online.clear()
+            await asyncio.sleep(self._retry_s)
+
+    async def _pump(self, client: aiomqtt.Client, group: asyncio.TaskGroup) -> None:
+        """Send what waits; many messages may be unacknowledged at a time, in order sent."""
+        room = asyncio.Semaphore(PUBLISH_INFLIGHT)
+
+        async def send(coroutine: Coroutine[Any, Any, None]) -> None:
+            await room.acquire()
+            group.create_task(coroutine).add_done_callback(lambda _: room.release())
+
+        while True:
+            self._wake.clear()
+            while (batch := self._outbox.next_batch()) is not None:
+                await send(self._send_batch(client, batch))
+            for key, cursor in self._outbox.due_heads(self._monotonic()):
+                await send(self._send_head(client, key, cursor))
+            for key in self._outbox.take_clears():
+                await send(client.publish(head_topic(*key), b"", qos=1, retain=True))
+            due = self._outbox.next_head_s()
+            try:
+                async with asyncio.timeout(
+                    None if due is None else max(due - self._monotonic(), 0.0)
+                ):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _send_batch(self, client: aiomqtt.Client, batch: LogBatch) -> None:
+        payload = encode_log_message(batch.first.generation, batch.first.offset, batch.ops)
+        await client.publish(log_topic(*batch.key), payload, qos=1)
+        self.published += len(batch.ops)
+
+    async def _send_head(self, client: aiomqtt.Client, key: Key, cursor: Cursor) -> None:
+        await client.publish(head_topic(*key), encode_head(cursor), qos=1, retain=True)
+        self._outbox.head_confirmed(key, cursor)
+        self._confirmed[key] = max(cursor, self._confirmed.get(key, cursor))
+        self._marks.set()
+        self._settled.set()
+
+    async def _mark(self) -> None:
+        """Tell the store what the broker has; the sweep repeats whatever is lost here."""
+        while True:
+            await self._marks.wait()
+            self._marks.clear()
+            for key, cursor in list(self._confirmed.items()):
+                try:
+                    await self._store.mark_published(*key, cursor)
+                except SegueError as error:
+                    log.warning("mark_failed", session=key[1], error=str(error))
+                if self._confirmed.get(key) == cursor:
+                    del self._confirmed[key]
+            self._settled.set()
+
+    # -- the sweep ----------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._sweep_s)
+            if not self.connected:
+                continue
+            try:
+                await self._publish_dirty()
+                await self._clear_idle()
+            except SegueError as error:
+                log.warning("sweep_failed", error=str(error))
+
+    async def _publish_dirty(self) -> None:
+        dirty = await self._store.take_dirty(MAX_SWEEP_SESSIONS, self._dirty_after_s)
+        if not dirty:
+            return
+        now = self._monotonic()
+        for key, tail in zip(dirty, await self._store.tails(dirty), strict=True):
+            if tail is not None:
+                self._outbox.add_head(key, tail, now)
+        log.info("republished", sessions=len(dirty))
+        self._wake.set()
+
+    async def _clear_idle(self) -> None:
+        for key in await self._store.take_idle(MAX_SWEEP_SESSIONS, self._head_idle_s):
+            self._outbox.clear_head(key)
+            self._wake.set()
+
+
+async def _watch(client: aiomqtt.Client) -> None:
+    """Ends with MqttError when the link is lost."""
+    async for _ in client.messages:
+        pass
