@@ -34,7 +34,9 @@ _TITLES = {
 
 @app.command()
 def doctor(
-    edge: Annotated[str, typer.Option(envvar="SEGUE_ADDRESS", help="An edge node, host:port.")] = "",
+    edge: Annotated[
+        str, typer.Option(envvar="SEGUE_ADDRESS", help="An edge node, host:port.")
+    ] = "",
     cloud: Annotated[str, typer.Option(envvar="SEGUE_EDGE_CLOUD", help="A cloud, host:port.")] = "",
     redis_url: Annotated[str, typer.Option(envvar="SEGUE_REDIS_URL", help="A store.")] = "",
     mqtt_url: Annotated[str, typer.Option(envvar="SEGUE_MQTT_URL", help="A broker.")] = "",
