@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from segue.cli.console import out
 from segue.cli.runner import run
+from segue.client import Client
+from segue.errors import SegueError
+from segue.events import SessionInfo
 from segue.local.parts import Part, Program, Server
 from segue.local.stack import LocalStack
 
 app = typer.Typer(add_completion=False)
+
+STATE_INTERVAL_S = 1.0
 
 _WHAT = {"store": "session log", "broker": "live fan-out", "cloud": "decode", "edge": "first token"}
 
@@ -61,7 +69,12 @@ async def _serve(stack: LocalStack, view: StartView, console: Console) -> None:
     try:
         console.print(addresses(stack))
         console.print(next_steps(stack))
-        crashed = await stack.wait_crash()
+        live = asyncio.create_task(_show_state(stack, console), name="live state")
+        try:
+            crashed = await stack.wait_crash()
+        finally:
+            live.cancel()
+            await asyncio.wait({live})
     finally:
         words = "The rest is being stopped" if crashed else "Stopping"
         with console.status(f"{words} ..."):
@@ -69,6 +82,34 @@ async def _serve(stack: LocalStack, view: StartView, console: Console) -> None:
         if crashed is None:
             console.print("Stopped.")
     raise stack.crash_error(crashed)
+
+
+async def _show_state(stack: LocalStack, console: Console) -> None:
+    """One line that tells how long it runs and what goes on, until cancelled."""
+    if not console.is_terminal:
+        return
+    began = time.monotonic()
+    async with Client([stack.edge_address, stack.cloud_address], device="segue-up") as client:
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            while True:
+                try:
+                    doing = activity(await client.sessions())
+                except SegueError as error:
+                    doing = f"[yellow]{escape(error.message)}[/]"
+                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                clock = f"{minutes}:{seconds:02}"
+                live.update(Text.from_markup(f"[green]●[/] {clock}  {doing}"), refresh=True)
+                await asyncio.sleep(STATE_INTERVAL_S)
+
+
+def activity(sessions: Sequence[SessionInfo]) -> str:
+    """What goes on, in a line: how many sessions there are, and which ones have a reply running."""
+    if not sessions:
+        return "[dim]no session yet[/]"
+    count = f"{len(sessions)} session{'s' if len(sessions) > 1 else ''}"
+    running = [info.session for info in sessions if info.running_turn]
+    shown = escape(", ".join(running[:3])) + (", ..." if len(running) > 3 else "")
+    return f"{count}, a reply runs in {shown}" if running else f"{count}, all quiet"
 
 
 class StartView:

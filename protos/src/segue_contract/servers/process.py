@@ -136,8 +136,10 @@ class ChildProcess:
 
     def _signal(self, number: int) -> None:
         if self._process.returncode is None:
+            # Not Process.send_signal: that polls, may reap the child under asyncio's watcher, and
+            # its exit status is lost ("Unknown child process").
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                os.kill(self._process.pid, number)
 
     async def _read(
         self, ready: Callable[[str], bool], on_line: Callable[[str], None] | None
