@@ -160,6 +160,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.attaches = 0
         self.calls = 0
         self.run_closed = asyncio.Event()
+        self.stop_asked = asyncio.Event()
         self._server: RunningServer | None = None
 
     @property
@@ -231,6 +232,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
     async def StopTurn(self, request: pb.StopTurnRequest, _: Any) -> pb.StopTurnReply:
         self._called("StopTurn")
         self.stops.append(request)
+        self.stop_asked.set()
         return pb.StopTurnReply(stopping=True, turn=request.turn)
 
     async def Read(self, request: pb.ReadRequest, _: Any) -> pb.ReadReply:

@@ -12,12 +12,14 @@ from typing import Any
 
 from prompt_toolkit.application import Application, run_in_terminal
 from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.layout import HSplit, Layout, Window
+from prompt_toolkit.layout import ConditionalContainer, HSplit, Layout, Window
 from prompt_toolkit.layout.controls import BufferControl, FormattedTextControl
 from prompt_toolkit.layout.processors import BeforeInput
-from prompt_toolkit.output import create_output
+from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.styles import Style
 from rich.console import Console
 from rich.text import Text
@@ -34,17 +36,26 @@ _STYLE = Style.from_dict({"dim": "#808080", "own": f"bold ansi{OWN_COLOUR}"})
 
 
 class TerminalScreen:
-    """A `Screen`; `run` shows it until the user leaves."""
+    """A `Screen`; `run` shows it until the user leaves.
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False)
+    Args: where to print, read keys and draw; by default this terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        console: Console | None = None,
+        keys: Input | None = None,
+        output: Output | None = None,
+    ) -> None:
+        self._console = console or Console(highlight=False)
         self._room: Room | None = None
         self._shown: dict[str, Talk] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._prints: set[asyncio.Future[None]] = set()
-        self._stopping = False
+        self._stopping = ""  # the turn that we asked to stop
         self._buffer = Buffer(multiline=False, accept_handler=self._accept)
-        self._app: Application[None] = self._build()
+        self._app: Application[None] = self._build(keys, output or create_output())
 
     # -- Screen -----------------------------------------------------------------------------------
     def history(self, talks: Sequence[Talk]) -> None:
@@ -71,8 +82,6 @@ class TerminalScreen:
             self._shown.pop(talk.turn, None)
             self._print(talk)
 
-        if not self._running():
-            self._stopping = False
         self._above(show)
 
     def note(self, text: str) -> None:
@@ -168,11 +177,12 @@ class TerminalScreen:
 
         @keys.add("c-c")
         def interrupt(event: KeyPressEvent) -> None:
-            if self._running() and not self._stopping and self._room is not None:
-                self._stopping = True
+            running = self._running()
+            if running and self._stopping != running and self._room is not None:
+                self._stopping = running
                 self._start(self._room.stop())
                 self._app.invalidate()
-            elif self._buffer.text and not self._running():
+            elif self._buffer.text and not running:
                 self._buffer.reset()
             else:
                 self._leave()
@@ -184,12 +194,12 @@ class TerminalScreen:
 
         return keys
 
-    def _running(self) -> bool:
-        return self._room is not None and bool(self._room.live)
+    def _running(self) -> str:
+        """The turn that runs now (others may wait behind it); "" where none does."""
+        return next(iter(self._room.live), "") if self._room is not None else ""
 
     # -- drawing ----------------------------------------------------------------------------------
-    def _build(self) -> Application[None]:
-        output = create_output()
+    def _build(self, keys: Input | None, output: Output) -> Application[None]:
         # asking for the cursor's place leaves "^[[12;1R" behind in slow terminals; not needed here
         if hasattr(output, "enable_cpr"):
             output.enable_cpr = False
@@ -203,7 +213,10 @@ class TerminalScreen:
             layout=Layout(
                 HSplit(
                     [
-                        Window(FormattedTextControl(self._live), dont_extend_height=True),
+                        ConditionalContainer(
+                            Window(FormattedTextControl(self._live), dont_extend_height=True),
+                            filter=Condition(lambda: bool(self._shown)),
+                        ),
                         Window(FormattedTextControl(self._status), height=1),
                         field,
                     ]
@@ -212,6 +225,7 @@ class TerminalScreen:
             ),
             key_bindings=self._keys(),
             style=_STYLE,
+            input=keys,
             output=output,
             min_redraw_interval=0.02,
             erase_when_done=True,
@@ -254,9 +268,10 @@ class TerminalScreen:
     def _status(self) -> StyleAndTextTuples:
         room = self._room
         parts = [room.transport if room is not None else "connecting"]
-        if self._stopping:
-            parts.append("stopping")
-        elif self._running():
+        running = self._running()
+        if running and self._stopping == running:
+            parts.append("stopping, once more leaves")
+        elif running:
             parts.append("Ctrl-C stops")
         return [("class:dim", " · ".join(parts))]
 

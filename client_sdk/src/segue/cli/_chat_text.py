@@ -66,7 +66,7 @@ def footer(talk: Talk) -> str:
     if talk.plan is not None:
         parts.append(f"plan {talk.plan.shape}")
     if talk.cached_tokens:
-        parts.append(f"{talk.cached_tokens} prompt tokens reused")
+        parts.append(f"{talk.cached_tokens} tokens reused")
     return " · ".join(parts)
 
 

@@ -21,13 +21,18 @@ from segue_contract.sync.state import SessionState, TurnState
 
 @dataclass(eq=False)
 class Talk:
-    """One turn as it is shown. `ours`: its frames come from our own run stream."""
+    """One turn as it is shown.
+
+    `ours`: its frames come from our own run stream. `late`: it ran already when we came, so its
+    times are not known here.
+    """
 
     turn: str
     device: str
     prompt: str
     begun_at: float
     ours: bool = False
+    late: bool = False
     pieces: list[str] = field(default_factory=list)
     reason: str = ""
     error: str = ""
@@ -123,6 +128,7 @@ class Room:
                 self._done.add(talk.turn)
                 history.append(talk)
             else:
+                self._talk(known).late = first
                 self._update(known)
         if first:
             self._screen.history(history)
@@ -135,7 +141,7 @@ class Room:
         if known is None or name in self._done:
             return
         talk = self._talk(known)
-        if isinstance(entry.op, Frame) and not talk.ours:
+        if isinstance(entry.op, Frame) and not (talk.ours or talk.late):
             seconds = self._clock() - talk.begun_at
             talk.timing.saw(seconds, len(known.tokens), entry.op.made_by)
         elif isinstance(entry.op, UserMessage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from rich.text import Text
 from segue.cli.chat import DEFAULT_ADDRESS, AddressOption, DeviceOption, default_device
 from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
+from segue.errors import SegueError
+from segue_contract.plan import decode_plan
 from segue_contract.sync.state import TurnState
 
 app = typer.Typer(add_completion=False)
@@ -123,6 +126,9 @@ def rows_of(item: Any) -> list[dict[str, Any]]:
         pieces = fields.pop("pieces", None)
         if pieces is not None:
             fields["tokens"], fields["text"] = len(pieces), "".join(pieces)
+        if fields.get("plan"):
+            with contextlib.suppress(SegueError):
+                fields["plan"] = msgspec.to_builtins(decode_plan(item.op.plan))
         return [{"offset": item.offset, "generation": item.generation, **fields}]
     where = {"offset": item.offset, "generation": item.generation}
     rows = [{**where, "kind": "turn", **_turn_fields(turn)} for turn in item.state.turns]

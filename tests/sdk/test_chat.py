@@ -1,0 +1,232 @@
+"""The chat: its room, its plain face through a pipe, and its terminal face by keys."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
+
+import segue
+from segue.cli._chat_terminal import TerminalScreen
+from segue.cli._chat_text import body, clean, footer
+from segue.cli._room import Room, Talk
+from segue_contract.plan import PlanReport, encode_plan
+from segue_contract.sync import ops
+
+WAIT_S = 20.0
+
+
+class Script(list[str]):
+    """A screen that keeps what it was told, and wakes who waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.woken = asyncio.Event()
+        self.room: Room | None = None
+        self.live: list[str] = []
+
+    def history(self, talks: Sequence[Talk]) -> None:
+        self.extend(f"history {talk.device}: {talk.prompt} -> {talk.text}" for talk in talks)
+        self.woken.set()
+
+    def changed(self) -> None:
+        if self.room is not None:
+            self.live += [talk.text for talk in self.room.live.values()]
+        self.woken.set()
+
+    def finished(self, talk: Talk) -> None:
+        self.append(f"finished {talk.device}: {talk.prompt} -> {talk.text} ({talk.reason})")
+        self.woken.set()
+
+    def note(self, text: str) -> None:
+        self.append(f"note {text}")
+        self.woken.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self.woken.clear()
+                await self.woken.wait()
+
+
+@asynccontextmanager
+async def room_of(agent: FakeAgent, device: str) -> AsyncIterator[tuple[Room, Script]]:
+    async with segue.Client(agent.address, device=device) as client:
+        screen = Script()
+        room = Room(await client.session("trip"), screen, {"max_tokens": 50})
+        screen.room = room
+        task = asyncio.create_task(room.follow())
+        try:
+            await screen.until(room.arrived.is_set)
+            yield room, screen
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def write_turn(log: FakeLog, turn: str, device: str, prompt: str, *words: str) -> None:
+    log.append(
+        ops.UserMessage(id=f"{turn}u", turn=turn, device=device, text=prompt),
+        ops.TurnStarted(id=f"{turn}s", turn=turn, epoch=1),
+    )
+    for index, word in enumerate(words):
+        log.append(
+            ops.Frame(
+                id=f"{turn}{index}", turn=turn, epoch=1, index=index, tokens=(1,), pieces=(word,)
+            )
+        )
+
+
+def end_turn(log: FakeLog, turn: str, reason: str = "stop") -> None:
+    log.append(ops.TurnEnded(id=f"{turn}e", turn=turn, epoch=1, reason=reason))
+
+
+async def test_history_then_the_others_live() -> None:
+    log = FakeLog("trip")
+    write_turn(log, "t1", "phone", "Hello?", "Hi", " you")
+    end_turn(log, "t1")
+    write_turn(log, "t2", "phone", "And now?", "Wait")
+    async with FakeAgent(log) as agent, room_of(agent, "laptop") as (room, screen):
+        assert list(screen) == ["history phone: Hello? -> Hi you"]
+        assert list(room.live) == ["t2"]
+        log.append(ops.Frame(id="f", turn="t2", epoch=1, index=1, tokens=(2,), pieces=(" a bit",)))
+        await screen.until(lambda: "Wait a bit" in screen.live)
+        end_turn(log, "t2", "cancelled")
+        await screen.until(lambda: len(screen) > 1)
+        assert screen[1] == "finished phone: And now? -> Wait a bit (cancelled)"
+        assert not room.live
+
+
+async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:
+    log = FakeLog("trip")
+
+    def script(request: object) -> Sequence[Step]:
+        turn = str(getattr(request, "turn", ""))
+        write_turn(log, turn, "laptop", "Hello?", "Hi ", "you ")
+        end_turn(log, turn)
+        return [started(turn), frame(0, "Hi"), frame(1, "you"), ended(2)]
+
+    async with FakeAgent(log, script) as agent, room_of(agent, "laptop") as (room, screen):
+        await room.say("Hello?")
+        write_turn(log, "t9", "phone", "Me too", "Yes")
+        end_turn(log, "t9")
+        await screen.until(lambda: len(screen) > 1)
+        assert list(screen) == [
+            "finished laptop: Hello? -> Hi you  (stop)",
+            "finished phone: Me too -> Yes (stop)",
+        ]
+
+
+async def test_refusals_and_bad_input_are_notes() -> None:
+    log = FakeLog("trip")
+    busy = segue.errors.SessionBusy("Another turn runs.", hint="Wait for it.")
+    async with (
+        FakeAgent(log, lambda _: [busy]) as agent,
+        room_of(agent, "laptop") as (room, screen),
+    ):
+        await room.say("Hello?")
+        await room.say("")
+        assert list(screen) == [
+            "note Another turn runs. Wait for it.",
+            "note The prompt is empty. Say something.",
+        ]
+        assert not room.live
+
+
+def test_footer_says_who_was_first_and_how_fast() -> None:
+    talk = Talk("t", "phone", "Hello?", 0.0, pieces=["\n\nHi", "\x1b[31m!\n"], reason="length")
+    talk.timing.saw(0.21, 1, "edge")
+    talk.timing.saw(1.21, 21, "cloud")
+    talk.plan = PlanReport(shape="ship")
+    assert footer(talk) == (
+        "cut at the token limit · first token by edge in 210 ms · 20 tokens/s · 21 tokens"
+        " · plan ship"
+    )
+    assert body(talk) == "Hi[31m!"
+    assert clean("a\x9bb\x00\tc\r\n") == "ab\tc\n"
+
+
+async def test_plain_chat_through_a_pipe() -> None:
+    log = FakeLog("trip")
+    write_turn(log, "t1", "phone", "Hello?", "Hi")
+    end_turn(log, "t1")
+    plan = encode_plan(PlanReport(shape="text"))
+    async with FakeAgent(
+        log, lambda r: [started(r.turn), frame(0, "Fine thanks"), ended(2, plan=plan)]
+    ) as agent:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "segue", "chat", "--session", "trip", "--device", "laptop"),
+            *("--address", agent.address),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(b"How are you?\n\nBye\n"), 60)
+    assert process.returncode == 0, err.decode()
+    text = out.decode()
+    assert text.startswith("phone> Hello?\nHi\n[")
+    assert text.count("laptop> ") == 2
+    assert "laptop> How are you?\nFine thanks \n[first token by cloud" in text
+    assert "plan text]" in text
+    assert [run.prompt for run in agent.runs] == ["How are you?", "Bye"]
+    assert err == b""
+
+
+class Printed(io.StringIO):
+    """What was printed; wakes whoever waits for some of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.woken = asyncio.Event()
+
+    def write(self, text: str) -> int:
+        self.woken.set()
+        return super().write(text)
+
+    async def until(self, text: str) -> None:
+        while text not in self.getvalue():
+            self.woken.clear()
+            await self.woken.wait()
+
+
+async def test_terminal_keys_ask_stop_and_leave() -> None:
+    shown, go_on = asyncio.Event(), asyncio.Event()
+
+    class Watched(TerminalScreen):
+        def changed(self) -> None:
+            super().changed()
+            if any(talk.text for talk in room.live.values()):
+                shown.set()
+
+    printed = Printed()
+    console = Console(file=printed, width=80, highlight=False)
+    steps = [started("t"), frame(0, "One"), Wait(go_on), ended(1, reason="cancelled")]
+    with create_pipe_input() as keys:
+        async with (
+            asyncio.timeout(WAIT_S),
+            FakeAgent(FakeLog("trip"), lambda _: steps) as agent,
+            segue.Client(agent.address, device="laptop") as client,
+        ):
+            screen = Watched(console=console, keys=keys, output=DummyOutput())
+            room = Room(await client.session("trip"), screen, {})
+            running = asyncio.create_task(screen.run(room, "edge fake"))
+            keys.send_text("/help\rCount.\r")
+            await shown.wait()
+            keys.send_text("\x03")
+            await agent.stop_asked.wait()
+            assert not running.done()
+            go_on.set()
+            await printed.until("first token by")
+            keys.send_text("\x03")
+            await running
+    text = printed.getvalue()
+    assert "session trip · you are laptop" in text
+    assert "/plan NAME" in text
+    assert "laptop › Count.\nOne\nstopped · first token by cloud" in text
