@@ -46,6 +46,7 @@ class Broker:
         self._host, self._port = parse_mqtt_url(url)
         self._sinks: dict[str, list[Sink]] = {}
         self._mqtt: aiomqtt.Client | None = None
+        self._down = False  # the last attempt failed
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
@@ -56,8 +57,9 @@ class Broker:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"mqtt {self._host}:{self._port}")
         elif self._mqtt is not None:
-            up = await self._subscribe(self._mqtt, topics)
-            sink.on_link(up)
+            sink.on_link(await self._subscribe(self._mqtt, topics))
+        elif self._down:
+            sink.on_link(False)
 
     async def remove(self, topics: Sequence[str], sink: Sink) -> None:
         """Stop listening; topics that nobody else listens to are unsubscribed."""
@@ -99,7 +101,7 @@ class Broker:
             except aiomqtt.MqttError:
                 pass
             finally:
-                self._mqtt = None
+                self._mqtt, self._down = None, True
                 self._tell(False)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BROKER_RETRY_S):
@@ -114,6 +116,7 @@ class Broker:
             topics = list(self._sinks)
             if topics and not await self._subscribe(mqtt, topics):
                 return
+            self._down = False
             self._tell(True)
             await asyncio.wait({pump, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():

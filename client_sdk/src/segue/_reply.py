@@ -15,8 +15,8 @@ from segue_contract.v1 import agent_pb2 as pb
 class ReplyView:
     """Collects one turn's events over any number of streams, each token once.
 
-    `incomplete` is true right after an end that came before all of the turn's tokens: a further stream
-    from `resume_index` brings them, and the end again.
+    `incomplete` is true right after an end that came before all of the turn's tokens: a further
+    stream from `resume_index` brings them, and the end again.
     """
 
     def __init__(self, turn: str) -> None:

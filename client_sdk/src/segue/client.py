@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from segue._nodes import Nodes
 from segue.errors import InvalidArgument
 from segue.events import SessionInfo
-from segue.follow import Follower
+from segue.follow import Follower, Where
 from segue.session import Session
 from segue_contract.ids import check_id, new_id
 from segue_contract.limits import MAX_SESSIONS_LISTED
@@ -87,8 +87,7 @@ class Client:
             must_exist=must_exist,
         )
         reply: pb.OpenSessionReply = await self._nodes.unary("OpenSession", request)
-        broker = self._broker(reply.mqtt_url) if reply.mqtt_url else None
-        return Session(self._nodes, broker, reply, self.device, self._followers.add)
+        return Session(self._nodes, reply, self.device, self._follow)
 
     async def sessions(self, max_sessions: int = 100) -> list[SessionInfo]:
         """The sessions there are, newest first."""
@@ -111,13 +110,18 @@ class Client:
             for one in reply.sessions
         ]
 
-    def _broker(self, url: str) -> Broker | None:
-        """One connection per broker; made when the first session is followed."""
-        from segue._mqtt import Broker  # aiomqtt is only loaded where it is used
+    def _follow(self, mqtt_url: str, where: Where) -> Follower:
+        follower = Follower(self._nodes, self._broker(mqtt_url), where)
+        self._followers.add(follower)
+        return follower
 
-        if url not in self._brokers:
+    def _broker(self, url: str) -> Broker | None:
+        """One connection per broker; None where only gRPC carries the live view."""
+        if url and url not in self._brokers:
+            from segue._mqtt import Broker  # aiomqtt is loaded only where a session is followed
+
             try:
                 self._brokers[url] = Broker(url)
             except InvalidArgument:
-                return None  # a kind of broker that we do not speak to: gRPC carries the live view
-        return self._brokers[url]
+                return None  # a kind of broker that we do not speak to
+        return self._brokers.get(url)

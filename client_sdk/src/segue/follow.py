@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
@@ -60,6 +61,17 @@ async def read_log(
             return
 
 
+@dataclass(frozen=True)
+class Where:
+    """Which log a follower follows, from which place on, and as whom."""
+
+    tenant: str
+    session: str
+    device: str
+    generation: int
+    from_offset: int = 0
+
+
 class Follower:
     """Iterate over it: `async for item in session.follow()`. Leaving the loop ends it.
 
@@ -67,29 +79,19 @@ class Follower:
         live: what brings new entries now: "mqtt" or "grpc"; "" before the first item.
     """
 
-    def __init__(
-        self,
-        nodes: Nodes,
-        broker: Broker | None,
-        *,
-        tenant: str,
-        session: str,
-        device: str,
-        generation: int,
-        from_offset: int = 0,
-    ) -> None:
-        if from_offset < 0:
+    def __init__(self, nodes: Nodes, broker: Broker | None, where: Where) -> None:
+        if where.from_offset < 0:
             raise InvalidArgument(
-                f"from_offset is {from_offset}.", hint="Use 0 for everything, or an offset."
+                f"from_offset is {where.from_offset}.", hint="Use 0 for everything, or an offset."
             )
         self._nodes = nodes
         self._broker = broker
-        self._session = session
-        self._device = device
-        self._from_offset = from_offset
-        self._log_topic = log_topic(tenant, session)
-        self._head_topic = head_topic(tenant, session)
-        self._view = LogView(generation)
+        self._session = where.session
+        self._device = where.device
+        self._from_offset = where.from_offset
+        self._log_topic = log_topic(where.tenant, where.session)
+        self._head_topic = head_topic(where.tenant, where.session)
+        self._view = LogView(where.generation)
         self._inbox = Inbox()
         self._closed = False
         self._mqtt_up = False

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -14,7 +14,7 @@ from segue._log import LogView
 from segue._nodes import Nodes
 from segue.errors import InvalidArgument, SegueError, SequenceGap, StaleEpoch
 from segue.events import Entry, Snapshot
-from segue.follow import Follower, read_log
+from segue.follow import Follower, Where, read_log
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import check_id, new_id
@@ -22,9 +22,6 @@ from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S
 from segue_contract.sync.ops import DEVICE_KINDS, Op, Sampling, Set, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.v1 import agent_pb2 as pb
-
-if TYPE_CHECKING:
-    from segue._mqtt import Broker
 
 _OpT = TypeVar("_OpT", bound=Op)
 _WHEN_BUSY = {"wait": pb.WHEN_BUSY_WAIT, "refuse": pb.WHEN_BUSY_REFUSE}
@@ -45,10 +42,9 @@ class Session:
     def __init__(
         self,
         nodes: Nodes,
-        broker: Broker | None,
         opened: pb.OpenSessionReply,
         device: str,
-        followers: Callable[[Follower], None],
+        follow: Callable[[str, Where], Follower],
     ) -> None:
         self.name = opened.session
         self.device = device
@@ -60,8 +56,8 @@ class Session:
         self.tail = Cursor(opened.tail.generation, opened.tail.offset)
         self._tenant = opened.tenant
         self._nodes = nodes
-        self._broker = broker
-        self._register = followers
+        self._mqtt_url = opened.mqtt_url
+        self._follow = follow
         # Producer epochs only have to grow from one life of this device to the next.
         self._epoch = int(time.time() * 1000)
         self._seq = 1
@@ -142,17 +138,8 @@ class Session:
             from_offset: 0 folds everything so far into the snapshot. N: the snapshot is the state
                 at N (or the first later one that the log still has), and entries follow one by one.
         """
-        follower = Follower(
-            self._nodes,
-            self._broker,
-            tenant=self._tenant,
-            session=self.name,
-            device=self.device,
-            generation=self.tail.generation,
-            from_offset=from_offset,
-        )
-        self._register(follower)
-        return follower
+        where = Where(self._tenant, self.name, self.device, self.tail.generation, from_offset)
+        return self._follow(self._mqtt_url, where)
 
     async def read(self, from_offset: int = 0) -> list[Snapshot | Entry]:
         """The log after `from_offset`, up to now.
