@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, field
 
 import psutil
+from tests.bench.harness import Report
 
 import segue
 from segue.testing import LocalStack
 from segue_contract.errors import Overloaded, SegueError
-from tests.bench.harness import Report
 
 CONCURRENT = 128
 REFUSED = 64
@@ -109,7 +109,7 @@ async def refusals(stack: LocalStack, report: Report, bound: int) -> None:
         for session in sessions:
             began = time.monotonic()
             try:
-                async with session.run("Me too.", max_tokens=1, retry=False) as turn:
+                async with session.run("Me too.", max_tokens=1) as turn:
                     await turn.result()
             except Overloaded as error:
                 waits.append((time.monotonic() - began) * 1000)
@@ -130,7 +130,7 @@ async def _until_full(session: segue.Session, turns: list[asyncio.Task[Seen]]) -
     """The node refuses: it is full. Each try that is served instead has ended by itself."""
     for _ in range(50):
         try:
-            async with session.run("Is there room?", max_tokens=1, retry=False) as turn:
+            async with session.run("Is there room?", max_tokens=1) as turn:
                 await turn.result()
         except Overloaded:
             return

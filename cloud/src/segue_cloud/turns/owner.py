@@ -17,7 +17,7 @@ from enum import StrEnum
 
 import structlog
 
-from segue_cloud.engine.port import Engine, EngineTurn
+from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
 from segue_cloud.turns.feed import TurnFeed
 from segue_cloud.turns.messages import ended_event, frame_event, started_event
 from segue_cloud.turns.ports import TurnLog
@@ -256,13 +256,12 @@ class TurnOwner:
         )
         stopped = asyncio.create_task(self.stopping.wait())
         outputs = self._deps.engine.submit(turn)
+        step: asyncio.Future[EngineOutput | None] | None = None
         try:
             while True:
                 step = asyncio.ensure_future(anext(outputs, None))
                 await asyncio.wait({step, stopped}, return_when=asyncio.FIRST_COMPLETED)
                 if not step.done():
-                    step.cancel()
-                    await asyncio.gather(step, return_exceptions=True)
                     return "cancelled"
                 output = step.result()
                 if output is None:
@@ -278,6 +277,9 @@ class TurnOwner:
                     return output.finished
         finally:
             stopped.cancel()
+            if step is not None:  # a generator can only be closed while nobody waits in it
+                step.cancel()
+                await asyncio.gather(step, return_exceptions=True)
             await _close(outputs)
 
     def _add(self, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str) -> None:

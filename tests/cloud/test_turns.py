@@ -1,0 +1,329 @@
+"""Turns of one instance: who owns them, what the log gets, what happens when somebody goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.support.scripted_engine import ScriptedEngine
+
+from segue_cloud.hub.hub import Hub
+from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.store import RedisStore
+from segue_cloud.turns.manager import Begun, TurnManager, TurnRequest, find_turn
+from segue_cloud.turns.owner import OwnerDeps, TurnOwner
+from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.writer import TurnKey
+from segue_contract.chat import ChatTokenizer
+from segue_contract.errors import (
+    InvalidArgument,
+    Overloaded,
+    SessionBusy,
+    StoreUnavailable,
+    TurnFailed,
+)
+from segue_contract.limits import STORE_TIMEOUT_S
+from segue_contract.model.manifest import read_manifest
+from segue_contract.plan import Shape
+from segue_contract.servers import Valkey
+from segue_contract.sync.ops import Sampling
+from segue_contract.sync.state import TurnState
+
+TENANT, SESSION = "default", "trip"
+WAIT_S = 20.0
+
+
+@dataclass
+class Bench:
+    """One instance's turns over a real store and a scripted engine."""
+
+    manager: TurnManager
+    log: SessionLog
+    engine: ScriptedEngine
+    tokenizer: ChatTokenizer
+
+    def request(self, turn: str = "t1", **changes: object) -> TurnRequest:
+        values: dict[str, object] = {
+            "tenant": TENANT, "session": SESSION, "device": "phone", "turn": turn,
+            "prompt": "Hello", "max_tokens": 100, "sampling": Sampling(),
+        }  # fmt: skip
+        return TurnRequest(**(values | changes))  # type: ignore[arg-type]
+
+    async def begin(self, turn: str = "t1", **changes: object) -> Begun:
+        return await self.manager.begin(self.request(turn, **changes), expect_open=False)
+
+    def spec(self, begun: Begun, turn: str = "t1", **changes: object) -> OwnedTurn:
+        values: dict[str, object] = {
+            "key": TurnKey(TENANT, SESSION, turn, begun.epoch, "phone"),
+            "prompt": (1, 2, 3), "max_tokens": 100, "sampling": Sampling(), "stop": (),
+            "shape": Shape.SHIP, "has_edge": True,
+        }  # fmt: skip
+        return OwnedTurn(**(values | changes))  # type: ignore[arg-type]
+
+    async def turn(self, turn: str = "t1") -> TurnState:
+        state = await self.log.state(TENANT, SESSION)
+        found = find_turn(state, turn)
+        assert found is not None
+        return found
+
+    async def ended(self, owner: TurnOwner) -> TurnState:
+        async with asyncio.timeout(WAIT_S):
+            await owner.ended.wait()
+        return await self.turn(owner.spec.key.turn)
+
+
+@asynccontextmanager
+async def bench_on(
+    url: str,
+    model_dir: Path,
+    engine: ScriptedEngine,
+    *,
+    max_turns: int = 8,
+    store_timeout_s: float = STORE_TIMEOUT_S,
+) -> AsyncIterator[Bench]:
+    tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
+    store = await RedisStore.connect(url, timeout_s=store_timeout_s)
+    async with Hub(store) as hub:
+        log = SessionLog(store, hub)
+        deps = OwnerDeps(
+            log, engine, tokenizer, frozenset({2}),
+            lambda: time.time_ns() // 1_000_000, time.monotonic,
+        )  # fmt: skip
+        manager = TurnManager(deps, model="m", max_context=8192, max_turns=max_turns)
+        await log.open_session(TENANT, SESSION, device="phone")
+        try:
+            yield Bench(manager, log, engine, tokenizer)
+        finally:
+            await manager.close()
+            await log.close()
+            await store.close()
+
+
+@pytest.fixture
+def words(model_dir: Path) -> list[int]:
+    tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
+    return tokenizer.encode("The sea is wide and the night is long.")
+
+
+async def test_a_turn_without_an_edge_is_in_the_log_as_the_engine_made_it(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        begun = await bench.begin()
+        owner = await bench.manager.run_here(bench.request(), begun)
+        events = [event async for event in owner.feed.read()]
+        turn = await bench.ended(owner)
+        assert turn.tokens == words
+        assert turn.text == "The sea is wide and the night is long."
+        assert turn.reason == "stop"
+        kinds = [event.WhichOneof("kind") for event in events]
+        assert kinds[0] == "started"
+        assert kinds[-1] == "ended"
+        shown = [token for event in events for token in event.frame.tokens]
+        assert shown == words
+        later = [event async for event in owner.feed.read(from_index=3)]
+        assert [token for event in later for token in event.frame.tokens] == words[3:]
+
+
+async def test_edge_tokens_then_hand_over(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin()))
+        detokenizer = bench.tokenizer.detokenizer()
+        pieces = [detokenizer.push(token) for token in words]
+        owner.edge_tokens(0, tuple(words[:2]), tuple(pieces[:2]))
+        owner.edge_tokens(1, tuple(words[1:3]), tuple(pieces[1:3]))  # overlaps: only one is new
+        with pytest.raises(InvalidArgument):
+            owner.edge_tokens(5, (1,), ("x",))
+        with pytest.raises(InvalidArgument):
+            owner.hand_over(7)
+        owner.hand_over(3)
+        turn = await bench.ended(owner)
+        assert turn.tokens == words
+        assert turn.text == "The sea is wide and the night is long."
+        assert bench.engine.turns[0].made == tuple(words[:3])
+
+
+async def test_a_lost_edge_leaves_the_turn_to_the_cloud(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin()))
+        owner.edge_tokens(0, (words[0],), ("The",))
+        owner.edge_lost()
+        turn = await bench.ended(owner)
+        assert turn.tokens == words
+
+
+async def test_an_edge_may_end_the_turn_itself(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        spec = bench.spec(await bench.begin(), shape=Shape.EDGE)
+        owner = bench.manager.start(spec)
+        owner.edge_tokens(0, tuple(words), tuple("x" for _ in words))
+        owner.edge_ended("stop", len(words))
+        turn = await bench.ended(owner)
+        assert (turn.reason, turn.tokens) == ("stop", words)
+        assert not bench.engine.turns
+
+
+async def test_a_stop_string_ends_the_turn_and_is_left_out(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        spec = bench.spec(await bench.begin(), stop=("wide and",), has_edge=False)
+        owner = bench.manager.start(spec)
+        turn = await bench.ended(owner)
+        assert turn.text == "The sea is "
+        assert turn.reason == "stop"
+        assert bench.engine.cancelled == 1
+
+
+async def test_a_stop_string_may_span_the_hand_over(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        spec = bench.spec(await bench.begin(), stop=("sea is wide",))
+        owner = bench.manager.start(spec)
+        owner.edge_tokens(0, tuple(words[:3]), ("The", " sea", " is"))
+        owner.hand_over(3)
+        turn = await bench.ended(owner)
+        assert turn.text == "The sea is"  # shown before it could be known; nothing after it
+        assert turn.reason == "stop"
+
+
+async def test_stop_cancels_at_once_wherever_it_is_asked_for(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as bench:
+        begun = await bench.begin()
+        owner = bench.manager.start(bench.spec(begun, has_edge=False))
+        bench.engine.allow(2)
+        async with asyncio.timeout(WAIT_S):
+            async for event in owner.feed.read():
+                if event.frame.index + len(event.frame.tokens) >= 2:
+                    break
+        assert await bench.log.request_stop(TENANT, SESSION) == "t1"
+        bench.engine.allow(1)  # the next append brings the mark back
+        turn = await bench.ended(owner)
+        assert turn.reason == "cancelled"
+        assert turn.tokens == words[: len(turn.tokens)]
+
+
+async def test_one_turn_at_a_time(valkey: Valkey, model_dir: Path, words: list[int]) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as bench:
+        first = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        with pytest.raises(SessionBusy):
+            await bench.begin("t2", wait=False)
+        waiting = asyncio.create_task(bench.begin("t3"))
+        bench.engine.allow(len(words))
+        await bench.ended(first)
+        begun = await asyncio.wait_for(waiting, WAIT_S)
+        assert not begun.known
+        third = bench.manager.start(bench.spec(begun, "t3", has_edge=False))
+        bench.engine.allow(len(words))
+        assert (await bench.ended(third)).tokens == words
+
+
+async def test_beyond_the_bound_it_refuses_with_a_hint(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine, max_turns=1) as bench:
+        bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        with pytest.raises(Overloaded) as refused:
+            await bench.begin("t2")
+        assert refused.value.fields["retry_after_s"] > 0
+        state = await bench.log.state(TENANT, SESSION)
+        assert [turn.turn for turn in state.turns] == ["t1"]
+
+
+async def test_a_known_turn_is_joined(valkey: Valkey, model_dir: Path, words: list[int]) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        await bench.ended(owner)
+        again = await bench.begin()
+        assert again.known
+        assert again.ended
+
+
+async def test_a_failing_engine_ends_the_turn_with_its_error(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words)
+    engine.fail_at = (3, TurnFailed("The engine broke.", hint="Try again."))
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        turn = await bench.ended(owner)
+        assert turn.reason == "error"
+        assert turn.error_code == "turn_failed"
+        assert turn.tokens == words[:3]
+
+
+async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    stuck, free = ScriptedEngine(words, free=False), ScriptedEngine(words)
+    async with (
+        bench_on(valkey.url, model_dir, stuck) as old,
+        bench_on(valkey.url, model_dir, free) as new,
+    ):
+        begun = await old.begin()
+        first = old.manager.start(old.spec(begun, has_edge=False))
+        stuck.allow(3)
+        async with asyncio.timeout(WAIT_S):
+            async for event in first.feed.read():
+                if event.frame.index + len(event.frame.tokens) >= 3:
+                    break
+        spec = new.spec(begun)
+        second, attached = await new.manager.take_over(spec, tuple(words[:4]))
+        assert not attached
+        assert second.spec.key.epoch == begun.epoch + 1
+        assert second.next_index == 3 or second.next_index == 4
+        second.edge_lost()
+        turn = await new.ended(second)
+        assert turn.tokens == words
+        stuck.allow(2)  # the old one's next append is refused, and it stops
+        async with asyncio.timeout(WAIT_S):
+            await first.ended.wait()
+        assert (await new.turn()).tokens == words
+
+
+async def test_an_orphan_is_finished_by_the_next_who_looks(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.TURN_LEASE_S", 0.2)
+    monkeypatch.setattr("segue_cloud.turns.writer.TURN_LEASE_S", 0.2)
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        async with asyncio.timeout(WAIT_S):
+            while not await bench.manager.recover(TENANT, SESSION):
+                await asyncio.sleep(0.05)  # noqa: ASYNC110 - the store's clock ends the lease
+            owner = bench.manager.owned(TENANT, SESSION, "t1")
+            assert owner is not None
+        turn = await bench.ended(owner)
+        assert turn.tokens == words
+        assert turn.epoch == 2
+
+
+async def test_a_store_that_goes_away_ends_the_turn_with_a_typed_error(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine, store_timeout_s=0.5) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        valkey.process.kill()
+        bench.engine.allow(3)
+        async with asyncio.timeout(WAIT_S):
+            events = [event async for event in owner.feed.read()]
+        assert events[-1].ended.reason == "error"
+        assert events[-1].ended.error_code == StoreUnavailable.code
+        assert not events[-1].ended.durable
