@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
-from tests.support.edge_node import Told, device_of, edge_node
+from tests.support.edge_node import Device, Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import scripted_cloud
 from tests.support.tiny_edge import TinyModel, reply_text
 
+from segue_contract.errors import Unreachable
+from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns import takeover
 
 
 @pytest.mark.parametrize("shape", ["ship", "text"])
 async def test_a_broken_stream_is_taken_up_again(shape: str) -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.break_after_frames = 3
-        async with device_of(node) as device:
-            told = await device.run(plan=shape)
+        told = await device.run(plan=shape)
     first, second = cloud.seen.specs
     assert (first.takeover, second.takeover) == (False, True)
     assert list(second.known_tokens)
@@ -28,17 +30,16 @@ async def test_a_broken_stream_is_taken_up_again(shape: str) -> None:
 
 
 async def test_previews_that_the_log_never_got_are_rewound() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         script = cloud.script
         script.deaf = True
         script.ready.clear()
         script.salt = 1  # another decoder, another continuation
-        async with device_of(node) as device:
-            told = Told()
-            async for event in device.stream(plan="ship", max_tokens=60):
-                told.take(event)
-                if event.WhichOneof("kind") == "frame" and len(told.frames) == 4:
-                    script.cut.set()
+        told = Told()
+        async for event in device.stream(plan="ship", max_tokens=60):
+            told.take(event)
+            if event.WhichOneof("kind") == "frame" and len(told.frames) == 4:
+                script.cut.set()
     assert told.kinds.count("rewound") == 1
     prompt = cloud.seen.specs[0].prompt
     assert told.frames[0].made_by == "edge"
@@ -47,15 +48,19 @@ async def test_previews_that_the_log_never_got_are_rewound() -> None:
 
 
 async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
-    async with scripted_cloud("cloud-a") as a, scripted_cloud("cloud-b") as b:
-        async with edge_node(a.address, b.address) as node, device_of(node) as device:
-            first = a if node.deps.clouds.best("trip").target == a.address else b
-            other = b if first is a else a
-            first.script.decode.clear()
-            running = asyncio.create_task(device.run(plan="ship"))
-            await asyncio.wait_for(first.seen.opened.wait(), 10)
-            await first.server.stop(0)
-            told = await running
+    async with (
+        scripted_cloud("cloud-a") as a,
+        scripted_cloud("cloud-b") as b,
+        edge_node(a.address, b.address) as node,
+        device_of(node) as device,
+    ):
+        first = a if node.deps.clouds.best("trip").target == a.address else b
+        other = b if first is a else a
+        first.script.decode.clear()
+        running = asyncio.create_task(device.run(plan="ship"))
+        await asyncio.wait_for(first.seen.opened.wait(), 10)
+        await first.server.stop(0)
+        told = await running
     assert told.text == reply_text(first.seen.specs[0].prompt, 12)
     assert other.seen.specs[0].takeover
     assert told.ended.reason == "length"
@@ -63,60 +68,49 @@ async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
 
 
 async def test_offline_the_conversation_goes_on_and_reaches_the_log_later() -> None:
-    async with scripted_cloud() as cloud:
-        port = cloud.server.port
-        async with edge_node(cloud.address) as node, device_of(node) as device:
-            await device.open()
-            first = await device.run("t1", "Hello", plan="ship")
-            await cloud.server.stop(0)
-            offline = await device.run("t2", "Still there?")
-            assert offline.plan.offline
-            assert offline.plan.shape == "edge"
-            assert not offline.ended.durable
-            assert len(offline.text) == 12
-            assert len(node.deps.outbox) == 1
-            async with scripted_cloud(port=port) as back:
-                back.sessions = cloud.sessions
-                await asyncio.wait_for(_until_delivered(back, "t2"), 20)
+    async with serving() as (cloud, node, device):
+        await device.open()
+        first = await device.run("t1", "Hello", plan="ship")
+        await cloud.server.stop(0)
+        offline = await device.run("t2", "Still there?")
+        assert (offline.plan.offline, offline.plan.shape) == (True, "edge")
+        assert not offline.ended.durable
+        assert len(offline.text) == 12
+        assert len(node.deps.outbox) == 1
+        async with scripted_cloud(port=cloud.server.port) as back:
+            back.sessions = cloud.sessions
+            await asyncio.wait_for(back.seen.closed.wait(), 20)
     delivered = back.sessions["trip"][-1]
     assert delivered.turn == "t2"
     assert delivered.text == offline.text
     assert [turn.text for turn in back.sessions["trip"]] == [first.text, offline.text]
 
 
-async def _until_delivered(cloud: object, turn: str) -> None:
-    while not any(state.turn == turn for state in cloud.sessions.get("trip", [])):  # type: ignore[attr-defined]
-        await asyncio.sleep(0.02)
-
-
 async def test_a_link_that_stays_down_mid_turn_ends_offline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(takeover, "UPLINK_RETRY_S", 0.3)
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.decode.clear()
-        async with device_of(node) as device:
-            running = asyncio.create_task(device.run(plan="ship", max_tokens=20))
-            await asyncio.wait_for(cloud.seen.opened.wait(), 10)
-            await cloud.server.stop(0)
-            told = await running
+        running = asyncio.create_task(device.run(plan="ship", max_tokens=20))
+        await asyncio.wait_for(cloud.seen.opened.wait(), 10)
+        await cloud.server.stop(0)
+        told = await running
     assert told.text == reply_text(cloud.seen.specs[0].prompt, 20)
     assert not told.ended.durable
     assert told.plan.offline
 
 
 async def test_an_offline_turn_can_be_stopped() -> None:
-    model = TinyModel()
-    async with scripted_cloud() as cloud:
-        async with edge_node(cloud.address, model=model) as node, device_of(node) as device:
-            await device.open()
-            await cloud.server.stop(0)
-            told = Told()
-            async for event in device.stream("t1", max_tokens=1000):
-                told.take(event)
-                if event.WhichOneof("kind") == "frame" and len(told.frames) == 3:
-                    request = pb.StopTurnRequest(session="trip", device="phone")
-                    assert (await device.call("StopTurn", request)).turn == "t1"
+    async with serving() as (cloud, _node, device):
+        await device.open()
+        await cloud.server.stop(0)
+        told = Told()
+        async for event in device.stream("t1", max_tokens=1000):
+            told.take(event)
+            if event.WhichOneof("kind") == "frame" and len(told.frames) == 3:
+                request = pb.StopTurnRequest(session="trip", device="phone")
+                assert (await device.call("StopTurn", request)).turn == "t1"
     assert told.ended.reason == "cancelled"
     assert 3 <= len(told.text) < 1000
 
@@ -128,21 +122,28 @@ async def test_a_model_that_fails_leaves_the_turn_to_the_cloud() -> None:
         if what == "prefill" and node.server is not None:
             raise RuntimeError("out of memory")
 
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=model) as node:
+    async with serving(model) as (cloud, node, device):
         model.pause = fail
-        async with device_of(node) as device:
-            told = await device.run(plan="ship")
+        told = await device.run(plan="ship")
     assert told.text == reply_text(cloud.seen.specs[0].prompt, 12)
     assert {frame.made_by for frame in told.frames} == {"cloud"}
 
 
 async def test_a_node_that_stops_says_so_to_its_devices() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    told = Told()
+
+    async def read(device: Device) -> None:
+        async for event in device.stream(plan="text"):
+            told.take(event)
+            started.set()
+
+    started = asyncio.Event()
+    async with serving() as (cloud, node, device):
         cloud.script.decode.clear()
-        async with device_of(node) as device:
-            told = Told()
-            with pytest.raises(Exception, match=r"shut|cancel|UNAVAILABLE|closed"):
-                async for event in device.stream(plan="text"):
-                    told.take(event)
-                    await node.__aexit__(None, None, None)
+        reading = asyncio.create_task(read(device))
+        await started.wait()
+        await node.__aexit__(None, None, None)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading
+    assert isinstance(error_from_rpc(caught.value), Unreachable)
     assert told.kinds == ["started"]

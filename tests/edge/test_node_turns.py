@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.support.edge_node import Told, device_of, edge_node
+from tests.support.edge_node import Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import scripted_cloud
 from tests.support.tiny_edge import TinyModel, reply_text
 
@@ -28,9 +28,8 @@ from segue_contract.v1 import agent_pb2 as pb
 
 
 async def test_ship_first_token_from_the_edge_then_the_cloud() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            told = await device.run(plan="ship", max_tokens=100)
+    async with serving() as (cloud, _node, device):
+        told = await device.run(plan="ship", max_tokens=100)
     spec = cloud.seen.specs[0]
     assert told.text == reply_text(spec.prompt, 100)
     first = told.frames[0]
@@ -43,9 +42,8 @@ async def test_ship_first_token_from_the_edge_then_the_cloud() -> None:
 
 
 async def test_ship_sends_every_full_block_exactly_once_and_right() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            told = await device.run(plan="ship", max_tokens=100)
+    async with serving() as (cloud, node, device):
+        told = await device.run(plan="ship", max_tokens=100)
     spec = cloud.seen.specs[0]
     ids = block_ids(node.deps.recipe, spec.prompt)
     assert len(ids) == 6
@@ -61,10 +59,9 @@ async def test_ship_sends_every_full_block_exactly_once_and_right() -> None:
 
 
 async def test_ship_skips_blocks_that_the_cloud_has() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, node, device):
         cloud.script.have_blocks = 4
-        async with device_of(node) as device:
-            told = await device.run(plan="ship", max_tokens=100)
+        told = await device.run(plan="ship", max_tokens=100)
     ids = block_ids(node.deps.recipe, cloud.seen.specs[0].prompt)
     assert [block.id for block in cloud.seen.blocks] == ids[4:]
     assert told.plan.cloud_cached_blocks == 4
@@ -72,14 +69,13 @@ async def test_ship_skips_blocks_that_the_cloud_has() -> None:
 
 
 async def test_the_bridge_speaks_until_the_cloud_is_ready() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.ready.clear()
-        async with device_of(node) as device:
-            told = Told()
-            async for event in device.stream(plan="ship", max_tokens=200):
-                told.take(event)
-                if len(told.frames) == 5:
-                    cloud.script.ready.set()
+        told = Told()
+        async for event in device.stream(plan="ship", max_tokens=200):
+            told.take(event)
+            if len(told.frames) == 5:
+                cloud.script.ready.set()
     bridged = len(cloud.seen.edge_tokens)
     assert 5 <= bridged < 200
     assert cloud.seen.hand_overs == [bridged]
@@ -90,34 +86,31 @@ async def test_the_bridge_speaks_until_the_cloud_is_ready() -> None:
 
 
 async def test_a_reply_that_ends_on_the_bridge_is_ended_by_the_edge() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=TinyModel(3)) as node:
+    async with serving(TinyModel(3)) as (cloud, _node, device):
         cloud.script.ready.clear()
-        async with device_of(node) as device:
-            told = await device.run(plan="ship")
+        told = await device.run(plan="ship")
     assert told.text == reply_text(cloud.seen.specs[0].prompt, 3)
     assert told.ended.reason == "stop"
     assert [(end.reason, end.next_index) for end in cloud.seen.ended] == [("stop", 3)]
 
 
 async def test_an_end_token_at_once_is_an_empty_reply() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=TinyModel(0)) as node:
-        async with device_of(node) as device:
-            told = await device.run(plan="ship")
+    async with serving(TinyModel(0)) as (_cloud, _node, device):
+        told = await device.run(plan="ship")
     assert told.text == ""
     assert told.ended.reason == "stop"
 
 
 async def test_text_leaves_all_to_the_cloud() -> None:
     model = TinyModel()
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=model) as node:
+    async with serving(model) as (cloud, _node, device):
         before = model.prefilled_tokens
         cloud.script.decode.clear()
-        async with device_of(node) as device:
-            running = asyncio.create_task(device.run(plan="text"))
-            await asyncio.wait_for(cloud.seen.opened.wait(), 10)
-            assert model.prefilled_tokens == before
-            cloud.script.decode.set()
-            told = await running
+        running = asyncio.create_task(device.run(plan="text"))
+        await asyncio.wait_for(cloud.seen.opened.wait(), 10)
+        assert model.prefilled_tokens == before
+        cloud.script.decode.set()
+        told = await running
     assert told.text == reply_text(cloud.seen.specs[0].prompt, 12)
     assert {frame.made_by for frame in told.frames} == {"cloud"}
     assert cloud.seen.blocks == []
@@ -126,9 +119,8 @@ async def test_text_leaves_all_to_the_cloud() -> None:
 
 
 async def test_edge_decodes_everything_here() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            told = await device.run(plan="edge")
+    async with serving() as (cloud, _node, device):
+        told = await device.run(plan="edge")
     assert told.text == reply_text(cloud.seen.specs[0].prompt, 12)
     assert {frame.made_by for frame in told.frames} == {"edge"}
     assert len(cloud.seen.edge_tokens) == 12
@@ -138,41 +130,37 @@ async def test_edge_decodes_everything_here() -> None:
 
 
 async def test_a_stop_string_ends_an_edge_reply_before_it() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            whole = (await device.run("t1", plan="edge")).text
-            told = await device.run("t2", session="other", plan="edge", stop=[whole[4:7]])
+    async with serving() as (_cloud, _node, device):
+        whole = (await device.run("t1", plan="edge")).text
+        told = await device.run("t2", session="other", plan="edge", stop=[whole[4:7]])
     assert told.text == whole[:4]
     assert told.ended.reason == "stop"
 
 
 async def test_tokens_held_for_a_stop_string_are_not_handed_over() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            whole = (await device.run("t1", plan="edge")).text
-            almost = whole[0] + "#"  # the first token may begin it, so it is held back
-            told = await device.run("t2", session="other", plan="ship", stop=[almost])
+    async with serving() as (cloud, _node, device):
+        whole = (await device.run("t1", plan="edge")).text
+        almost = whole[0] + "#"  # the first token may begin it, so it is held back
+        told = await device.run("t2", session="other", plan="ship", stop=[almost])
     assert told.text == whole
     assert cloud.seen.hand_overs in ([0], [2], [3], [4])
 
 
 async def test_the_plan_goes_up_before_the_end() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            for index, shape in enumerate(("ship", "text", "edge")):
-                await device.run(f"t{index}", session=f"s{index}", plan=shape)
+    async with serving() as (cloud, _node, device):
+        for index, shape in enumerate(("ship", "text", "edge")):
+            await device.run(f"t{index}", session=f"s{index}", plan=shape)
     assert [decode_plan(plan).shape for plan in cloud.seen.plans] == ["ship", "text", "edge"]
 
 
 async def test_the_second_turn_reuses_the_first_ones_kv() -> None:
     model = TinyModel()
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=model) as node:
-        async with device_of(node) as device:
-            await device.run("t1", plan="ship", max_tokens=80)
-            await asyncio.wait_for(node.deps.warmer.finished.wait(), 10)
-            assert node.deps.warmer.warmed_tokens >= 64  # the reply's blocks
-            before = model.prefilled_tokens
-            told = await device.run("t2", "And the shore?", plan="ship")
+    async with serving(model) as (cloud, node, device):
+        await device.run("t1", plan="ship", max_tokens=80)
+        await asyncio.wait_for(node.deps.warmer.finished.wait(), 10)
+        assert node.deps.warmer.warmed_tokens >= 64  # the reply's blocks
+        before = model.prefilled_tokens
+        told = await device.run("t2", "And the shore?", plan="ship")
     prompt = cloud.seen.specs[1].prompt
     assert prompt[: len(cloud.seen.specs[0].prompt)] == cloud.seen.specs[0].prompt
     assert told.text == reply_text(prompt, 12)
@@ -181,10 +169,9 @@ async def test_the_second_turn_reuses_the_first_ones_kv() -> None:
 
 
 async def test_an_edge_asks_only_for_turns_it_lacks() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            for turn in ("t1", "t2", "t3"):
-                await device.run(turn, "Hello there", plan="text")
+    async with serving() as (cloud, _node, device):
+        for turn in ("t1", "t2", "t3"):
+            await device.run(turn, "Hello there", plan="text")
     assert [begin.known_turns for begin in cloud.seen.begins] == [0, 0, 1]
 
 
@@ -218,15 +205,14 @@ async def test_a_turn_that_the_cloud_knows_is_followed_not_run() -> None:
 
 
 async def test_stop_from_any_device_ends_the_turn() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.ready.clear()
-        async with device_of(node) as device:
-            told = Told()
-            async for event in device.stream(plan="ship", max_tokens=500):
-                told.take(event)
-                if len(told.frames) == 3:
-                    request = pb.StopTurnRequest(session="trip", device="laptop", turn="t1")
-                    assert (await device.call("StopTurn", request)).stopping
+        told = Told()
+        async for event in device.stream(plan="ship", max_tokens=500):
+            told.take(event)
+            if len(told.frames) == 3:
+                request = pb.StopTurnRequest(session="trip", device="laptop", turn="t1")
+                assert (await device.call("StopTurn", request)).stopping
     assert told.ended.reason == "cancelled"
     assert cloud.seen.hand_overs == []
     assert 3 <= len(told.text) < 500
@@ -247,42 +233,38 @@ async def test_stop_from_any_device_ends_the_turn() -> None:
 async def test_bad_requests_are_refused_before_the_log_is_touched(
     request_fields: dict[str, object], error: type[Exception]
 ) -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            with pytest.raises(error):
-                await device.run("t1", **{"prompt": "Hi", **request_fields})
+    async with serving() as (cloud, _node, device):
+        with pytest.raises(error):
+            await device.run("t1", **{"prompt": "Hi", **request_fields})
     assert cloud.seen.begins == []
 
 
 async def test_the_clouds_errors_keep_their_type() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.begin_error = SessionBusy("Busy.", hint="Wait.", turn="other")
-        async with device_of(node) as device:
-            with pytest.raises(SessionBusy) as caught:
-                await device.run()
-            assert caught.value.fields == {"turn": "other"}
-            cloud.script.begin_error = None
-            assert (await device.run()).ended.reason == "length"  # the same id may be tried again
+        with pytest.raises(SessionBusy) as caught:
+            await device.run()
+        assert caught.value.fields == {"turn": "other"}
+        cloud.script.begin_error = None
+        assert (await device.run()).ended.reason == "length"  # the same id may be tried again
 
 
 async def test_beyond_its_bound_a_node_refuses_with_a_hint() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address, max_turns=1) as node:
+    async with serving(max_turns=1) as (cloud, _node, device):
         cloud.script.decode.clear()
-        async with device_of(node) as device:
-            first = asyncio.create_task(device.run("t1", plan="text"))
-            await asyncio.wait_for(cloud.seen.opened.wait(), 10)
-            with pytest.raises(Overloaded) as caught:
-                await device.run("t2", session="other")
-            assert caught.value.fields["retry_after_s"] > 0
-            cloud.script.decode.set()
-            assert (await first).ended.reason == "length"
+        first = asyncio.create_task(device.run("t1", plan="text"))
+        await asyncio.wait_for(cloud.seen.opened.wait(), 10)
+        with pytest.raises(Overloaded) as caught:
+            await device.run("t2", session="other")
+        assert caught.value.fields["retry_after_s"] > 0
+        cloud.script.decode.set()
+        assert (await first).ended.reason == "length"
 
 
 async def test_a_refused_recipe_is_not_shipped() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
+    async with serving() as (cloud, _node, device):
         cloud.script.recipes = ("ab" * 16,)
-        async with device_of(node) as device:
-            told = await device.run(plan="ship")
+        told = await device.run(plan="ship")
     assert told.plan.shape != "ship"
     assert "recipe" in told.plan.reason
     assert cloud.seen.blocks == []
@@ -290,10 +272,9 @@ async def test_a_refused_recipe_is_not_shipped() -> None:
 
 async def test_the_ledger_has_one_line_per_turn(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
-    async with scripted_cloud() as cloud, edge_node(cloud.address, ledger=ledger) as node:
-        async with device_of(node) as device:
-            await device.run("t1", plan="ship")
-            await device.run("t2", "More.", plan="text")
+    async with serving(ledger=ledger) as (_cloud, _node, device):
+        await device.run("t1", plan="ship")
+        await device.run("t2", "More.", plan="text")
     lines = [msgspec.json.decode(line) for line in ledger.read_bytes().splitlines()]
     assert [(line["turn"], line["shape"], line["end"]) for line in lines] == [
         ("t1", "ship", "length"),
@@ -307,17 +288,15 @@ async def test_the_ledger_has_one_line_per_turn(tmp_path: Path) -> None:
 
 async def test_the_model_is_called_from_its_own_thread_only() -> None:
     model = TinyModel()
-    async with scripted_cloud() as cloud, edge_node(cloud.address, model=model) as node:
-        async with device_of(node) as device:
-            await device.run(plan="edge")
+    async with serving(model) as (_cloud, _node, device):
+        await device.run(plan="edge")
     assert model.threads == {"segue-compute"}
     assert threading.current_thread().name not in model.threads
 
 
 async def test_proxied_calls_say_they_come_from_an_edge() -> None:
-    async with scripted_cloud() as cloud, edge_node(cloud.address) as node:
-        async with device_of(node) as device:
-            reply = await device.open()
+    async with serving() as (_cloud, node, device):
+        reply = await device.open()
     assert (reply.role, reply.instance, reply.created) == ("edge", node.instance, True)
     assert reply.max_context_tokens == 2048
 

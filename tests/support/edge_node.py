@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 
 from segue_contract.plan import PlanReport, decode_plan
@@ -115,3 +116,16 @@ async def device_of(node: EdgeNode) -> AsyncIterator[Device]:
         yield device
     finally:
         await device.close()
+
+
+@asynccontextmanager
+async def serving(
+    model: TinyModel | None = None, **settings: Any
+) -> AsyncIterator[tuple[ScriptedCloud, EdgeNode, Device]]:
+    """A scripted cloud, a node that uses it, and a device of that node."""
+    async with (
+        scripted_cloud() as cloud,
+        edge_node(cloud.address, model=model, **settings) as node,
+        device_of(node) as device,
+    ):
+        yield cloud, node, device

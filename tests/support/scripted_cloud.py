@@ -67,6 +67,7 @@ class Seen:
     plans: list[bytes] = field(default_factory=list)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)  # some turn has ended
 
 
 class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer):
@@ -304,6 +305,7 @@ class _Stream:
         state.pieces = [chr(token) for token in self._made]
         state.reason = reason
         cloud.sessions.setdefault(self._spec.session, []).append(state)
+        cloud.seen.closed.set()
         ended = pb.TurnEnded(reason=reason, next_index=len(self._made), offset=10, durable=True)
         self._out.put_nowait(dpb.RunReply(ended=ended))
         self._out.put_nowait(None)

@@ -76,7 +76,7 @@ def reply_text(prompt: Sequence[int], length: int, salt: int = 0) -> str:
 
 def tiny_tokenizer() -> ChatTokenizer:
     """One token per byte, and the three special ones."""
-    vocabulary = {char: byte for char, byte in byte_alphabet().items()}
+    vocabulary = byte_alphabet()
     added = [
         {
             "id": index,
