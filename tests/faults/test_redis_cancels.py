@@ -1,0 +1,183 @@
+"""Cancelled and broken store calls: no reply goes to another caller, nothing happens twice.
+
+redis-py issue 2665: a command cancelled between its request and its reply left the reply in the
+connection, and the next command read it as its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from random import Random
+
+import pytest
+from tests.support.slow_proxy import SlowProxy
+
+from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.store import RedisStore
+from segue_contract.errors import StoreUnavailable
+from segue_contract.servers import Valkey
+from segue_contract.sync import ops
+
+T = "default"
+
+
+def new_seed() -> int:
+    seed = int(os.environ.get("SEGUE_SEED") or int.from_bytes(os.urandom(4), "big"))
+    print("SEGUE_SEED =", seed)
+    return seed
+
+
+def op(text: str) -> bytes:
+    return ops.encode_op(ops.Set(id=text, name=text, value=text.encode()))
+
+
+async def names(store: RedisStore, session: str) -> list[str]:
+    _, entries = await store.read(T, session, 0, 10_000)
+    found = [ops.decode_op(entry.op) for entry in entries]
+    return [one.name for one in found if isinstance(one, ops.Set)]
+
+
+async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
+    random = Random(new_seed())
+    sessions = [f"s{i}" for i in range(6)]
+    async with SlowProxy(valkey.port, lambda: random.uniform(0.0, 0.004)) as proxy:
+        store = await RedisStore.connect(proxy.redis_url, max_connections=3)
+        for session in sessions:
+            await store.open_session(T, session)
+        cancelled = 0
+
+        async def writer(session: str) -> int:
+            """Each word until it is acknowledged; some tries are cancelled on the way."""
+            nonlocal cancelled
+            for seq in range(1, 31):
+                while True:
+                    call = asyncio.create_task(
+                        store.append(T, session, session, 0, seq, [op(f"{session}.{seq}")])
+                    )
+                    done, _ = await asyncio.wait([call], timeout=random.uniform(0.0, 0.03))
+                    if done:
+                        result = call.result()
+                        break
+                    call.cancel()
+                    await asyncio.wait([call])
+                    cancelled += 1
+                assert result.status in (Status.OK, Status.DUP)
+                assert result.first_offset == seq, "that is another call's reply"
+                assert result.expected_seq == seq + 1
+            return seq
+
+        async def reader(session: str) -> None:
+            for _ in range(30):
+                call = asyncio.create_task(names(store, session))
+                done, _ = await asyncio.wait([call], timeout=random.uniform(0.0, 0.03))
+                if done:
+                    assert all(name.startswith(f"{session}.") for name in call.result())
+                call.cancel()
+                await asyncio.wait([call])
+
+        async with asyncio.TaskGroup() as group:
+            for session in sessions:
+                group.create_task(writer(session))
+                group.create_task(reader(session))
+        assert cancelled > 0, "nothing was tested"
+        for session in sessions:
+            assert await names(store, session) == [f"{session}.{i}" for i in range(1, 31)]
+        await store.close()
+
+
+async def test_lost_replies_apply_nothing_twice(valkey: Valkey) -> None:
+    """Connections are cut again and again; the store repeats its calls by itself."""
+    random = Random(new_seed())
+    async with SlowProxy(valkey.port, lambda: random.uniform(0.0, 0.003)) as proxy:
+        store = await RedisStore.connect(proxy.redis_url)
+        await store.open_session(T, "s")
+        running = True
+
+        async def cutter() -> None:
+            while running:
+                await asyncio.sleep(random.uniform(0.005, 0.06))
+                proxy.cut()
+
+        cutting = asyncio.create_task(cutter())
+        for seq in range(1, 21):
+            result = await store.append(T, "s", "p", 0, seq, [op(str(seq))])
+            assert result.first_offset == seq
+        claim = await store.begin_turn(T, "s", "t", [op("turn")], 30.0)
+        assert not claim.known, "its own repetition looked like another one's turn"
+        taken = await store.take_over(T, "s", "t", 30.0)
+        assert taken.epoch == 2, "one call raised the epoch twice"
+        running = False
+        await cutting
+        assert await names(store, "s") == [*(str(i) for i in range(1, 21)), "turn"]
+        assert proxy.accepted > 1, "nothing was cut"
+        await store.close()
+
+
+async def test_a_store_that_is_away_gives_a_typed_error_and_writes_nothing(valkey: Valkey) -> None:
+    pauses: list[float] = []
+
+    async def no_pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    async with SlowProxy(valkey.port) as proxy:
+        store = await RedisStore.connect(proxy.redis_url, timeout_s=0.4, sleep=no_pause)
+        await store.open_session(T, "s")
+        proxy.refuse = True
+        proxy.cut()
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.append(T, "s", "p", 0, 1, [op("lost")])
+        assert caught.value.hint
+        assert pauses[:3] == [0.05, 0.1, 0.2], "the pause between attempts grows"
+        assert max(pauses) <= 0.5
+        proxy.refuse = False
+        assert await names(store, "s") == []
+        assert (await store.append(T, "s", "p", 0, 1, [op("kept")])).status is Status.OK
+        await store.close()
+
+
+async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
+    store = await RedisStore.connect(valkey.url, timeout_s=20.0)
+    await store.open_session(T, "s")
+    valkey.process.pause()
+    write = asyncio.create_task(store.append(T, "s", "p", 0, 1, [op("a")]))
+    done, _ = await asyncio.wait([write], timeout=0.3)
+    assert not done, "it answered for a store that is stopped"
+    valkey.process.resume()
+    assert (await write).first_offset == 1
+    assert await names(store, "s") == ["a"]
+    await store.close()
+
+
+async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> None:
+    store = await RedisStore.connect(valkey.url, timeout_s=20.0)
+    before, _ = await store.open_session(T, "s")
+    await store.append(T, "s", "p", 0, 1, [op("a")])
+    valkey.process.kill()
+    await valkey.restart()
+    assert (await store.append(T, "s", "p", 0, 2, [op("b")])).status is Status.MISSING
+    after, created = await store.open_session(T, "s")
+    assert created
+    assert after.generation > before.generation
+    await store.close()
+
+
+async def test_a_stalled_link_times_out(valkey: Valkey) -> None:
+    async with SlowProxy(valkey.port) as proxy:
+        store = await RedisStore.connect(proxy.redis_url, timeout_s=0.3)
+        await store.open_session(T, "s")
+        proxy.stall()
+        with pytest.raises(StoreUnavailable, match="in time"):
+            await store.append(T, "s", "p", 0, 1, [op("a")])
+        proxy.flow()
+        assert (await store.append(T, "s", "p", 0, 1, [op("a")])).first_offset == 1
+        assert await names(store, "s") == ["a"]
+        await store.close()
+
+
+async def test_nobody_listens_there() -> None:
+    async with SlowProxy(1) as proxy:
+        url = proxy.redis_url
+    with pytest.raises(StoreUnavailable, match="SEGUE_REDIS_URL"):
+        await RedisStore.connect(url, timeout_s=0.2)

@@ -1,0 +1,94 @@
+"""Followers of a session see its log, in order, once, whatever is dropped on the way to them."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segue_cloud.hub.state import HubState
+from segue_cloud.sessions.port import StoredEntry
+from segue_contract.sync.state import Cursor
+
+KEY = ("default", "s")
+
+
+def entry(offset: int, generation: int = 1) -> StoredEntry:
+    return StoredEntry(Cursor(generation, offset), f"op{offset}".encode())
+
+
+@given(seed=st.integers(0, 2**32), bound=st.integers(1, 6))
+def test_every_follower_sees_the_whole_log(seed: int, bound: int) -> None:
+    """The shell's loop, step by step, between random appends here and elsewhere."""
+    random = Random(seed)
+    hub = HubState(queue_entries=bound)
+    log: list[StoredEntry] = []
+    seen: dict[int, list[int]] = {}
+
+    def step(follower: int) -> None:
+        """What `Hub._steps` does, with `log` as the store."""
+        if taken := hub.take(follower, random.choice((1, 20, 1000))):
+            seen[follower] += [one.cursor.offset for one in taken]
+        elif hub.behind(follower) is not None:
+            at = seen[follower][-1] if seen[follower] else 0
+            page = log[at : at + random.randrange(1, 5)]
+            if page:
+                seen[follower] += [one.cursor.offset for one in page]
+                hub.move(follower, page[-1].cursor)
+
+    for _ in range(120):
+        match random.randrange(6):
+            case 0:
+                follower = hub.join(KEY)
+                if random.random() < 0.5:  # an append between joining and the snapshot
+                    log.append(entry(len(log) + 1))
+                    hub.offer(KEY, [log[-1]])
+                seen[follower] = list(range(1, len(log) + 1))
+                hub.move(follower, Cursor(1, len(log)))
+            case 1 if seen:
+                follower = random.choice(list(seen))
+                del seen[follower]
+                hub.leave(follower)
+            case 2:  # appended here; sometimes the hub hears of it late, or never
+                new = [entry(len(log) + 1 + i) for i in range(random.randrange(1, 4))]
+                log.extend(new)
+                if random.random() < 0.8:
+                    hub.offer(KEY, new)
+            case 3 if log:  # the same again, or the tail seen elsewhere
+                hub.offer(KEY, [random.choice(log)])
+                hub.announce(KEY, log[-1].cursor)
+            case _:
+                for follower in seen:
+                    step(follower)
+        hub.check_integrity()
+    hub.announce(KEY, Cursor(1, len(log)))
+    for follower, offsets in seen.items():
+        while offsets != list(range(1, len(log) + 1)):
+            before = len(offsets)
+            step(follower)
+            assert len(offsets) > before, "it waits although something is missing"
+        assert hub.behind(follower) is None
+        hub.leave(follower)
+    assert hub.followed == []
+
+
+def test_another_generation_makes_a_follower_read() -> None:
+    hub = HubState()
+    follower = hub.join(KEY)
+    hub.move(follower, Cursor(1, 9))
+    hub.offer(KEY, [entry(6, generation=2)])
+    assert hub.take(follower, 1000) == []
+    assert hub.behind(follower) == Cursor(2, 6)
+    hub.move(follower, Cursor(2, 6))
+    assert hub.behind(follower) is None
+
+
+def test_who_has_no_snapshot_yet_is_woken_and_told_to_read() -> None:
+    hub = HubState()
+    follower = hub.join(KEY)
+    assert list(hub.offer(KEY, [entry(1)])) == [follower]
+    hub.move(follower, Cursor(1, 0))
+    assert hub.behind(follower) == Cursor(1, 1)
+    assert list(hub.announce(KEY, Cursor(1, 1))) == []
+    assert list(hub.offer(("default", "other"), [entry(1)])) == []

@@ -1,0 +1,92 @@
+"""A TCP proxy between a client and a real server that makes their link bad, on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+_CHUNK = 65536
+
+
+class SlowProxy:
+    """`async with SlowProxy(port) as proxy:` forwards `proxy.port` to `port` on loopback.
+
+    Each chunk, in either direction, waits for `delay()` seconds. `stall()` lets nothing through
+    until `flow()`; `cut()` closes all connections; `refuse` makes new ones fail.
+    """
+
+    def __init__(self, target_port: int, delay: Callable[[], float] = lambda: 0.0) -> None:
+        self._target_port = target_port
+        self._delay = delay
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+        self.refuse = False
+        self.accepted = 0
+
+    async def __aenter__(self) -> SlowProxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.flow()
+        self.cut()
+        await self._server.wait_closed()
+
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def stall(self) -> None:
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        self._flowing.set()
+
+    def cut(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        if self.refuse:
+            writer.transport.abort()
+            return
+        try:
+            to, back = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, back}
+        pumps = [
+            asyncio.create_task(self._pump(reader, back)),
+            asyncio.create_task(self._pump(to, writer)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            self._writers -= {writer, back}
+            writer.transport.abort()
+            back.transport.abort()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while chunk := await source.read(_CHUNK):
+            if pause := self._delay():
+                await asyncio.sleep(pause)
+            await self._flowing.wait()
+            sink.write(chunk)
+            await sink.drain()
