@@ -10,6 +10,7 @@ Compiled code is cached in the user's cache folder, so only the first start pays
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,6 +154,7 @@ class Kernels:
         return any(part.stats.cache_misses for part in parts)
 
 
+@functools.cache
 def build_kernels(heads: int, kv_heads: int, head_dim: int) -> Kernels:
     """Kernels for one geometry; sizes become constants so that inner loops unroll."""
     return Kernels(

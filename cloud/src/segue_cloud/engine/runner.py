@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import structlog
 import torch
 
 from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps
@@ -21,9 +24,30 @@ from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
 
+log = structlog.get_logger(__name__)
+
 # Chunks up to this size attend row by row through the page table: cheaper than a gather.
 _ROW_CHUNK = 16
 _WARM_UP_TOKENS = 128
+
+
+class StepRunner(Protocol):
+    """What the engine thread needs of whatever computes its steps. Used by that thread only."""
+
+    def warm_up(self, threads: int) -> None:
+        """Compile, load and touch what the first step would otherwise wait for.
+
+        Only before the first turn: it overwrites some pages.
+        """
+        ...
+
+    def run(self, step: Step) -> list[int]:
+        """Compute a step; one token per work that samples, in order (negative: bad logits)."""
+        ...
+
+    def write_block(self, pages: Seq[int], block: KvBlock) -> None:
+        """Put a shipped block into four pages."""
+        ...
 
 
 class Runner:
@@ -50,9 +74,9 @@ class Runner:
         self._model = LlamaModel(geometry, weights, self.pages, self._ops)
         self._tables = _Tables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
+        self._slots = pages * KV_PAGE_TOKENS
 
     def run(self, step: Step) -> list[int]:
-        """Compute a step; one token per work that samples, in order (negative: bad logits)."""
         with torch.inference_mode():
             logits = self._model.step(self._build(step.works))
             sampling = step.sampling
@@ -68,28 +92,23 @@ class Runner:
         with torch.inference_mode():
             self.pages.write_block(pages, block)
 
-    def set_threads(self, threads: int) -> None:
-        """Let the kernels use as many threads as torch does; counts for the calling thread."""
-        if isinstance(self._ops, CompiledOps):
-            self._ops.kernels.set_threads(threads)
+    def warm_up(self, threads: int) -> None:
+        started = time.monotonic()
+        kernels = self._ops.kernels if isinstance(self._ops, CompiledOps) else None
+        if kernels is not None:
+            kernels.set_threads(threads)
+            if not kernels.seem_cached:
+                log.info("compiling_cpu_kernels", note="once on this machine, some seconds")
+        self._touch_everything()
+        if kernels is not None and kernels.compiled:
+            log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
 
-    def must_compile(self) -> bool:
-        """Whether the kernels were never compiled on this machine, as far as one can tell."""
-        return isinstance(self._ops, CompiledOps) and not self._ops.kernels.seem_cached
-
-    def compiled_anew(self) -> bool:
-        """Whether kernels had to be compiled in this process (else they came from the cache)."""
-        return isinstance(self._ops, CompiledOps) and self._ops.kernels.compiled
-
-    def warm_up(self) -> None:
-        """Run a chunk and a row through scratch pages: kernels load, libraries set themselves up.
-
-        Only before the first turn: it overwrites the first pages.
-        """
-        tokens = min(_WARM_UP_TOKENS, self._geometry.context)
+    def _touch_everything(self) -> None:
+        """Run a chunk and a row through scratch pages: libraries and kernels set themselves up."""
+        tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         rows = np.array([[0, 0, 1]], np.int32)
-        tables = np.zeros((self._tables.array.shape[0], self._tables.array.shape[1]), np.int32)
+        tables = np.zeros_like(self._tables.array)
         segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
         with torch.inference_mode():
             self._model.step(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))

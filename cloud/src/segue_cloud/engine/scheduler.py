@@ -261,8 +261,8 @@ class Scheduler:
     # -- prefill ------------------------------------------------------------------------------
 
     def _admit(self, budget: int) -> None:
-        """Move turns from waiting to running, in order, while they fit and there is work room."""
-        wanted = sum(s.uncomputed for s in self._running if not s.decoding)
+        """Move turns from waiting to running, in order, while each gets its smallest share."""
+        wanted = sum(min(s.uncomputed, _MIN_SHARE) for s in self._running if not s.decoding)
         while self._waiting and len(self._running) < self.limits.max_batch and wanted < budget:
             sequence = self._waiting[0]
             matched = self._match(sequence)
@@ -272,7 +272,7 @@ class Scheduler:
             if fresh + woken + len(self._running) > self.pool.pages_free and self._running:
                 return
             self._start(sequence, matched, fresh)
-            wanted += sequence.uncomputed
+            wanted += min(sequence.uncomputed, _MIN_SHARE)
 
     def _start(self, sequence: Sequence, matched: list[bytes], fresh: int) -> None:
         for block in matched:

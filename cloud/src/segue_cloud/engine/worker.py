@@ -35,7 +35,7 @@ from segue_cloud.engine.options import (
 )
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
-from segue_cloud.engine.runner import Runner
+from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.streams import TurnStream
@@ -99,7 +99,19 @@ def own_recipe(manifest: Manifest, dtype: torch.dtype) -> KvRecipe:
 class TorchEngine:
     """Implements `port.Engine` for the Llama family. Build it with `load`, end it with `close`."""
 
-    def __init__(self, manifest: Manifest, options: EngineOptions, pages: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        options: EngineOptions,
+        pages: int,
+        build: Callable[[], StepRunner],
+    ) -> None:
+        """For `load`, and for whoever brings another runner; `start` comes next.
+
+        Args:
+            build: makes the runner, over `pages` pages; called in the engine thread.
+        """
+        self._build = build
         self._geometry = manifest.geometry
         self._options = options
         self._recipes = manifest.allowed_recipes()
@@ -138,15 +150,15 @@ class TorchEngine:
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        engine = cls(manifest, options, pages)
-        await engine._start(directory)
+        engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
+        await engine.start()
         return engine
 
-    async def _start(self, directory: Path) -> None:
+    async def start(self) -> None:
+        """Start the engine thread and wait until its runner is built and warm."""
         ready: asyncio.Future[None] = self._loop.create_future()
-        build = partial(Runner, directory, self._geometry, self._pool.pages_total, self._options)
         self._thread = threading.Thread(
-            target=self._main, args=(build, ready), name="segue-engine", daemon=True
+            target=self._main, args=(ready,), name="segue-engine", daemon=True
         )
         self._thread.start()
         await ready
@@ -240,6 +252,9 @@ class TorchEngine:
                     f" blocks have {list(shape)}.",
                     hint="Edge and cloud must serve the same model.",
                 )
+            # Whatever attends to a number that is none becomes none itself, in every turn.
+            if values.dtype != np.uint16 and not np.isfinite(values).all():
+                raise BadBlock("A KV block holds numbers that are not finite.")
 
     def have_blocks(self, ids: Sequence[bytes]) -> int:
         # Single look-ups in dictionaries that the engine thread writes: each is atomic, and an
@@ -253,6 +268,15 @@ class TorchEngine:
     def busy_s(self) -> float:
         """Seconds spent in steps since the start."""
         return self._rates.busy_s
+
+    @property
+    def preemptions(self) -> int:
+        """Times that a running turn gave its pages back to an older one."""
+        return self._scheduler.preemptions
+
+    def check_integrity(self) -> None:
+        """Assert that pages and turns agree. Only while the engine thread rests (or is closed)."""
+        self._scheduler.check_integrity()
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
@@ -283,9 +307,9 @@ class TorchEngine:
 
     # -- the engine thread --------------------------------------------------------------------
 
-    def _main(self, build: Callable[[], Runner], ready: asyncio.Future[None]) -> None:
+    def _main(self, ready: asyncio.Future[None]) -> None:
         try:
-            self._runner = self._set_up(build)
+            self._runner = self._set_up()
         except BaseException as error:
             self._post(_fail_future, ready, error)
             return
@@ -298,19 +322,12 @@ class TorchEngine:
             self._closed = True
             self._post(self._fail_all, TurnFailed(f"The engine died: {error}."))
 
-    def _set_up(self, build: Callable[[], Runner]) -> Runner:
-        # Both pools take the number from the thread that computes, so it is set here.
+    def _set_up(self) -> StepRunner:
+        # torch's pool takes its size from the thread that computes, so it is set here.
         threads = choose_threads(self._options.threads)
         torch.set_num_threads(threads)
-        started = time.monotonic()
-        runner = build()
-        runner.set_threads(threads)
-        if runner.must_compile():
-            log.info("compiling_cpu_kernels", note="once on this machine, about 10 s")
-        runner.warm_up()
-        runner.warm_up()
-        if runner.compiled_anew():
-            log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
+        runner = self._build()
+        runner.warm_up(threads)
         return runner
 
     def _drain(self) -> bool:

@@ -1,0 +1,89 @@
+"""The built default model in float32: twenty prompts, token for token what Hugging Face makes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.support.tiny_llama import HfReference
+
+from segue_cloud.engine.options import EngineOptions
+from segue_cloud.engine.port import EngineTurn
+from segue_cloud.engine.worker import TorchEngine
+from segue_contract.chat.tokenizer import ChatTokenizer
+from segue_contract.model.manifest import read_manifest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NEW = 32
+QUESTIONS = [
+    "Plan a day in Paris.",
+    "What is the capital of Peru?",
+    "Write a haiku about rain.",
+    "Explain recursion to a child.",
+    "List five fruits.",
+    "Why is the sky blue?",
+    "Translate 'good morning' to French.",
+    "Who wrote Hamlet?",
+    "How do I boil an egg?",
+    "Give me a name for a grey cat.",
+    "Summarise the water cycle in two sentences.",
+    "What is 17 times 3?",
+    "Tell me a joke about bicycles.",
+    "Describe the taste of a lemon.",
+    "What should I pack for a week in Norway? " * 6,
+    "Name three rivers in Africa. " * 12,
+    "How does a refrigerator work? Be brief. " * 8,
+    "I left my umbrella in the train. What can I do? " * 10,
+    "Write one line of Python that reverses a list.",
+    "Which planet is the largest, and how large is it?",
+]
+
+
+async def test_twenty_prompts_equal_hugging_face(model_dir: Path) -> None:
+    manifest = read_manifest(model_dir)
+    tokenizer = ChatTokenizer.load(model_dir, manifest)
+    prompts = [tuple(tokenizer.encode_conversation([], question)) for question in QUESTIONS]
+    ends = frozenset(manifest.end_tokens)
+    reference = HfReference(model_dir, manifest)
+    expected = [reference.greedy(prompt, NEW, ends) for prompt in prompts]
+    turns = [
+        EngineTurn(turn=f"q{i}", prompt=prompt, max_tokens=NEW, end_tokens=ends)
+        for i, prompt in enumerate(prompts)
+    ]
+    options = EngineOptions(dtype="fp32", pool_bytes=512 << 20)
+
+    async def reply(engine: TorchEngine, turn: EngineTurn) -> tuple[list[int], int]:
+        outputs = [output async for output in engine.submit(turn)]
+        return [t for o in outputs for t in o.tokens], outputs[0].cached_tokens
+
+    engine = await TorchEngine.load(model_dir, manifest, options)
+    try:
+        batched = await asyncio.gather(*(reply(engine, turn) for turn in turns))
+    finally:
+        await engine.close()
+    assert [tokens for tokens, _ in batched] == expected
+
+    engine = await TorchEngine.load(model_dir, manifest, options)
+    try:
+        alone = [await reply(engine, turn) for turn in turns]
+    finally:
+        await engine.close()
+    assert [tokens for tokens, _ in alone] == expected
+
+    engine = await TorchEngine.load(model_dir, manifest, options)
+    try:
+        shipping = []
+        for turn in turns:
+            blocks = reference.blocks(turn.prompt, manifest.edge_recipe)
+            assert await engine.offer_blocks(blocks) == len(blocks)
+            shipping.append(replace(turn, prompt_blocks=tuple(block.id for block in blocks)))
+        shipped = await asyncio.gather(*(reply(engine, turn) for turn in shipping))
+    finally:
+        await engine.close()
+    engine.check_integrity()
+    assert [tokens for tokens, _ in shipped] == expected
+    assert [cached for _, cached in shipped] == [(len(p) - 1) // 64 * 64 for p in prompts]
+    assert any(cached for _, cached in shipped)
