@@ -91,10 +91,10 @@ async def bench_on(
     async with Hub(store) as hub:
         log = SessionLog(store, hub)
         deps = OwnerDeps(
-            log, engine, tokenizer, frozenset({2}),
+            log, engine, tokenizer, frozenset({2}), 8192,
             lambda: time.time_ns() // 1_000_000, time.monotonic,
         )  # fmt: skip
-        manager = TurnManager(deps, model="m", max_context=8192, max_turns=max_turns)
+        manager = TurnManager(deps, model="m", max_turns=max_turns)
         await log.open_session(TENANT, SESSION, device="phone")
         try:
             yield Bench(manager, log, engine, tokenizer)
@@ -305,8 +305,8 @@ async def test_an_orphan_is_finished_by_the_next_who_looks(
         await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
         async with asyncio.timeout(WAIT_S):
-            while not await bench.manager.recover(TENANT, SESSION):
-                await asyncio.sleep(0.05)  # noqa: ASYNC110 - the store's clock ends the lease
+            while not await bench.manager.recover(TENANT, SESSION):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
             owner = bench.manager.owned(TENANT, SESSION, "t1")
             assert owner is not None
         turn = await bench.ended(owner)

@@ -104,15 +104,11 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         engine=engine,
         tokenizer=tokenizer,
         end_tokens=frozenset(manifest.end_tokens),
+        max_context=manifest.geometry.context,
         now_ms=lambda: time.time_ns() // 1_000_000,
         monotonic=time.monotonic,
     )
-    manager = TurnManager(
-        deps,
-        model=manifest.name,
-        max_context=manifest.geometry.context,
-        max_turns=settings.max_turns,
-    )
+    manager = TurnManager(deps, model=manifest.name, max_turns=settings.max_turns)
     stack.push_async_callback(manager.close)
     identity = Identity(
         settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context

@@ -17,7 +17,6 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import (
     DeadlineExceeded,
     Overloaded,
-    PromptTooLong,
     SegueError,
     SessionBusy,
     UnknownTurn,
@@ -68,14 +67,12 @@ class TurnManager:
 
     Args:
         model: name written into turn_started.
-        max_context: tokens that prompt and reply may have together.
         max_turns: turns begun and not ended, beyond which `begin` refuses.
     """
 
-    def __init__(self, deps: OwnerDeps, *, model: str, max_context: int, max_turns: int) -> None:
+    def __init__(self, deps: OwnerDeps, *, model: str, max_turns: int) -> None:
         self._deps = deps
         self._model = model
-        self._max_context = max_context
         self._max_turns = max_turns
         self._gate = SessionGate()
         self._owners: dict[tuple[str, str, str], TurnOwner] = {}
@@ -206,7 +203,7 @@ class TurnManager:
         return self.start(spec)
 
     def start(self, spec: OwnedTurn) -> TurnOwner:
-        """Own `spec` from now on. A spec that cannot fit still ends its turn, with that error."""
+        """Own `spec` from now on; a turn that runs here already stays with its owner."""
         key = (spec.key.tenant, spec.key.session, spec.key.turn)
         known = self._owners.get(key)
         if known is not None:
@@ -216,23 +213,6 @@ class TurnManager:
         self._begun.pop(key, None)
         self._spawn(self._run(key, owner), f"turn {spec.key.turn}")
         return owner
-
-    def check_fits(self, prompt_tokens: int, max_tokens: int) -> int:
-        """`max_tokens`, lowered to what the context leaves.
-
-        Raises:
-            PromptTooLong: no room for a single token.
-        """
-        room = self._max_context - prompt_tokens
-        if room < 1:
-            raise PromptTooLong(
-                f"The conversation has {prompt_tokens} tokens; the model's context is "
-                f"{self._max_context}.",
-                hint="Shorten the message, or begin a new session.",
-                tokens=prompt_tokens,
-                limit=self._max_context,
-            )
-        return min(max_tokens, room)
 
     async def _run(self, key: tuple[str, str, str], owner: TurnOwner) -> None:
         try:

@@ -29,6 +29,7 @@ from segue_contract.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    PromptTooLong,
     SegueError,
     StaleEpoch,
     StoreUnavailable,
@@ -51,12 +52,13 @@ class EdgeOutcome(StrEnum):
 
 @dataclass(frozen=True)
 class OwnerDeps:
-    """Collaborators that every owner of a process shares."""
+    """What every owner of a process shares. `max_context`: tokens of prompt and reply together."""
 
     log: TurnLog
     engine: Engine
     tokenizer: ChatTokenizer
     end_tokens: frozenset[int]
+    max_context: int
     now_ms: Callable[[], int]
     monotonic: Callable[[], float]
 
@@ -223,6 +225,7 @@ class TurnOwner:
             )
 
     async def _produce(self) -> str:
+        self._check_fits()
         try:
             async with asyncio.timeout(TURN_TIMEOUT_S):
                 if self.spec.has_edge and self.spec.shape is not Shape.TEXT:
@@ -238,9 +241,20 @@ class TurnOwner:
                 hint="Ask for fewer tokens.",
             ) from error
 
+    def _check_fits(self) -> None:
+        tokens, limit = len(self.spec.prompt), self._deps.max_context
+        if tokens >= limit:
+            raise PromptTooLong(
+                f"The conversation has {tokens} tokens; the model's context is {limit}.",
+                hint="Shorten the message, or begin a new session.",
+                tokens=tokens,
+                limit=limit,
+            )
+
     async def _decode(self) -> str:
         spec = self.spec
-        if self.next_index >= spec.max_tokens:
+        max_tokens = min(spec.max_tokens, self._deps.max_context - len(spec.prompt))
+        if self.next_index >= max_tokens:
             return "length"
         if self.stopping.is_set():
             return "cancelled"
@@ -251,7 +265,7 @@ class TurnOwner:
             made=tuple(self._tokens),
             prompt_blocks=spec.blocks,
             sampling=spec.sampling,
-            max_tokens=spec.max_tokens,
+            max_tokens=max_tokens,
             end_tokens=self._deps.end_tokens,
         )
         stopped = asyncio.create_task(self.stopping.wait())

@@ -1,0 +1,209 @@
+"""`Agent` over real gRPC: every bad request gets the error that says what is wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.scripted_engine import ScriptedEngine
+
+from segue_contract.errors import (
+    BadSampling,
+    EmptyPrompt,
+    InvalidArgument,
+    NotLoopback,
+    PortInUse,
+    PromptTooLong,
+    SegueError,
+    SequenceGap,
+    StaleEpoch,
+    UnknownDevice,
+    UnknownModel,
+    UnknownSession,
+)
+from segue_contract.servers import Valkey
+from segue_contract.sync.ops import Feedback, Frame, Set, UserMessage, encode_op
+from segue_contract.sync.state import decode_state
+from segue_contract.transport.channel import open_channel
+from segue_contract.transport.server import start_server
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
+
+WAIT_S = 20.0
+
+
+@pytest.fixture
+async def cloud(valkey: Valkey, model_dir: Path) -> AsyncIterator[CloudRpc]:
+    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine(range(100, 110))) as running:
+        await running.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        yield running
+
+
+def turn(**changes: Any) -> pb.RunTurnRequest:
+    values: dict[str, Any] = {
+        "session": "trip", "device": "phone", "turn": "t1", "prompt": "Hello", "max_tokens": 20,
+    }  # fmt: skip
+    return pb.RunTurnRequest(**(values | changes))
+
+
+async def run(cloud: CloudRpc, request: pb.RunTurnRequest) -> list[pb.TurnEvent]:
+    async with asyncio.timeout(WAIT_S):
+        return [event async for event in cloud.agent.RunTurn(request)]
+
+
+async def refused(call: Callable[[], Awaitable[Any]]) -> SegueError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call()
+    error = error_from_rpc(raised.value)
+    assert error.message
+    assert error.message in (raised.value.details() or "")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"prompt": ""}, EmptyPrompt),
+        ({"prompt": "  \n "}, EmptyPrompt),
+        ({"prompt": "x" * 300_000}, PromptTooLong),
+        ({"max_tokens": 0}, BadSampling),
+        ({"max_tokens": -5}, BadSampling),
+        ({"sampling": pb.Sampling(temperature=math.nan)}, BadSampling),
+        ({"sampling": pb.Sampling(temperature=-1.0)}, BadSampling),
+        ({"sampling": pb.Sampling(top_p=1.5)}, BadSampling),
+        ({"stop": [""]}, InvalidArgument),
+        ({"plan": "teleport"}, InvalidArgument),
+        ({"plan": "ship"}, InvalidArgument),
+        ({"session": "no such/session"}, InvalidArgument),
+        ({"session": "elsewhere"}, UnknownSession),
+        ({"device": "stranger"}, UnknownDevice),
+        ({"turn": ""}, InvalidArgument),
+    ],
+)
+async def test_a_bad_turn_is_refused_by_name(
+    cloud: CloudRpc, changes: dict[str, Any], error: type[SegueError]
+) -> None:
+    found = await refused(lambda: run(cloud, turn(**changes)))
+    assert type(found) is error
+    state = await cloud.log.state("default", "trip")
+    assert not state.turns
+
+
+async def test_a_prompt_that_fills_the_context_ends_the_turn_with_its_error(
+    cloud: CloudRpc,
+) -> None:
+    events = await run(cloud, turn(prompt="word " * 9000))
+    assert events[-1].ended.reason == "error"
+    assert events[-1].ended.error_code == PromptTooLong.code
+    assert "8192" in events[-1].ended.error_message
+    assert (await run(cloud, turn(turn="t2")))[-1].ended.reason == "stop"
+
+
+async def test_unknown_sessions_and_models(cloud: CloudRpc) -> None:
+    agent = cloud.agent
+    missing = pb.OpenSessionRequest(session="nowhere", device="phone", must_exist=True)
+    assert isinstance(await refused(lambda: agent.OpenSession(missing)), UnknownSession)
+    model = pb.OpenSessionRequest(session="trip", device="phone", model="gpt-9")
+    assert isinstance(await refused(lambda: agent.OpenSession(model)), UnknownModel)
+    read = pb.ReadRequest(session="nowhere", device="phone")
+    assert isinstance(await refused(lambda: agent.Read(read)), UnknownSession)
+    stop = pb.StopTurnRequest(session="trip", device="stranger")
+    assert isinstance(await refused(lambda: agent.StopTurn(stop)), UnknownDevice)
+
+
+async def append(cloud: CloudRpc, epoch: int, seq: int, *ops: bytes) -> pb.AppendReply:
+    request = pb.AppendRequest(
+        session="trip", device="phone", epoch=epoch, first_seq=seq, ops=list(ops)
+    )
+    reply: pb.AppendReply = await cloud.agent.Append(request)
+    return reply
+
+
+def value(name: str, at: int) -> bytes:
+    return encode_op(Set(id=f"s{at}", device="phone", name=name, value=b"x"))
+
+
+async def test_appends_are_fenced_and_counted(cloud: CloudRpc) -> None:
+    first = await append(cloud, 1, 1, value("a", 1), value("b", 2))
+    assert first.first.offset == 1
+    again = await append(cloud, 1, 1, value("a", 1), value("b", 2))
+    assert again.duplicate
+    assert again.first.offset == 1
+    gap = await refused(lambda: append(cloud, 1, 5, value("c", 5)))
+    assert isinstance(gap, SequenceGap)
+    assert gap.fields["expected"] == 3
+    await append(cloud, 2, 1, value("d", 6))
+    stale = await refused(lambda: append(cloud, 1, 3, value("c", 3)))
+    assert isinstance(stale, StaleEpoch)
+    assert stale.fields["current"] == 2
+    state = await cloud.log.state("default", "trip")
+    assert sorted(state.values) == ["a", "b", "d"]
+    assert state.cursor.offset == 3
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        b"",
+        b"\xff\xff",
+        msgspec.msgpack.encode({"kind": "set"}),
+        encode_op(UserMessage(id="u", turn="t", text="I am somebody else")),
+        encode_op(Frame(id="f", turn="t", epoch=1, index=0, tokens=(1,), pieces=("a",))),
+    ],
+)
+async def test_what_a_device_may_not_append(cloud: CloudRpc, op: bytes) -> None:
+    assert isinstance(await refused(lambda: append(cloud, 1, 1, op)), InvalidArgument)
+
+
+async def test_attach_gives_a_snapshot_and_then_everything(cloud: CloudRpc) -> None:
+    await run(cloud, turn())
+    call = cloud.agent.Attach(pb.AttachRequest(session="trip", device="phone"))
+    async with asyncio.timeout(WAIT_S):
+        first = await call.read()
+        state = decode_state(first.snapshot.state)
+        assert state.turns[0].tokens == list(range(100, 110))
+        await append(cloud, 1, 1, encode_op(Feedback(id="f1", turn="t1", value="good")))
+        batch = await call.read()
+    assert [entry.offset for entry in batch.entries.entries] == [state.cursor.offset + 1]
+    call.cancel()
+
+
+async def test_sessions_are_listed_newest_first(cloud: CloudRpc) -> None:
+    await cloud.agent.OpenSession(pb.OpenSessionRequest(session="work", device="phone"))
+    await run(cloud, turn(session="work"))
+    reply = await cloud.agent.ListSessions(pb.ListSessionsRequest())
+    assert [one.session for one in reply.sessions] == ["work", "trip"]
+    assert reply.sessions[0].turns == 1
+
+
+async def test_health_and_reflection(cloud: CloudRpc) -> None:
+    channel = open_channel(cloud.address)
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", "segue.v1.Agent", "segue.v1.Decode"):
+        reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    call = stub.ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    listed = (await call.read()).list_services_response
+    assert {"segue.v1.Agent", "segue.v1.Decode"} <= {one.name for one in listed.service}
+    call.cancel()
+    await channel.close()
+
+
+async def test_listeners_stay_on_this_machine_and_on_free_ports(cloud: CloudRpc) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
+        with pytest.raises(NotLoopback):
+            await start_server(host, 0, [])
+    port = int(cloud.address.rpartition(":")[2])
+    with pytest.raises(PortInUse):
+        await start_server("127.0.0.1", port, [])

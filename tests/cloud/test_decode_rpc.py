@@ -1,0 +1,239 @@
+"""`Decode.Run` over real gRPC: KV in, hand-over, broken streams, bytes that are no KV."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.scripted_engine import ScriptedEngine
+
+from segue_contract.errors import (
+    BadChecksum,
+    BadMagic,
+    BadRecipe,
+    BadVersion,
+    KvError,
+    SegueError,
+    Truncated,
+)
+from segue_contract.kv.frame import encode_frames
+from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
+from segue_contract.servers import Valkey
+from segue_contract.sync.state import decode_turns
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import decode_pb2 as dpb
+
+WAIT_S = 20.0
+PROMPT = tuple(range(10, 10 + 2 * BLOCK_TOKENS + 5))
+
+
+@pytest.fixture
+async def cloud(valkey: Valkey, model_dir: Path) -> AsyncIterator[CloudRpc]:
+    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine(range(100, 110))) as running:
+        await running.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        yield running
+
+
+async def begin(cloud: CloudRpc, turn: str = "t1") -> dpb.BeginReply:
+    asked = pb.RunTurnRequest(
+        session="trip", device="phone", turn=turn, prompt="Hello", max_tokens=50
+    )
+    reply: dpb.BeginReply = await cloud.decode.Begin(dpb.BeginRequest(turn=asked))
+    return reply
+
+
+def opening(cloud: CloudRpc, epoch: int, turn: str = "t1", **changes: object) -> dpb.RunRequest:
+    recipe = cloud.manifest.edge_recipe.digest
+    ids = block_ids(recipe, PROMPT)
+    values: dict[str, object] = {
+        "session": "trip", "device": "phone", "turn": turn, "epoch": epoch, "prompt": PROMPT,
+        "blocks": ids, "recipe": recipe, "max_tokens": 50, "shape": "ship",
+        "ship_blocks": len(ids),
+    }  # fmt: skip
+    return dpb.RunRequest(open=dpb.TurnSpec(**(values | changes)))
+
+
+def kv_bytes(cloud: CloudRpc) -> list[bytes]:
+    """The prompt's blocks as an edge sends them."""
+    recipe = cloud.manifest.edge_recipe
+    sizes = cloud.manifest.geometry.kv
+    shape = (sizes.layers, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim)
+    random = np.random.default_rng(7)
+    blocks = []
+    for one in block_ids(recipe.digest, PROMPT):
+        k, v = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
+        blocks.append(encode_frames(KvBlock(one, recipe.digest, k, v), recipe.codec))
+    return blocks
+
+
+def kv(data: bytes) -> dpb.RunRequest:
+    return dpb.RunRequest(kv=dpb.KvPart(data=data))
+
+
+def tokens(index: int, ids: list[int]) -> dpb.RunRequest:
+    return dpb.RunRequest(tokens=dpb.EdgeTokens(index=index, tokens=ids, pieces=["x" for _ in ids]))
+
+
+async def until_ended(cloud: CloudRpc, turn: str = "t1") -> list[int]:
+    """The reply's tokens in the log, once the turn is closed there."""
+    asked = pb.RunTurnRequest(
+        session="trip", device="phone", turn=turn, prompt="Hello", max_tokens=50
+    )
+    found: list[int] = []
+    async with asyncio.timeout(WAIT_S):
+        async for event in cloud.agent.RunTurn(asked):
+            found.extend(event.frame.tokens)
+    return found
+
+
+async def replies(call: grpc.aio.StreamStreamCall) -> AsyncIterator[dpb.RunReply]:
+    """What is still to come on a stream."""
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await call.read()) is not grpc.aio.EOF:
+            yield reply
+
+
+async def drain(call: grpc.aio.StreamStreamCall) -> None:
+    async for _ in replies(call):
+        pass
+
+
+async def failure(call: grpc.aio.StreamStreamCall) -> SegueError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await drain(call)
+    return error_from_rpc(raised.value)
+
+
+async def test_kv_then_first_token_then_the_cloud_goes_on(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch))
+    opened = (await call.read()).opened
+    assert opened.have_blocks == 0
+    for data in kv_bytes(cloud):
+        for start in range(0, len(data), 100_000):
+            await call.write(kv(data[start : start + 100_000]))
+    ready = await call.read()
+    assert ready.ready.received_blocks == 2
+    await call.write(tokens(0, [100]))
+    assert (await call.read()).durable.next_index == 1
+    await call.write(dpb.RunRequest(hand_over=dpb.HandOver(next_index=1)))
+    made: list[int] = []
+    async for reply in replies(call):
+        made.extend(reply.frame.tokens)
+        if reply.WhichOneof("kind") == "ended":
+            assert reply.ended.reason == "stop"
+    assert made == list(range(101, 110))
+    assert await until_ended(cloud) == list(range(100, 110))
+    assert len(cloud.engine.blocks) == 2
+
+    again = await begin(cloud, "t2")
+    known = decode_turns(again.turns)
+    assert [turn.turn for turn in known] == ["t1"]
+    assert known[0].tokens == list(range(100, 110))
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, again.epoch, "t2"))
+    assert (await call.read()).opened.have_blocks == 2
+    assert (await call.read()).WhichOneof("kind") == "ready"  # nothing to wait for
+    call.cancel()
+
+
+def _flip(place: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (_flip(0), BadMagic),
+        (_flip(4), BadVersion),
+        (_flip(5000), BadChecksum),
+        (lambda data: b"\x00" * len(data), BadMagic),
+    ],
+)
+async def test_bytes_that_are_no_kv_fail_the_stream_and_never_the_turn(
+    cloud: CloudRpc, spoil: Callable[[bytes], bytes], error: type[KvError]
+) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch))
+    first, _ = kv_bytes(cloud)
+    await call.write(kv(spoil(first)))
+    found = await failure(call)
+    assert isinstance(found, (error, KvError))
+    assert type(found) is error
+    assert not cloud.engine.blocks
+    assert await until_ended(cloud) == list(range(100, 110))
+
+
+async def test_a_stream_that_ends_in_mid_block(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch))
+    first, second = kv_bytes(cloud)
+    await call.write(kv(first + second[:1000]))
+    await call.done_writing()
+    assert isinstance(await failure(call), Truncated)
+    assert len(cloud.engine.blocks) == 1
+    assert await until_ended(cloud) == list(range(100, 110))
+
+
+async def test_a_connection_that_breaks(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch))
+    await call.read()
+    await call.write(tokens(0, [100, 101]))
+    assert (await call.read()).durable.next_index == 2
+    call.cancel()
+    assert await until_ended(cloud) == list(range(100, 110))
+    assert cloud.engine.turns[-1].made == (100, 101)
+
+
+async def test_a_foreign_recipe_is_refused_by_name(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch, recipe="0" * 32))
+    assert isinstance(await failure(call), BadRecipe)
+
+
+async def test_an_edge_that_comes_back_attaches(cloud: CloudRpc) -> None:
+    cloud.engine._free = False
+    begun = await begin(cloud)
+    first = cloud.decode.Run()
+    await first.write(opening(cloud, begun.epoch, shape="text", ship_blocks=0))
+    await first.read()
+    cloud.engine.allow(4)
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await first.read()).frame.index + len(reply.frame.tokens) < 4:
+            pass
+    first.cancel()
+    second = cloud.decode.Run()
+    await second.write(
+        opening(cloud, begun.epoch, shape="text", takeover=True, known_tokens=[100, 101])
+    )
+    opened = (await second.read()).opened
+    assert opened.epoch == begun.epoch  # nothing changed hands
+    cloud.engine.allow(20)
+    seen: list[int] = []
+    async for reply in replies(second):
+        seen.extend(reply.frame.tokens)
+    assert seen == list(range(100, 110))
+    third = cloud.decode.Run()
+    await third.write(opening(cloud, begun.epoch, takeover=True))
+    kinds = [reply.WhichOneof("kind") async for reply in replies(third)]
+    assert kinds == ["opened", "frame", "ended"]
+
+
+async def test_a_turn_that_is_begun_and_never_opened_runs_by_itself(
+    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.OPEN_TURN_TIMEOUT_S", 0.05)
+    await begin(cloud)
+    assert await until_ended(cloud) == list(range(100, 110))

@@ -1,0 +1,93 @@
+"""A cloud as edges and devices reach it: real store, real gRPC, a scripted engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.scripted_engine import ScriptedEngine
+
+from segue_cloud.hub.hub import Hub
+from segue_cloud.rpc.agent import AgentService, Identity
+from segue_cloud.rpc.decode import DecodeService
+from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.store import RedisStore
+from segue_cloud.turns.manager import TurnManager
+from segue_cloud.turns.owner import OwnerDeps
+from segue_contract.chat import ChatTokenizer
+from segue_contract.model.manifest import Manifest, read_manifest
+from segue_contract.transport.channel import open_channel
+from segue_contract.transport.server import start_server
+from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
+
+
+@dataclass
+class CloudRpc:
+    address: str
+    agent: agent_pb2_grpc.AgentStub
+    decode: decode_pb2_grpc.DecodeStub
+    manager: TurnManager
+    log: SessionLog
+    engine: ScriptedEngine
+    manifest: Manifest
+    tokenizer: ChatTokenizer
+
+
+@asynccontextmanager
+async def cloud_rpc(
+    url: str, model_dir: Path, engine: ScriptedEngine, *, max_turns: int = 8
+) -> AsyncIterator[CloudRpc]:
+    manifest = read_manifest(model_dir)
+    tokenizer = ChatTokenizer.load(model_dir, manifest)
+    store = await RedisStore.connect(url)
+    async with Hub(store) as hub:
+        log = SessionLog(store, hub)
+        context = manifest.geometry.context
+        deps = OwnerDeps(
+            log=log,
+            engine=engine,
+            tokenizer=tokenizer,
+            end_tokens=frozenset(manifest.end_tokens),
+            max_context=context,
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            monotonic=time.monotonic,
+        )
+        manager = TurnManager(deps, model=manifest.name, max_turns=max_turns)
+        agent = AgentService(
+            Identity("default", "cloud-1", manifest.name, "", context), manager, log, hub
+        )
+        facts = FactsSource(engine, manifest, "cloud-1")
+        decode = DecodeService(manager, log, engine, manifest, facts, "default")
+        server = await start_server(
+            "127.0.0.1",
+            0,
+            [
+                ("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(agent, s)),
+                (
+                    "segue.v1.Decode",
+                    lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),
+                ),
+            ],
+        )
+        channel = open_channel(server.address)
+        try:
+            yield CloudRpc(
+                server.address,
+                agent_pb2_grpc.AgentStub(channel),
+                decode_pb2_grpc.DecodeStub(channel),
+                manager,
+                log,
+                engine,
+                manifest,
+                tokenizer,
+            )
+        finally:
+            await channel.close()
+            await server.stop(0)
+            await manager.close()
+            await log.close()
+            await store.close()
