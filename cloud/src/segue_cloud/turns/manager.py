@@ -29,7 +29,7 @@ from segue_contract.limits import (
 )
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, encode_op
-from segue_contract.sync.state import Cursor, SessionState, TurnState
+from segue_contract.sync.state import Cursor, SessionState, TurnState, heard
 
 log = structlog.get_logger("segue.turns")
 
@@ -190,7 +190,7 @@ class TurnManager:
         key = TurnKey(request.tenant, request.session, request.turn, begun.epoch, request.device)
         state = await self._deps.log.state(request.tenant, request.session)
         earlier = [turn for turn in state.turns if turn.turn != request.turn]
-        prompt = self._deps.tokenizer.encode_conversation(earlier, request.prompt)
+        prompt = self._deps.tokenizer.encode_conversation(heard(earlier), request.prompt)
         spec = OwnedTurn(
             key=key,
             prompt=tuple(prompt),
@@ -277,7 +277,9 @@ class TurnManager:
             )
             if claim.status is not Status.OK:
                 continue
-            prompt = self._deps.tokenizer.encode_conversation(state.turns[:position], turn.prompt)
+            prompt = self._deps.tokenizer.encode_conversation(
+                heard(state.turns[:position]), turn.prompt
+            )
             spec = OwnedTurn(
                 key=TurnKey(tenant, session, turn.turn, claim.epoch, turn.device),
                 prompt=tuple(prompt),

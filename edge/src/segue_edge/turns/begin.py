@@ -10,7 +10,7 @@ import grpc
 
 from segue_contract.errors import DeadlineExceeded, PromptTooLong, Unreachable
 from segue_contract.limits import BEGIN_TIMEOUT_S
-from segue_contract.sync.state import TurnState, decode_turns
+from segue_contract.sync.state import TurnState, decode_turns, heard
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked
@@ -63,7 +63,7 @@ async def begin(deps: EdgeDeps, asked: Asked) -> Begun:
 
 async def _encode(deps: EdgeDeps, turns: list[TurnState], asked: Asked) -> list[int]:
     prompt = asked.request.prompt
-    return await asyncio.to_thread(deps.tokenizer.encode_conversation, turns, prompt)
+    return await asyncio.to_thread(deps.tokenizer.encode_conversation, heard(turns), prompt)
 
 
 def _may_not_fit(deps: EdgeDeps, history: SessionHistory, asked: Asked) -> bool:

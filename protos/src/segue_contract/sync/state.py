@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from segue_contract.errors import UNREADABLE, InvalidArgument
@@ -60,6 +62,15 @@ class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
     control_epoch: int = 0
     claims: dict[str, str] = {}
     results: dict[str, bytes] = {}
+
+
+def heard(turns: Iterable[TurnState]) -> list[TurnState]:
+    """The turns that a later prompt carries on from.
+
+    Left out: those that failed before a single token. Their user saw the error and asks again; a
+    message beyond the context would otherwise make every later turn fail as well.
+    """
+    return [turn for turn in turns if turn.tokens or turn.reason != "error"]
 
 
 _state_decoder = msgspec.msgpack.Decoder(SessionState)
