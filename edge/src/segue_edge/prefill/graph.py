@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,24 @@ _INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file
 _ALIGN = 4096  # lets the runtime map a tensor without a copy
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Where a weight came from, so that an unchanged one need not be written again."""
+
+    folder: Path
+    tensor: TensorProto
+    value: Array
+
+
 class Graph:
     """One model. `weights`: all initializers by name; nodes refer to them by that name."""
 
-    def __init__(self, model: onnx.ModelProto, weights: dict[str, Array]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, weights: dict[str, Array], loaded: dict[str, Loaded]
+    ) -> None:
         self.model = model
         self.weights = weights
+        self._loaded = loaded
 
     @property
     def nodes(self) -> list[NodeProto]:
@@ -32,14 +45,19 @@ class Graph:
         """Read a graph; weights in external files are mapped, not read."""
         model = onnx.load(path, load_external_data=False)
         weights = {t.name: _read(t, path.parent) for t in model.graph.initializer}
+        loaded = {
+            t.name: Loaded(path.parent, t, weights[t.name])
+            for t in model.graph.initializer
+            if t.data_location == TensorProto.EXTERNAL
+        }
         del model.graph.initializer[:]
-        return cls(model, weights)
+        return cls(model, weights, loaded)
 
     def copy(self) -> Graph:
         """A graph of its own whose weights are shared until they are replaced."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        return Graph(model, dict(self.weights))
+        return Graph(model, dict(self.weights), self._loaded)
 
     def weight_of(self, node: NodeProto) -> Array:
         return self.weights[node.input[1]]
@@ -66,7 +84,8 @@ class Graph:
         del self.model.graph.value_info[:]
 
     def save(self, path: Path, shared: dict[str, Path] | None = None) -> None:
-        """Write `path`, and its weights to `path` + ".data".
+        """Write `path`, and its weights to `path` + ".data". Weights that were loaded from `path`'s
+        folder and are unchanged stay where they are.
 
         `shared` names weights that lie in another file already or shall lie there: name -> file
         in the same folder; each such file holds one tensor from offset 0.
@@ -77,7 +96,10 @@ class Graph:
         with data_path.open("wb") as data:
             for name, weight in self.weights.items():
                 place = (shared or {}).get(name)
-                if place is not None:
+                loaded = self._loaded.get(name)
+                if loaded and loaded.value is weight and loaded.folder == path.parent:
+                    tensor = loaded.tensor
+                elif place is not None:
                     if not place.exists():
                         place.write_bytes(np.ascontiguousarray(weight).tobytes())
                     tensor = _external(name, weight, place.name, 0)

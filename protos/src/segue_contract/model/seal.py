@@ -49,6 +49,7 @@ class EdgeFacts(msgspec.Struct, kw_only=True):
     edge_quant: str
     decode_quant: str
     quality: Quality | None = None
+    decode_quality: Quality | None = None
     built_with: dict[str, str] = {}
 
 
@@ -95,7 +96,9 @@ def recipes(source: SourceFacts, edge: EdgeFacts) -> dict[str, RecipeEntry]:
 
     return {
         "edge": RecipeEntry(recipe=recipe(edge.edge_quant), quality=edge.quality),
-        "edge-weight-only": RecipeEntry(recipe=recipe(edge.decode_quant)),
+        "edge-weight-only": RecipeEntry(
+            recipe=recipe(edge.decode_quant), quality=edge.decode_quality
+        ),
         "exact": RecipeEntry(recipe=recipe("none")),
     }
 

@@ -1,0 +1,47 @@
+"""Which device runs the graphs, and how many threads: found once, said in the log."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import onnxruntime as ort
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name`: "cuda" or "cpu"; `providers`: ONNX Runtime's, in order of preference."""
+
+    name: str
+    providers: tuple[str, ...]
+
+
+def choose_device(wanted: str = "auto") -> Device:
+    """`wanted`: "auto" (CUDA where this onnxruntime has it and it works), "cuda" or "cpu".
+
+    Raises:
+        ValueError: another word, or CUDA is wanted and this onnxruntime lacks it.
+    """
+    if wanted not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"no such device: {wanted!r}; choose auto, cuda or cpu")
+    available = ort.get_available_providers()
+    if wanted == "cuda" and CUDA not in available:
+        raise ValueError("this onnxruntime has no CUDA provider; install segue[edge-gpu]")
+    if wanted != "cpu" and CUDA in available:
+        return Device("cuda", (CUDA, CPU))
+    return Device("cpu", (CPU,))
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """`threads` 0: one per core that this process may use."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Threads spin between the operators of a run, where it pays, and sleep between runs: an idle
+    # node uses no CPU, and encoder and uplink get the cores as soon as a chunk is done.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
