@@ -123,6 +123,8 @@ class TurnOwner:
         Raises:
             InvalidArgument: tokens before `next_index` never came.
         """
+        if self._edge.done():
+            return  # it was stopped meanwhile: its last tokens were not taken
         if next_index != self.next_index:
             raise InvalidArgument(
                 f"The edge hands over at token {next_index}; {self.next_index} came."
@@ -131,6 +133,8 @@ class TurnOwner:
 
     def edge_ended(self, reason: str, next_index: int) -> None:
         """The edge made the whole reply. Raises InvalidArgument as `hand_over` does."""
+        if self._edge.done():
+            return
         if next_index != self.next_index or reason not in ("stop", "length", "cancelled"):
             raise InvalidArgument(f"The edge ended a turn ({reason!r}) whose tokens never came.")
         self._settle_edge(EdgeOutcome.ENDED, reason)
