@@ -82,6 +82,7 @@ class EdgePart:
             on_block=on_block if sender is not None else None,
             sampling=self._asked.sampling,
             index=self._reply.next_index,
+            chunk=self._planned.chunk,
             room=self._max_tokens if sender is None else BRIDGE_ROOM,
         )
         self._deps.compute.submit(self._job, Priority.PREFILL)
@@ -108,7 +109,8 @@ class EdgePart:
             reason = await self._speak(link.silence)
             if link.stopped:
                 return  # the cloud ends the turn
-            self._measure.bridge_tokens = max(0, self._reply.edge_made - 1)
+            if self._sender is not None:
+                self._measure.bridge_tokens = max(0, self._reply.edge_made - 1)
             self._note_shipped()
             link.stream.control(plan_note())
             link.stream.control(_closing(reason, self._reply.next_index))

@@ -12,16 +12,19 @@ from segue_edge.planner.ledger import open_report
 from segue_edge.planner.plan import Plan, choose
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.begin import Begun
+from segue_edge.turns.chunks import chunk_size
 from segue_edge.turns.deps import EdgeDeps
 
 
 @dataclass
 class Planned:
-    """The plan with the ids of the prompt's full blocks and the report so far."""
+    """The plan with the ids of the prompt's full blocks, the prefill's chunk size in tokens and
+    the report so far."""
 
     plan: Plan
     ids: list[bytes]
     report: PlanReport
+    chunk: int
 
 
 def plan_turn(deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int) -> Planned:
@@ -37,7 +40,9 @@ def plan_turn(deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int) -> Pl
         edge_cached_blocks=cached,
         offline=begun.cloud is None,
     )
-    return Planned(plan, ids, report)
+    wire_s = inputs.ship_bytes / inputs.goodput_bytes_per_s if plan.ship_blocks else 0.0
+    chunk = chunk_size(inputs.edge_prefill_tokens / inputs.edge_prefill_tokens_per_s, wire_s)
+    return Planned(plan, ids, report, chunk)
 
 
 def _inputs(

@@ -11,7 +11,7 @@ from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.sampling import sample
 from segue_contract.sync.ops import Sampling
 from segue_edge.compute import Job
-from segue_edge.turns.chunks import CHUNK_TOKENS, chunks
+from segue_edge.turns.chunks import LARGE_CHUNK, chunks
 from segue_edge.turns.model_port import Array, EdgeModelPort, PrefixCachePort
 
 OnBlock = Callable[[int, Array, Array], None]
@@ -53,7 +53,7 @@ class PrefillJob(Job[Prefill]):
         sampling: Sampling | None = None,
         index: int = 0,
         room: int = 0,
-        chunk: int = CHUNK_TOKENS,
+        chunk: int = LARGE_CHUNK,
     ) -> None:
         super().__init__()
         self._model = model

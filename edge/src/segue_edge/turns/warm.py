@@ -12,6 +12,7 @@ from segue_contract.errors import SegueError
 from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.limits import WARM_QUEUE_TURNS
 from segue_edge.compute import ComputeThread, Priority
+from segue_edge.turns.chunks import SMALL_CHUNK
 from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
 from segue_edge.turns.prefill_job import PrefillJob
 
@@ -87,7 +88,7 @@ class Warmer:
         known = self._cache.lookup(ids)
         if known == len(ids):
             return
-        job = PrefillJob(self._model, self._cache, whole, ids)
+        job = PrefillJob(self._model, self._cache, whole, ids, chunk=SMALL_CHUNK)
         try:
             await self._compute.submit(job, Priority.WARM)
         finally:
