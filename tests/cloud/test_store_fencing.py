@@ -314,6 +314,17 @@ async def test_dirty_until_published(store: RedisStore) -> None:
     assert await store.take_idle(10, 0.0) == []
 
 
+async def test_the_sweep_reaches_every_session_in_turn(store: RedisStore) -> None:
+    sessions = {f"s{i}" for i in range(40)}
+    for session in sessions:
+        await store.open_session(T, session)
+        await store.append(T, session, "p", 0, 1, [op("a")])
+    found: set[str] = set()
+    for _ in range(len(sessions)):  # one of each list at a time
+        found |= {session for _, session in await store.take_dirty(limits.ACTIVE_SHARDS, 0.0)}
+    assert found == sessions
+
+
 async def test_tails_of_many(store: RedisStore) -> None:
     one = await store.append(T, S, "p", 0, 1, [op("a")])
     assert await store.tails([(T, S), (T, "nowhere")]) == [Cursor(one.generation, 1), None]

@@ -65,17 +65,25 @@ def test_heads_tell_the_tail_of_everything_appended(seed: int, bound: int) -> No
     assert sum(map(len, sent.values())) + outbox.dropped == total
 
 
-def test_a_head_waits_a_little_and_covers_what_came_meanwhile() -> None:
-    outbox = Outbox(head_delay_s=0.1)
-    for i in range(10):
-        outbox.add(KEYS[0], entries(i + 1, 1), i * 0.005, online=True)
-    assert outbox.due_heads(0.09) == []
-    assert outbox.next_head_s() == 0.1
-    assert outbox.due_heads(0.1) == [(KEYS[0], Cursor(1, 10))]
-    outbox.add(KEYS[0], entries(11, 1), 0.11, online=True)
+def test_a_head_waits_until_it_is_quiet_but_not_for_ever() -> None:
+    outbox = Outbox(head_delay_s=0.1, head_max_delay_s=1.0)
+    now = 0.0
+    for offset in range(1, 11):
+        now = offset * 0.05
+        outbox.add(KEYS[0], entries(offset, 1), now, online=True)
+        assert outbox.due_heads(now) == []
+    assert outbox.due_heads(now + 0.1) == [(KEYS[0], Cursor(1, 10))]
+    assert outbox.next_head_s() is None
+    outbox.add(KEYS[0], entries(11, 1), 1.0, online=True)
     outbox.head_confirmed(KEYS[0], Cursor(1, 10))
-    assert not outbox.empty
-    assert outbox.due_heads(0.3) == [(KEYS[0], Cursor(1, 11))]
+    assert not outbox.empty, "the broker has an older head"
+    sent = []
+    for offset in range(12, 40):
+        now = 1.0 + (offset - 11) * 0.05
+        outbox.add(KEYS[0], entries(offset, 1), now, online=True)
+        sent += outbox.due_heads(now)
+        outbox.check_integrity()
+    assert [head.offset for _, head in sent] == [31], "once a second in a steady stream"
 
 
 def test_messages_stay_within_the_brokers_bounds() -> None:

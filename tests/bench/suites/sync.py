@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 
 import redis.asyncio as redis
 from tests.bench.harness import ROOT, Report
@@ -41,9 +42,21 @@ def run(report: Report, quick: bool) -> None:
 async def _run(report: Report, quick: bool) -> None:
     frames = int((1.0 if quick else SECONDS) * RATE_HZ)
     peer_frames = int((0.5 if quick else PEER_SECONDS) * RATE_HZ)
-    async with Valkey.start() as valkey, Broker.start() as broker:
-        note = f"{DEVICES} devices, {RATE_HZ:.0f} frames/s, {broker.kind}"
-        appends = await _segue(report, valkey, broker, frames, note)
+    async with Valkey.start() as valkey:
+        async with Broker.start() as broker:
+            note = f"{DEVICES} devices, {RATE_HZ:.0f} frames/s, {broker.kind}"
+            delays, appends = await _segue(valkey, broker, "bench", frames)
+        report.row(
+            "device_to_device_ms_p99", _quantile(delays, 0.99) / MS, "ms", 10.0, "lower", note
+        )
+        report.row("device_to_device_ms_p50", _quantile(delays, 0.5) / MS, "ms")
+        report.row("device_to_device_ms_max", max(delays) / MS, "ms")
+        if find_spec("iotcore") is not None and broker.kind != "iotcore":
+            async with Broker.start(kind="iotcore") as other:
+                delays, _ = await _segue(valkey, other, "bench-iotcore", peer_frames)
+            note = "the embedded broker"
+            report.row("iotcore_ms_p99", _quantile(delays, 0.99) / MS, "ms", note=note)
+            report.row("iotcore_ms_p50", _quantile(delays, 0.5) / MS, "ms", note=note)
         report.row("append_ms_p50", _quantile(appends, 0.5) / MS, "ms")
         report.row("append_ms_p99", _quantile(appends, 0.99) / MS, "ms")
         report.row("appends_per_s_1", await _appends_per_s(valkey, 1, quick), "1/s")
@@ -66,14 +79,14 @@ async def _run(report: Report, quick: bool) -> None:
 
 
 async def _segue(
-    report: Report, valkey: Valkey, broker: Broker, frames: int, note: str
-) -> list[int]:
-    """Adds the suite's main rows; returns how long each append took, ns."""
+    valkey: Valkey, broker: Broker, session: str, frames: int
+) -> tuple[list[int], list[int]]:
+    """Delays to the last device, and how long each append took; ns."""
     store = await RedisStore.connect(valkey.url)
     appends: list[int] = []
     async with Publisher(broker.url, store) as publisher, Hub(store) as hub:
         log = SessionLog(store, hub, publisher)
-        await log.open_session("default", "bench")
+        await log.open_session("default", session)
         assert await publisher.wait_connected()
 
         async def send(number: int) -> None:
@@ -84,18 +97,15 @@ async def _segue(
                     ops.TurnStarted(id="s", turn="t", epoch=1),
                 ]
                 encoded = [ops.encode_op(op) for op in opening]
-                await log.begin_turn("default", "bench", "t", encoded)
-            await log.append("default", "bench", "", 1, number + 1, [_frame(number)], turn="t")
+                await log.begin_turn("default", session, "t", encoded)
+            await log.append("default", session, "", 1, number + 1, [_frame(number)], turn="t")
             appends.append(time.monotonic_ns() - began)
 
-        delays = await _measure("segue", broker.url, "bench", frames, send)
-        state = await log.state("default", "bench")
+        delays = await _measure("segue", broker.url, session, frames, send)
+        state = await log.state("default", session)
         assert state.turns[0].text == "".join(f"word{i} " for i in range(WARM_FRAMES + frames))
     await store.close()
-    report.row("device_to_device_ms_p99", _quantile(delays, 0.99) / MS, "ms", 10.0, "lower", note)
-    report.row("device_to_device_ms_p50", _quantile(delays, 0.5) / MS, "ms")
-    report.row("device_to_device_ms_max", max(delays) / MS, "ms")
-    return appends[WARM_FRAMES:]
+    return delays, appends[WARM_FRAMES:]
 
 
 async def _measure(mode: str, url: str, name: str, frames: int, send: Send) -> list[int]:

@@ -2,11 +2,13 @@
 
 Log messages are an optimisation: they are bounded, and dropped while the broker is away. A head
 (the tail of a log) is what makes devices read what they missed, so it stays here until the broker
-has confirmed it. It goes out a little after the first append it covers, not after every one.
+has confirmed it. It goes out once its session is quiet for a moment, and now and then while it is
+not: a head with every append would double the traffic and tell devices nothing new.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from segue_cloud.sessions.port import StoredEntry
 from segue_contract.limits import (
     HEAD_DELAY_S,
+    HEAD_MAX_DELAY_S,
     MAX_APPEND_OPS,
     MAX_MQTT_PAYLOAD_BYTES,
     MQTT_PUBLISH_QUEUE,
@@ -39,6 +42,7 @@ class LogBatch:
 class _Head:
     cursor: Cursor
     due_s: float | None  # None: on its way, or confirmed
+    latest_s: float = 0.0  # further appends put it off until then, not longer
     confirmed: bool = False
 
 
@@ -49,14 +53,17 @@ class Outbox:
         max_entries: int = MQTT_PUBLISH_QUEUE,
         max_heads: int = SESSION_CACHE,
         head_delay_s: float = HEAD_DELAY_S,
+        head_max_delay_s: float = HEAD_MAX_DELAY_S,
     ) -> None:
         self._max_entries = max_entries
         self._max_heads = max_heads
         self._head_delay_s = head_delay_s
+        self._head_max_delay_s = head_max_delay_s
         self._pending: OrderedDict[Key, list[StoredEntry]] = OrderedDict()
         self._entries = 0
         self._heads: OrderedDict[Key, _Head] = OrderedDict()
         self._clears: list[Key] = []
+        self._soonest_s = math.inf  # no head is due before it
         self.dropped = 0
 
     @property
@@ -66,24 +73,30 @@ class Outbox:
 
     def add(self, key: Key, entries: Sequence[StoredEntry], now_s: float, *, online: bool) -> None:
         """Entries that were appended. Offline, or beyond the bound, only their head counts."""
-        self.add_head(key, entries[-1].cursor, now_s + self._head_delay_s)
+        self._put_head(key, entries[-1].cursor, now_s, now_s + self._head_delay_s)
         if not online or self._entries + len(entries) > self._max_entries:
             self.dropped += len(entries)
             return
         self._pending.setdefault(key, []).extend(entries)
         self._entries += len(entries)
 
-    def add_head(self, key: Key, cursor: Cursor, due_s: float) -> None:
-        """The log's tail is `cursor`: say so by `due_s`."""
+    def add_head(self, key: Key, cursor: Cursor, now_s: float) -> None:
+        """The log's tail is `cursor`: say so at once."""
+        self._put_head(key, cursor, now_s, now_s)
+
+    def _put_head(self, key: Key, cursor: Cursor, now_s: float, due_s: float) -> None:
         head = self._heads.get(key)
         if head is None:
-            self._heads[key] = _Head(cursor, due_s)
-            self._forget_confirmed()
-        elif cursor >= head.cursor:
-            if head.due_s is None or due_s < head.due_s:
-                head.due_s = due_s
-            head.cursor, head.confirmed = cursor, False
-            self._heads.move_to_end(key)
+            head = self._heads[key] = _Head(cursor, None)
+        elif cursor < head.cursor:
+            return
+        if head.due_s is None:
+            head.latest_s = now_s + self._head_max_delay_s
+        head.due_s = min(due_s, head.latest_s)
+        head.cursor, head.confirmed = cursor, False
+        self._heads.move_to_end(key)
+        self._soonest_s = min(self._soonest_s, head.due_s)
+        self._forget_confirmed()
 
     def next_batch(self) -> LogBatch | None:
         """The oldest waiting session's entries, as many as fit one message.
@@ -111,18 +124,23 @@ class Outbox:
 
     def due_heads(self, now_s: float) -> list[tuple[Key, Cursor]]:
         """Heads to send now; each needs `head_confirmed`, or `restart` where the link was lost."""
+        if now_s < self._soonest_s:
+            return []
         due = []
+        self._soonest_s = math.inf
         for key, head in self._heads.items():
-            if head.due_s is not None and head.due_s <= now_s:
+            if head.due_s is None:
+                continue
+            if head.due_s <= now_s:
                 head.due_s = None
                 due.append((key, head.cursor))
+            else:
+                self._soonest_s = min(self._soonest_s, head.due_s)
         return due
 
     def next_head_s(self) -> float | None:
-        """When the next head is due; None where none waits."""
-        return min(
-            (head.due_s for head in self._heads.values() if head.due_s is not None), default=None
-        )
+        """No head is due before this; None where none waits."""
+        return None if self._soonest_s == math.inf else self._soonest_s
 
     def head_confirmed(self, key: Key, cursor: Cursor) -> None:
         head = self._heads.get(key)
@@ -147,13 +165,16 @@ class Outbox:
         self._pending.clear()
         self._entries = 0
         for head in self._heads.values():
-            head.due_s, head.confirmed = now_s, False
+            head.due_s = head.latest_s = now_s
+            head.confirmed = False
+        self._soonest_s = now_s if self._heads else math.inf
 
     def hurry(self, now_s: float) -> None:
         """Everything is due now."""
         for head in self._heads.values():
             if head.due_s is not None:
                 head.due_s = now_s
+                self._soonest_s = min(self._soonest_s, now_s)
 
     def check_integrity(self) -> None:
         """Assert what must always hold."""
@@ -161,6 +182,7 @@ class Outbox:
         assert all(self._pending.values()), "a session waits with nothing"
         for head in self._heads.values():
             assert not (head.confirmed and head.due_s is not None)
+            assert head.due_s is None or self._soonest_s <= head.due_s, "a head is never sent"
         unconfirmed = sum(not head.confirmed for head in self._heads.values())
         assert len(self._heads) <= max(self._max_heads, unconfirmed)
 

@@ -217,21 +217,24 @@ class Publisher:
             if not self.connected:
                 continue
             try:
-                await self._publish_dirty()
-                await self._clear_idle()
+                # Idle sessions leave the list of active ones: never before they are clean.
+                if not await self._publish_dirty():
+                    await self._clear_idle()
             except SegueError as error:
                 log.warning("sweep_failed", error=str(error))
 
-    async def _publish_dirty(self) -> None:
+    async def _publish_dirty(self) -> bool:
+        """True where there were any."""
         dirty = await self._store.take_dirty(MAX_SWEEP_SESSIONS, self._dirty_after_s)
         if not dirty:
-            return
+            return False
         now = self._monotonic()
         for key, tail in zip(dirty, await self._store.tails(dirty), strict=True):
             if tail is not None:
                 self._outbox.add_head(key, tail, now)
         log.info("republished", sessions=len(dirty))
         self._wake.set()
+        return True
 
     async def _clear_idle(self) -> None:
         for key in await self._store.take_idle(MAX_SWEEP_SESSIONS, self._head_idle_s):

@@ -11,10 +11,6 @@ if ARGV[1] == 'touch' then
   return now
 end
 
-if ARGV[1] == 'list' then
-  return redis.call('ZREVRANGE', KEYS[1], 0, tonumber(ARGV[2]) - 1)
-end
-
 -- take: up to ARGV[3] members nobody named for ARGV[2] ms, removed: whoever gets one owns its end
 local idle = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]), 'LIMIT', 0,
   tonumber(ARGV[3]))

@@ -10,32 +10,28 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
+from segue_cloud.sessions import rows
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
     SessionSummary,
-    Status,
     StoredEntry,
     TurnClaim,
 )
 from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
-from segue_contract.errors import InvalidArgument, SegueError, UnknownDevice, UnknownSession
+from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
 from segue_contract.limits import (
     ACTIVE_REFRESH_S,
     ACTIVE_SHARDS,
-    MAX_APPEND_OPS,
-    MAX_OP_BYTES,
     MAX_SESSION_DEVICES,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
     SESSION_CACHE,
     STORE_CONNECTIONS,
     STORE_TIMEOUT_S,
-    TITLE_CHARS,
     TURN_ID_MEMORY,
     TURN_LEASE_S,
 )
-from segue_contract.sync import ops as log_ops
 from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
 
 _LOG = Script(files(__package__).joinpath("log.lua").read_text())
@@ -66,6 +62,7 @@ class RedisStore:
         self._random_bytes = random_bytes
         # When this process last named a session active; see `_touch`.
         self._named: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._looked_at = 0  # where the sweep goes on, in each list of active sessions
 
     @classmethod
     async def connect(
@@ -140,7 +137,7 @@ class RedisStore:
             return []
         sessions = [name.decode() for name in names]
         fields = ("gen", "tail", "u", "title", "n", "cur")
-        rows = await self._wire.call(
+        values = await self._wire.call(
             *(("HMGET", SessionKeys.of(tenant, one).meta, *fields) for one in sessions)
         )
         found = [
@@ -153,7 +150,7 @@ class RedisStore:
                 running_turn=running.decode(),
             )
             for session, (gen, tail, updated, title, turns, running) in zip(
-                sessions, rows, strict=True
+                sessions, values, strict=True
             )
             if gen is not None
         ]
@@ -180,7 +177,7 @@ class RedisStore:
         Raises:
             InvalidArgument: no ops, too many, too large, or numbers out of range.
         """
-        _check_ops(ops, least=1)
+        rows.check_ops(ops, least=1)
         if epoch < 0 or first_seq < 1:
             raise InvalidArgument(
                 f"Epoch {epoch} and sequence number {first_seq} are out of range.",
@@ -191,17 +188,17 @@ class RedisStore:
             self._lease_ms, PRODUCER_RUNS, PRODUCER_MEMORY, *ops,
         )  # fmt: skip
         index = [self._index(tenant, session)] if ends_turn else []
-        return _append_result(await self._write(tenant, session, *index, verb))
+        return rows.append_result(await self._write(tenant, session, *index, verb))
 
     async def begin_turn(
         self, tenant: str, session: str, turn: str, ops: Sequence[bytes], lease_s: float
     ) -> TurnClaim:
-        _check_ops(ops, least=0)
+        rows.check_ops(ops, least=0)
         verb = self._log(
-            tenant, session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, _title(ops),
+            tenant, session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, rows.title(ops),
             self._nonce(), *ops,
         )  # fmt: skip
-        return _claim(await self._write(tenant, session, self._index(tenant, session), verb))
+        return rows.claim(await self._write(tenant, session, self._index(tenant, session), verb))
 
     async def take_over(
         self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
@@ -217,7 +214,7 @@ class RedisStore:
         self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
     ) -> AppendResult:
         verb = self._log(tenant, session, "renew", turn, epoch, int(lease_s * 1000))
-        return _append_result((await self._wire.call(verb))[0])
+        return rows.append_result((await self._wire.call(verb))[0])
 
     async def request_stop(self, tenant: str, session: str, turn: str = "") -> str:
         ((stopping,),) = await self._wire.call(self._log(tenant, session, "stop", turn))
@@ -253,21 +250,21 @@ class RedisStore:
     async def read(
         self, tenant: str, session: str, after: int, max_entries: int
     ) -> tuple[Cursor, list[StoredEntry]]:
-        ((status, generation, tail, rows),) = await self._wire.call(
+        ((status, generation, tail, found),) = await self._wire.call(
             self._log(tenant, session, "read", max(after, 0), max(max_entries, 1))
         )
         if status == b"missing":
             raise unknown_session(session)
-        return Cursor(generation, tail), [_entry(row) for row in rows]
+        return Cursor(generation, tail), [rows.entry(row) for row in found]
 
     async def tails(self, sessions: Sequence[tuple[str, str]]) -> list[Cursor | None]:
         """The tail of each (tenant, session); None where there is no such session."""
         if not sessions:
             return []
-        rows = await self._wire.call(
+        values = await self._wire.call(
             *(("HMGET", SessionKeys.of(*one).meta, "gen", "tail") for one in sessions)
         )
-        return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in rows]
+        return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
 
     async def load_snapshot(self, tenant: str, session: str) -> SessionState | None:
         (data,) = await self._wire.call(("GET", SessionKeys.of(tenant, session).snapshot))
@@ -276,21 +273,25 @@ class RedisStore:
     # -- the fan-out's book-keeping -----------------------------------------------------------
 
     async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[tuple[str, str]]:
+        """As the port says; each call looks at the next `max_sessions` active sessions."""
         each = -(-max_sessions // ACTIVE_SHARDS)
+        start, stop = self._looked_at, self._looked_at + each - 1
         shards = await self._wire.call(
-            *(_ACTIVE.call((active_key(shard),), "list", each) for shard in range(ACTIVE_SHARDS))
+            *(("ZREVRANGE", active_key(shard), start, stop) for shard in range(ACTIVE_SHARDS))
         )
-        active = [_split(member) for shard in shards for member in shard]
+        more = any(len(shard) == each for shard in shards)
+        self._looked_at = stop + 1 if more else 0
+        active = [rows.split(member) for shard in shards for member in shard]
         if not active:
             return []
-        now, *rows = await self._wire.call(
+        now, *since = await self._wire.call(
             ("TIME",), *(("HGET", SessionKeys.of(*one).meta, "da") for one in active)
         )
         latest_ms = int(now[0]) * 1000 + int(now[1]) // 1000 - older_than_s * 1000
         dirty = [
             one
-            for one, since in zip(active, rows, strict=True)
-            if since is not None and 0 < int(since) <= latest_ms
+            for one, at in zip(active, since, strict=True)
+            if at is not None and 0 < int(at) <= latest_ms
         ]
         return dirty[:max_sessions]
 
@@ -303,7 +304,7 @@ class RedisStore:
                 for shard in range(ACTIVE_SHARDS)
             )
         )
-        return [_split(member) for shard in shards for member in shard]
+        return [rows.split(member) for shard in shards for member in shard]
 
     async def mark_published(self, tenant: str, session: str, cursor: Cursor) -> None:
         await self._wire.call(
@@ -319,7 +320,7 @@ class RedisStore:
         self, tenant: str, session: str, turn: str, lease_s: float, mode: str
     ) -> TurnClaim:
         verb = self._log(tenant, session, "take", turn, int(lease_s * 1000), mode, self._nonce())
-        return _claim(await self._write(tenant, session, verb))
+        return rows.claim(await self._write(tenant, session, verb))
 
     async def _write(self, tenant: str, session: str, *commands: Command) -> Any:
         """The last one's reply. The session is named active first, where that is not fresh.
@@ -345,63 +346,3 @@ class RedisStore:
 
     def _nonce(self) -> str:
         return self._random_bytes(8).hex()
-
-
-def _check_ops(ops: Sequence[bytes], least: int) -> None:
-    if not least <= len(ops) <= MAX_APPEND_OPS:
-        raise InvalidArgument(
-            f"A batch of {len(ops)} log entries; {least} to {MAX_APPEND_OPS} are allowed."
-        )
-    for op in ops:
-        if len(op) > MAX_OP_BYTES:
-            raise InvalidArgument(f"A log entry of {len(op)} bytes is over the limit.")
-
-
-def _title(ops: Sequence[bytes]) -> str:
-    """What the session is about: the begin of its first message, where it can be read."""
-    for data in ops:
-        try:
-            op = log_ops.decode_op(data)
-        except SegueError:
-            continue
-        if isinstance(op, log_ops.UserMessage):
-            return " ".join(op.text.split())[:TITLE_CHARS]
-    return ""
-
-
-def _append_result(row: list[Any]) -> AppendResult:
-    status, generation, first, tail, epoch, expected, stopping, appended = row
-    return AppendResult(
-        status=Status(status.decode()),
-        generation=generation,
-        first_offset=first,
-        tail=tail,
-        current_epoch=epoch,
-        expected_seq=expected,
-        stop_requested=bool(stopping),
-        appended=appended,
-    )
-
-
-def _claim(row: list[Any]) -> TurnClaim:
-    status, epoch, generation, offset, known, ended, holder, appended = row
-    return TurnClaim(
-        status=Status(status.decode()),
-        epoch=epoch,
-        cursor=Cursor(generation, offset),
-        known=bool(known),
-        ended=bool(ended),
-        holder=holder.decode(),
-        appended=appended,
-    )
-
-
-def _entry(row: list[Any]) -> StoredEntry:
-    entry_id, fields = row
-    generation, offset = entry_id.split(b"-")
-    return StoredEntry(Cursor(int(generation), int(offset)), fields[1])
-
-
-def _split(member: bytes) -> tuple[str, str]:
-    tenant, session = member.decode().split(":", 1)
-    return tenant, session

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from segue_contract.errors import DeadlineExceeded, Internal, PortInUse
@@ -202,11 +202,3 @@ async def start_on_port(
                     hint="Choose another port, or 0 for a free one.",
                     port=chosen,
                 ) from error
-
-
-@contextlib.asynccontextmanager
-async def stopping(child: ChildProcess) -> AsyncIterator[ChildProcess]:
-    try:
-        yield child
-    finally:
-        await child.stop()

@@ -1,0 +1,77 @@
+"""What the log's script is given, and what it answers, as our own values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from segue_cloud.sessions.port import AppendResult, Status, StoredEntry, TurnClaim
+from segue_contract.errors import InvalidArgument, SegueError
+from segue_contract.limits import MAX_APPEND_OPS, MAX_OP_BYTES, TITLE_CHARS
+from segue_contract.sync import ops as log_ops
+from segue_contract.sync.state import Cursor
+
+
+def check_ops(ops: Sequence[bytes], least: int) -> None:
+    """Raises InvalidArgument for a batch that is too small, too long, or has too large an op."""
+    if not least <= len(ops) <= MAX_APPEND_OPS:
+        raise InvalidArgument(
+            f"A batch of {len(ops)} log entries; {least} to {MAX_APPEND_OPS} are allowed."
+        )
+    for op in ops:
+        if len(op) > MAX_OP_BYTES:
+            raise InvalidArgument(f"A log entry of {len(op)} bytes is over the limit.")
+
+
+def title(ops: Sequence[bytes]) -> str:
+    """What the session is about: the begin of its first message, where it can be read."""
+    for data in ops:
+        try:
+            op = log_ops.decode_op(data)
+        except SegueError:
+            continue
+        if isinstance(op, log_ops.UserMessage):
+            return " ".join(op.text.split())[:TITLE_CHARS]
+    return ""
+
+
+def append_result(row: list[Any]) -> AppendResult:
+    """Of the verbs append and renew."""
+    status, generation, first, tail, epoch, expected, stopping, appended = row
+    return AppendResult(
+        status=Status(status.decode()),
+        generation=generation,
+        first_offset=first,
+        tail=tail,
+        current_epoch=epoch,
+        expected_seq=expected,
+        stop_requested=bool(stopping),
+        appended=appended,
+    )
+
+
+def claim(row: list[Any]) -> TurnClaim:
+    """Of the verbs begin and take."""
+    status, epoch, generation, offset, known, ended, holder, appended = row
+    return TurnClaim(
+        status=Status(status.decode()),
+        epoch=epoch,
+        cursor=Cursor(generation, offset),
+        known=bool(known),
+        ended=bool(ended),
+        holder=holder.decode(),
+        appended=appended,
+    )
+
+
+def entry(row: list[Any]) -> StoredEntry:
+    """Of XRANGE."""
+    entry_id, fields = row
+    generation, offset = entry_id.split(b"-")
+    return StoredEntry(Cursor(int(generation), int(offset)), fields[1])
+
+
+def split(member: bytes) -> tuple[str, str]:
+    """(tenant, session) of a member of the active sets."""
+    tenant, session = member.decode().split(":", 1)
+    return tenant, session
