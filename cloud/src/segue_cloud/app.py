@@ -91,6 +91,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         hub = Hub(store)
         await stack.enter_async_context(hub)
         session_log = SessionLog(store, hub, publisher)
+        stack.push_async_callback(session_log.close)
         tokenizer = ChatTokenizer.load(directory, manifest)
         engine = await loading
     except BaseException:
