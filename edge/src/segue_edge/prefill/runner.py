@@ -21,8 +21,13 @@ class GraphRunner:
     hidden states of all.
     """
 
-    def __init__(self, session: ort.InferenceSession, geometry: ModelGeometry) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, geometry: ModelGeometry, in_place: bool = True
+    ) -> None:
+        """`in_place`: the graph runs where the buffer lies. On another device the past is copied
+        there and what was added is copied back."""
         self._session = session
+        self._in_place = in_place
         self._ones = np.ones((1, geometry.context), np.int64)
         (output,) = (o for o in session.get_outputs() if not o.name.startswith("present."))
         self._output = str(output.name)
@@ -33,6 +38,8 @@ class GraphRunner:
         """Append `ids` to `kv`, which must have the room; the output `[rows, columns]`."""
         total = kv.length + len(ids)
         assert total <= kv.capacity
+        if not self._in_place:
+            return self._run_by_copy(ids, kv)
         rows = 1 if self._last_only else len(ids)
         result: Floats = np.empty((1, rows, self._columns), np.float32)
         binding = self._session.io_binding()
@@ -45,6 +52,25 @@ class GraphRunner:
         self._session.run_with_iobinding(binding)
         kv.length = total
         return result.reshape(rows, self._columns)
+
+    def _run_by_copy(self, ids: NDArray[np.int64], kv: PastKv) -> Floats:
+        start, total = kv.length, kv.length + len(ids)
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": np.ascontiguousarray(ids[None]),
+            "attention_mask": self._ones[:, :total],
+        }
+        names = [self._output]
+        for layer in range(kv.geometry.layers):
+            for side, values in (("key", kv.k), ("value", kv.v)):
+                past = np.ascontiguousarray(values[layer : layer + 1, :, :start])
+                feeds[f"past_key_values.{layer}.{side}"] = past
+                names.append(f"present.{layer}.{side}")
+        output, *present = self._session.run(names, feeds)
+        for index, value in enumerate(present):
+            target = kv.v if index % 2 else kv.k
+            target[index // 2, :, start:total] = value[0, :, start:total]
+        kv.length = total
+        return np.asarray(output, np.float32).reshape(-1, self._columns)
 
 
 def open_session(path: Path, device: Device, threads: int) -> ort.InferenceSession:

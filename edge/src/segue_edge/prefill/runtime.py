@@ -46,9 +46,10 @@ class EdgeModel:
         self.manifest = manifest
         self.device = device
         self.recipe_name = recipe_name
-        self._prefill = GraphRunner(prefill, manifest.geometry)
+        in_place = device.name == "cpu"
+        self._prefill = GraphRunner(prefill, manifest.geometry, in_place)
         self._decode = (
-            self._prefill if decode is prefill else GraphRunner(decode, manifest.geometry)
+            self._prefill if decode is prefill else GraphRunner(decode, manifest.geometry, in_place)
         )
 
     @classmethod
@@ -96,7 +97,6 @@ class EdgeModel:
         on_block: OnBlock | None = None,
         *,
         chunk: int = DEFAULT_CHUNK,
-        taper: bool = True,
         cancelled: Callable[[], bool] | None = None,
         room: int = 0,
     ) -> PrefillResult:
@@ -111,8 +111,7 @@ class EdgeModel:
                 of `past` are not repeated.
             chunk: tokens of one run of the graph at most. Smaller ones hand blocks over earlier;
                 larger ones use the cores better until attention's square catches up.
-            taper: with `on_block`, halve the chunks towards the end, so that little is left to
-                encode and upload when the last one is done. KV does not depend on chunking.
+                KV does not depend on how a prompt is cut.
             cancelled: asked between chunks; once true, the result is what was done so far.
             room: tokens that will be decoded after it, so that the buffer need not grow then.
 
@@ -137,7 +136,7 @@ class EdgeModel:
             if cancelled is not None and cancelled():
                 return PrefillResult(logits, kv, cancelled=True)
             first_new = kv.length // BLOCK_TOKENS
-            end = chunk_end(kv.length, total, chunk, taper and on_block is not None)
+            end = chunk_end(kv.length, total, chunk)
             logits = self._prefill.run(ids[kv.length : end], kv).reshape(-1)
             if on_block is not None:
                 for index in range(first_new, kv.length // BLOCK_TOKENS):
@@ -164,14 +163,9 @@ class EdgeModel:
         self.decode_step(tokens[0], result.kv)
 
 
-def chunk_end(start: int, total: int, chunk: int, taper: bool) -> int:
-    """Where the chunk that begins at `start` ends: on a block boundary, or at `total`.
-
-    Tapering takes half of what is left, so 512 tokens run as 256, 128, 64, 64.
-    """
-    left = total - start
-    size = min(chunk, left // 2) if taper else chunk
-    end = start + size
+def chunk_end(start: int, total: int, chunk: int) -> int:
+    """Where the chunk that begins at `start` ends: on a block boundary, or at `total`."""
+    end = start + chunk
     end = max(end - end % BLOCK_TOKENS, start - start % BLOCK_TOKENS + BLOCK_TOKENS)
     # A rest shorter than half a block costs less inside this run than as one of its own.
     return total if total - end < BLOCK_TOKENS // 2 else end
