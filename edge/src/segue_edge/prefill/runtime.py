@@ -97,6 +97,7 @@ class EdgeModel:
         on_block: OnBlock | None = None,
         *,
         chunk: int = DEFAULT_CHUNK,
+        taper: bool = False,
         cancelled: Callable[[], bool] | None = None,
         room: int = 0,
     ) -> PrefillResult:
@@ -112,6 +113,8 @@ class EdgeModel:
             chunk: tokens of one run of the graph at most. Smaller ones hand blocks over earlier;
                 larger ones use the cores better until attention's square catches up.
                 KV does not depend on how a prompt is cut.
+            taper: halve the chunks towards the end, so that little is left to encode and upload
+                when the last one is done. For callers that give the whole prompt at once.
             cancelled: asked between chunks; once true, the result is what was done so far.
             room: tokens that will be decoded after it, so that the buffer need not grow then.
 
@@ -136,7 +139,7 @@ class EdgeModel:
             if cancelled is not None and cancelled():
                 return PrefillResult(logits, kv, cancelled=True)
             first_new = kv.length // BLOCK_TOKENS
-            end = chunk_end(kv.length, total, chunk)
+            end = chunk_end(kv.length, total, chunk, taper)
             logits = self._prefill.run(ids[kv.length : end], kv).reshape(-1)
             if on_block is not None:
                 for index in range(first_new, kv.length // BLOCK_TOKENS):
@@ -163,9 +166,13 @@ class EdgeModel:
         self.decode_step(tokens[0], result.kv)
 
 
-def chunk_end(start: int, total: int, chunk: int) -> int:
-    """Where the chunk that begins at `start` ends: on a block boundary, or at `total`."""
-    end = start + chunk
+def chunk_end(start: int, total: int, chunk: int, taper: bool = False) -> int:
+    """Where the chunk that begins at `start` ends: on a block boundary, or at `total`.
+
+    Tapering takes half of what is left, so 512 tokens run as 256, 128, 64, 64.
+    """
+    size = min(chunk, (total - start) // 2) if taper else chunk
+    end = start + size
     end = max(end - end % BLOCK_TOKENS, start - start % BLOCK_TOKENS + BLOCK_TOKENS)
     # A rest shorter than half a block costs less inside this run than as one of its own.
     return total if total - end < BLOCK_TOKENS // 2 else end
