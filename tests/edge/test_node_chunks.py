@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ def test_chunks_cover_the_prompt_without_gap_or_overlap(
     cut = chunks(start, start + new_tokens, chunk)
     assert cut[0][0] == start
     assert cut[-1][1] == start + new_tokens
-    for (_, end), (begin, _) in zip(cut, cut[1:], strict=False):
+    for (_, end), (begin, _) in itertools.pairwise(cut):
         assert end == begin
         assert end % 64 == 0
     sizes = [end - begin for begin, end in cut]

@@ -137,7 +137,9 @@ class TinyModel:
     def new_kv(self, capacity: int) -> TinyKv:
         return TinyKv()
 
-    def prefill(self, tokens: Sequence[int], past: Any, on_block: Any, *, chunk: int) -> TinyResult:
+    def prefill(
+        self, tokens: Sequence[int], past: Any, on_block: Any, *, chunk: int, taper: bool
+    ) -> TinyResult:
         self.pause("prefill")
         self.threads.add(threading.current_thread().name)
         known = len(past.tokens)

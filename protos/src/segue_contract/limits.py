@@ -66,6 +66,7 @@ LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn 
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
 PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
+RECONNECT_WAIT_S: Final = 0.5  # for a cloud that was gone: longer than its channel's back-off
 PROBE_PAYLOAD_BYTES: Final = 2 * MIB  # long enough to show goodput, short enough for a slow link
 UPLINK_RETRY_S: Final = 10.0  # an edge tries to re-open a broken turn stream for this long
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace

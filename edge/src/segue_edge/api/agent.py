@@ -101,6 +101,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: pb.AttachRequest, context: Any
     ) -> AsyncIterator[pb.AttachEvent]:
         cloud = self._clouds.best(check_id(request.session, "session"))
+        await cloud.reach()
         call = cloud.agent.Attach(request)
         try:
             async for event in call:
@@ -130,7 +131,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         )
         for cloud in self._clouds.ranked(session):
             try:
+                await cloud.reach()
                 return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
+            except Unreachable as error:
+                failure = error
             except grpc.aio.AioRpcError as error:
                 failure = error_from_rpc(error)
                 if not isinstance(failure, Unreachable):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from segue_contract.errors import DeadlineExceeded, PromptTooLong, Unreachable
+from segue_contract.errors import PromptTooLong, Unreachable
 from segue_contract.limits import BEGIN_TIMEOUT_S
 from segue_contract.sync.state import TurnState, decode_turns, heard
 from segue_contract.transport.status import error_from_rpc
@@ -95,14 +95,9 @@ async def _begin_at_some_cloud(
 ) -> tuple[Cloud, dpb.BeginReply] | None:
     for cloud in deps.clouds.ranked(asked.session):
         try:
-            if not cloud.healthy:  # ask briefly before a call that may wait for minutes
-                await cloud.probe(deps.clouds.pacer)
+            await cloud.reach()
             return cloud, await call_begin(cloud, asked, history)
         except Unreachable as error:
-            cloud.failed(error)
-        except DeadlineExceeded as error:
-            if cloud.healthy:  # the session was busy all the time
-                raise
             cloud.failed(error)
     return None
 

@@ -40,10 +40,16 @@ class EdgeModelPort(Protocol):
         ...
 
     def prefill(
-        self, tokens: Sequence[int], past: Any, on_block: OnBlock | None, *, chunk: int
+        self,
+        tokens: Sequence[int],
+        past: Any,
+        on_block: OnBlock | None,
+        *,
+        chunk: int,
+        taper: bool,
     ) -> Prefilled:
         """Extend `past` to all `tokens`, of which it holds the first; `on_block` gets each whole
-        new block, its arrays to keep."""
+        new block, its arrays to keep. Here a call is one run: the caller cuts the prompt."""
         ...
 
     def decode_step(self, token: int, kv: Any) -> NDArray[np.float32]:
@@ -60,4 +66,6 @@ class PrefixCachePort(Protocol):
 
     def get(self, id: bytes) -> tuple[Array, Array] | None: ...
 
-    def put(self, id: bytes, k: Array, v: Array) -> Any: ...
+    def put(self, id: bytes, k: Array, v: Array, parent: bytes = ...) -> bool:
+        """Keep a block that continues `parent`; True where it is there afterwards."""
+        ...

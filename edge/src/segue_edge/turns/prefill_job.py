@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue_contract.kv.layout import BLOCK_TOKENS
+from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT
 from segue_contract.sampling import sample
 from segue_contract.sync.ops import Sampling
 from segue_edge.compute import Job
@@ -84,7 +84,11 @@ class PrefillJob(Job[Prefill]):
         self._block_s = 0.0
         begun = time.perf_counter()
         result = self._model.prefill(
-            self._tokens[:stop], self._out.kv, self._take_block, chunk=stop - start
+            self._tokens[:stop],
+            self._out.kv,
+            self._take_block,
+            chunk=stop - start,
+            taper=False,
         )
         seconds = time.perf_counter() - begun - self._block_s
         self._out.rates.append((stop - start, seconds))
@@ -121,7 +125,8 @@ class PrefillJob(Job[Prefill]):
     def _take_block(self, index: int, k: Array, v: Array) -> None:
         begun = time.perf_counter()
         if index < len(self._ids):
-            self._cache.put(self._ids[index], k, v)
+            parent = self._ids[index - 1] if index else ROOT_PARENT
+            self._cache.put(self._ids[index], k, v, parent=parent)
             if self._on_block is not None:
                 self._on_block(index, k, v)
         self._block_s += time.perf_counter() - begun
@@ -136,8 +141,8 @@ class NoCache:
     def get(self, id: bytes) -> tuple[Array, Array] | None:
         return None
 
-    def put(self, id: bytes, k: Array, v: Array) -> None:
-        return None
+    def put(self, id: bytes, k: Array, v: Array, parent: bytes = ROOT_PARENT) -> bool:
+        return False
 
 
 class DecodeJob(Job[tuple[int, float]]):

@@ -13,7 +13,12 @@ import grpc
 import structlog
 
 from segue_contract.errors import SegueError, Unreachable
-from segue_contract.limits import PROBE_INTERVAL_S, PROBE_PAYLOAD_BYTES, PROBE_TIMEOUT_S
+from segue_contract.limits import (
+    PROBE_INTERVAL_S,
+    PROBE_PAYLOAD_BYTES,
+    PROBE_TIMEOUT_S,
+    RECONNECT_WAIT_S,
+)
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
@@ -23,6 +28,8 @@ from segue_edge.uplink.pacer import Pacer
 from segue_edge.uplink.rendezvous import rank
 
 log = structlog.get_logger("segue.uplink")
+
+_RECONNECT_MS = 250  # half of RECONNECT_WAIT_S: gRPC varies its pauses by a fifth
 
 
 class Cloud:
@@ -35,7 +42,7 @@ class Cloud:
 
     def __init__(self, target: str) -> None:
         self.target = check_target(target)
-        self.channel = open_channel(target)
+        self.channel = open_channel(target, reconnect_ms=_RECONNECT_MS)
         self.agent: Any = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
         self.decode: Any = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
         self.view = CloudView()
@@ -82,10 +89,32 @@ class Cloud:
             self.view.goodput.observe(reply.received_bytes, seconds, app_limited=False)
         self.take_facts(reply.facts)
 
-    async def _probe_call(self, payload: bytes) -> dpb.ProbeReply:
+    async def reach(self) -> None:
+        """Before a call to an instance that was gone: wait shortly for it to be back.
+
+        Raises:
+            Unreachable: it is not.
+        """
+        if self.healthy:
+            return
+        try:
+            reply = await self._probe_call(b"", RECONNECT_WAIT_S, wait_for_ready=True)
+        except SegueError as error:
+            raise Unreachable(
+                f"The cloud at {self.target} cannot be reached.",
+                hint="Check that it runs and the address is right (`segue doctor`).",
+                cloud=self.target,
+            ) from error
+        self.take_facts(reply.facts)
+
+    async def _probe_call(
+        self, payload: bytes, timeout_s: float = PROBE_TIMEOUT_S, *, wait_for_ready: bool = False
+    ) -> dpb.ProbeReply:
         try:
             reply: dpb.ProbeReply = await self.decode.Probe(
-                dpb.ProbeRequest(payload=payload), timeout=PROBE_TIMEOUT_S
+                dpb.ProbeRequest(payload=payload),
+                timeout=timeout_s,
+                wait_for_ready=wait_for_ready,
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error

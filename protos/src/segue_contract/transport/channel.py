@@ -15,7 +15,6 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business on these links
     ("grpc.use_local_subchannel_pool", 1),  # one TCP connection per channel, closed with it
 )
@@ -35,10 +34,16 @@ def check_target(target: str) -> str:
     return target
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
+def open_channel(target: str, *, reconnect_ms: int = 1_000) -> grpc.aio.Channel:
     """A channel to "host:port"; it connects on first use and reconnects by itself.
+
+    Args:
+        reconnect_ms: the longest pause between two attempts to connect; calls fail at once
+            meanwhile, also when the other side is back already.
 
     Raises:
         InvalidArgument: `target` is no address.
     """
-    return grpc.aio.insecure_channel(check_target(target), options=_OPTIONS)
+    return grpc.aio.insecure_channel(
+        check_target(target), options=(*_OPTIONS, ("grpc.max_reconnect_backoff_ms", reconnect_ms))
+    )
