@@ -1,0 +1,284 @@
+"""The node's small parts: reply, feed, history, compute thread, settings, command line."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    ModelMissing,
+    NotLoopback,
+    Overloaded,
+    Unreachable,
+)
+from segue_contract.limits import PREFILL_QUEUE_JOBS
+from segue_contract.sync.state import TurnState
+from segue_contract.v1 import agent_pb2 as pb
+from segue_edge.cli import app
+from segue_edge.compute import Call, ComputeThread, Job, Priority
+from segue_edge.config import read_config
+from segue_edge.node import EdgeNode
+from segue_edge.planner_cli import app as plan_app
+from segue_edge.turns.feed import TurnFeed
+from segue_edge.turns.history import HistoryCache, SessionHistory
+from segue_edge.turns.reply import Reply
+
+# -- reply --------------------------------------------------------------------------------------
+
+
+def frame(index: int, text: str, epoch: int = 1) -> pb.TokenFrame:
+    return pb.TokenFrame(
+        epoch=epoch, index=index, tokens=[ord(c) for c in text], pieces=list(text), offset=7
+    )
+
+
+def preview(reply: Reply, text: str) -> None:
+    reply.preview(tuple(ord(c) for c in text), tuple(text))
+
+
+def kinds(events: list[pb.TurnEvent]) -> list[str]:
+    return [str(event.WhichOneof("kind")) for event in events]
+
+
+def test_a_frame_that_repeats_a_preview_only_makes_it_durable() -> None:
+    reply = Reply(1)
+    preview(reply, "abc")
+    events = reply.accept(frame(0, "ab"))
+    assert kinds(events) == ["durable"]
+    assert (reply.durable, reply.next_index) == (2, 3)
+
+
+def test_a_frame_that_overlaps_brings_only_what_is_new() -> None:
+    reply = Reply(1)
+    preview(reply, "abc")
+    durable, new = reply.accept(frame(1, "bcde"))
+    assert durable.durable.next_index == 3
+    assert (new.frame.index, "".join(new.frame.pieces)) == (3, "de")
+    assert "".join(reply.pieces) == "abcde"
+
+
+def test_another_continuation_takes_back_the_preview_from_there() -> None:
+    reply = Reply(1)
+    preview(reply, "abcd")
+    events = reply.accept(frame(1, "bXY", epoch=2))
+    assert kinds(events) == ["rewound", "durable", "frame"]
+    assert (events[0].rewound.index, events[0].rewound.epoch) == (2, 2)
+    assert "".join(reply.pieces) == "abXY"
+    assert reply.edge_made == 2
+
+
+def test_a_frame_heard_twice_says_nothing() -> None:
+    reply = Reply(1)
+    reply.accept(frame(0, "ab"))
+    assert reply.accept(frame(0, "ab")) == []
+
+
+def test_a_gap_is_an_error_not_a_hole() -> None:
+    with pytest.raises(InvalidArgument, match="next one"):
+        Reply(1).accept(frame(3, "x"))
+
+
+# -- feed ---------------------------------------------------------------------------------------
+
+
+async def collect(feed: TurnFeed, from_index: int = 0) -> list[pb.TurnEvent]:
+    return [event async for event in feed.read(from_index)]
+
+
+async def test_every_reader_gets_everything_whenever_it_comes() -> None:
+    feed = TurnFeed()
+    early = asyncio.create_task(collect(feed))
+    feed.publish(pb.TurnEvent(frame=frame(0, "ab")))
+    await asyncio.sleep(0)
+    middle = asyncio.create_task(collect(feed, 1))
+    feed.publish(pb.TurnEvent(ended=pb.TurnEnded(reason="stop")))
+    feed.close()
+    late = await collect(feed, 2)
+    assert kinds(await early) == ["frame", "ended"]
+    assert "".join((await middle)[0].frame.pieces) == "b"
+    assert kinds(late) == ["ended"]
+
+
+async def test_a_turn_that_fails_fails_its_readers() -> None:
+    feed = TurnFeed()
+    feed.close(Unreachable("gone"))
+    with pytest.raises(Unreachable):
+        await collect(feed)
+
+
+# -- history ------------------------------------------------------------------------------------
+
+
+def turn(name: str, tokens: list[int] | None = None) -> TurnState:
+    return TurnState(turn=name, prompt=f"ask {name}", tokens=tokens or [1], reason="stop")
+
+
+def test_the_logs_own_turn_replaces_what_the_node_served() -> None:
+    history = SessionHistory()
+    history.merge(1, 0, [turn("a")])
+    history.add(turn("b"))
+    assert not history.merge(1, 1, [turn("b")]), "the same conversation"
+    assert [t.turn for t in history.confirmed] == ["a", "b"]
+    assert history.provisional == []
+
+
+def test_a_turn_that_the_log_has_otherwise_counts_as_changed() -> None:
+    history = SessionHistory()
+    history.merge(1, 0, [turn("a")])
+    history.add(turn("b", [1, 2]))
+    assert history.merge(1, 1, [turn("b", [1, 3])])
+
+
+def test_another_generation_forgets_what_was_known() -> None:
+    history = SessionHistory()
+    history.merge(1, 0, [turn("a"), turn("b")])
+    assert history.merge(2, 0, [turn("a")])
+    assert [t.turn for t in history.turns] == ["a"]
+
+
+def test_the_cache_keeps_the_sessions_used_last() -> None:
+    cache = HistoryCache(capacity=2)
+    for name in ("a", "b", "a", "c"):
+        cache.of(name)
+    assert cache.find("b") is None
+    assert cache.find("a") is not None
+
+
+def test_what_a_cloud_holds_is_the_common_beginning() -> None:
+    history = SessionHistory()
+    history.cloud_now_holds("x", [1, 2, 3, 4])
+    assert history.cloud_has("x", [1, 2, 9]) == 2
+    assert history.cloud_has("y", [1, 2, 9]) == 0
+
+
+# -- compute ------------------------------------------------------------------------------------
+
+
+class Steps(Job[list[str]]):
+    """Writes its name at every step; the first one may wait for `gate`."""
+
+    def __init__(
+        self, name: str, count: int, log: list[str], gate: threading.Event | None = None
+    ) -> None:
+        super().__init__()
+        self._name, self._left, self._log, self._gate = name, count, log, gate
+        self.begun = threading.Event()
+
+    def step(self) -> bool:
+        self.begun.set()
+        if self._gate is not None:
+            assert self._gate.wait(10)
+        self._log.append(self._name)
+        self._left -= 1
+        return self._left == 0
+
+    def result(self) -> list[str]:
+        return self._log
+
+
+async def test_an_arriving_turn_preempts_a_warm_up_between_steps() -> None:
+    compute, log, gate = ComputeThread(), [], threading.Event()
+    compute.start()
+    warm = Steps("warm", 3, log, gate)
+    warming = compute.submit(warm, Priority.WARM)
+    await asyncio.to_thread(warm.begun.wait, 10)
+    turn_done = compute.submit(Steps("turn", 2, log), Priority.PREFILL)
+    token = compute.submit(Steps("token", 1, log), Priority.DECODE)
+    gate.set()
+    await asyncio.gather(warming, turn_done, token)
+    assert log == ["warm", "token", "turn", "turn", "warm", "warm"]
+    await compute.close()
+
+
+async def test_a_job_that_fails_fails_alone() -> None:
+    compute = ComputeThread()
+    compute.start()
+    with pytest.raises(Internal, match="ZeroDivisionError"):
+        await compute.submit(Call(lambda: 1 // 0), Priority.DECODE)
+    assert await compute.submit(Call(lambda: 7), Priority.DECODE) == 7
+    await compute.close()
+
+
+async def test_the_queue_is_bounded_and_closing_drops_it() -> None:
+    compute, gate = ComputeThread(), threading.Event()
+    compute.start()
+    first = Steps("first", 1, [], gate)
+    running = compute.submit(first, Priority.DECODE)
+    await asyncio.to_thread(first.begun.wait, 10)
+    waiting: list[Any] = [
+        compute.submit(Call(lambda: 1), Priority.WARM) for _ in range(PREFILL_QUEUE_JOBS)
+    ]
+    with pytest.raises(Overloaded):
+        compute.submit(Call(lambda: 1), Priority.DECODE)
+    closing = asyncio.create_task(compute.close())
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    gate.set()
+    assert await running == ["first"]
+    await closing
+
+
+# -- settings and command line ------------------------------------------------------------------
+
+
+def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGUE_EDGE_PORT", "7000")
+    monkeypatch.setenv("SEGUE_EDGE_CLOUD", "127.0.0.1:1,127.0.0.1:2")
+    assert read_config().port == 7000
+    assert read_config(port=0).port == 0
+    assert read_config().cloud == ("127.0.0.1:1", "127.0.0.1:2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": 70000}, "port"),
+        ({"plan": "fastest"}, "plan"),
+        ({"cloud": ("nowhere",)}, "address"),
+        ({"cache_mb": 0}, "cache-mb"),
+        ({"link_mbps": -1}, "link-mbps"),
+    ],
+)
+def test_a_bad_setting_is_named(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_config(**flags)
+    assert named in str(caught.value)
+
+
+async def test_only_loopback_is_listened_on() -> None:
+    with pytest.raises(NotLoopback):
+        async with EdgeNode(read_config(host="0.0.0.0", port=0)):
+            pass
+
+
+async def test_a_model_that_is_not_built_is_named() -> None:
+    with pytest.raises(ModelMissing, match="no-such-model"):
+        async with EdgeNode(read_config(port=0, model="no-such-model", cloud=("127.0.0.1:1",))):
+            pass
+
+
+def test_the_command_line_ends_with_a_message_not_a_traceback() -> None:
+    result = CliRunner().invoke(app, ["--host", "0.0.0.0", "--port", "0"])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+
+
+def test_plan_explain_names_every_shape_and_the_choice() -> None:
+    result = CliRunner().invoke(plan_app, ["explain", "--prompt", "512"])
+    assert result.exit_code == 0, result.output
+    for word in ("edge", "ship", "text", "split", "chosen"):
+        assert word in result.output
+    offline = CliRunner().invoke(plan_app, ["explain", "--offline"])
+    assert "only edge is possible" in offline.output
+
+
+def test_plan_explain_refuses_what_is_no_number() -> None:
+    result = CliRunner().invoke(plan_app, ["explain", "--link-mbps", "0"])
+    assert result.exit_code == 1
+    assert "goodput" in result.output
