@@ -121,8 +121,14 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         settings.host,
         settings.port,
         [
-            ("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(agent, s)),
-            ("segue.v1.Decode", lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s)),
+            (
+                "segue.v1.Agent",
+                lambda s: agent_pb2_grpc.add_AgentServicer_to_server(agent, s),  # type: ignore[no-untyped-call]
+            ),
+            (
+                "segue.v1.Decode",
+                lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),  # type: ignore[no-untyped-call]
+            ),
         ],
     )
     stack.push_async_callback(server.stop)
