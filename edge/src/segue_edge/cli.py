@@ -51,6 +51,9 @@ def edge(
     ledger: Annotated[
         Path | None, typer.Option(help="Append one JSON line per turn to this file.")
     ] = None,
+    max_turns: Annotated[
+        int | None, typer.Option(help="Turns at once, beyond which it refuses.")
+    ] = None,
     link_mbps: Annotated[
         float | None, typer.Option(help="Pace the uplink to this rate (for measurements).")
     ] = None,
@@ -68,6 +71,7 @@ def edge(
             providers=providers,
             cache_mb=cache_mb,
             ledger=ledger,
+            max_turns=max_turns,
             link_mbps=link_mbps,
             log_level=log_level,
         )

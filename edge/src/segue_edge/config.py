@@ -34,7 +34,7 @@ class EdgeConfig(BaseSettings):
     cache_mb: int = Field(512, ge=1, le=1_000_000)
     ledger: Path | None = None
     link_mbps: float | None = Field(None, gt=0)
-    max_turns: int = Field(MAX_TURNS_PER_EDGE, ge=1, le=MAX_TURNS_PER_EDGE)
+    max_turns: int = Field(MAX_TURNS_PER_EDGE, ge=1, le=65536)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
 
     @field_validator("cloud", mode="before")

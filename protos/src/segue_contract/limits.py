@@ -39,7 +39,7 @@ MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
 # -- queues -----------------------------------------------------------------------------------
 MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button
 MAX_TURNS_PER_CLOUD: Final = 256  # admitted (running or waiting); beyond it: Overloaded
-MAX_TURNS_PER_EDGE: Final = 64  # prefill is one at a time: the last of these waits seconds
+MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
 TURN_EVENT_QUEUE: Final = 4096  # events kept for one slow reader of a turn; then it must Read
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
 UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
