@@ -147,3 +147,15 @@ async def test_a_node_that_stops_says_so_to_its_devices() -> None:
             await reading
     assert isinstance(error_from_rpc(caught.value), Unreachable)
     assert told.kinds == ["started"]
+
+
+async def test_followers_do_not_hold_up_a_stop() -> None:
+    async with serving() as (cloud, node, device):
+        call = device.stub.Attach(pb.AttachRequest(session="trip", device="phone"))
+        await asyncio.wait_for(call.read(), 10)
+        async with asyncio.timeout(5):
+            await node.__aexit__(None, None, None)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert isinstance(error_from_rpc(caught.value), Unreachable)
+    assert not cloud.seen.specs

@@ -119,6 +119,12 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         self.seen.stopped.set()
         return pb.StopTurnReply(stopping=True, turn=request.turn)
 
+    async def Attach(
+        self, request: pb.AttachRequest, context: Any
+    ) -> AsyncIterator[pb.AttachEvent]:
+        yield pb.AttachEvent(snapshot=pb.Snapshot())
+        await asyncio.Event().wait()
+
     async def RunTurn(
         self, request: pb.RunTurnRequest, context: Any
     ) -> AsyncIterator[pb.TurnEvent]:

@@ -52,6 +52,9 @@ from segue_edge.uplink.pacer import Pacer
 
 log = structlog.get_logger("segue.edge")
 
+# After turns and followers have ended: for answers on their way out.
+_LAST_CALLS_S = 0.5
+
 AGENT = "segue.v1.Agent"
 
 
@@ -183,8 +186,14 @@ class EdgeNode:
                 )
             ],
         )
-        self._stack.push_async_callback(self.server.stop)
-        self._stack.push_async_callback(self.registry.close)
+        self._stack.push_async_callback(self._stop_serving, service)
+
+    async def _stop_serving(self, service: AgentService) -> None:
+        """Turns get half of the grace period; then nobody is waited for."""
+        await self.server.set_serving(False)
+        service.close()
+        await self.registry.close()
+        await self.server.stop(_LAST_CALLS_S)
 
     def _make_run(self, asked: Asked) -> TurnRun:
         return TurnRun(asked, self.deps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -39,6 +40,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._instance = instance
         self._model = model
         self._context = context
+        self._attached: set[Any] = set()
+
+    def close(self) -> None:
+        """End the streams that would go on for ever; their devices attach elsewhere."""
+        for call in list(self._attached):
+            call.cancel()
 
     # -- turns ---------------------------------------------------------------------------------
 
@@ -103,12 +110,19 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         cloud = self._clouds.best(check_id(request.session, "session"))
         await cloud.reach()
         call = cloud.agent.Attach(request)
+        self._attached.add(call)
         try:
             async for event in call:
                 yield event
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Unreachable("This edge is shutting down.", hint="Attach elsewhere.") from None
         finally:
+            self._attached.discard(call)
             call.cancel()
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:

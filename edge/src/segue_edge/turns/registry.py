@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from segue_contract.errors import Overloaded
+from segue_contract.errors import Overloaded, Unreachable
 from segue_contract.limits import ENDED_TURNS_KEPT, MAX_TURNS_PER_EDGE, SHUTDOWN_GRACE_S
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.run import TurnRun
@@ -43,6 +43,7 @@ class TurnRegistry:
         self._max_turns = max_turns
         self._running: dict[Key, tuple[TurnRun, asyncio.Task[None]]] = {}
         self._ended: OrderedDict[Key, TurnRun] = OrderedDict()
+        self._closing = False
 
     def __len__(self) -> int:
         return len(self._running)
@@ -52,12 +53,15 @@ class TurnRegistry:
 
         Raises:
             Overloaded: as many turns run as this node takes; at once, with a retry hint.
+            Unreachable: the node is shutting down.
         """
         known = self._running.get(asked.key)
         if known is not None:
             return known[0]
         if asked.key in self._ended:
             return self._ended[asked.key]
+        if self._closing:
+            raise Unreachable("This edge is shutting down.", hint="Use another node.")
         if len(self._running) >= self._max_turns:
             raise Overloaded(
                 f"This edge already serves {len(self._running)} turns.",
@@ -90,6 +94,7 @@ class TurnRegistry:
 
     async def close(self) -> None:
         """Give running turns a part of the grace period; the cloud finishes what is left."""
+        self._closing = True
         tasks = [task for _, task in self._running.values()]
         if not tasks:
             return
