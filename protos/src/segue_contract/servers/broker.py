@@ -30,7 +30,7 @@ set_tcp_nodelay true
 persistence false
 max_queued_messages {queued}
 max_inflight_messages {inflight}
-message_size_limit {size}
+max_packet_size {size}
 max_keepalive 65535
 connection_messages false
 log_dest stderr
@@ -75,6 +75,12 @@ print("starting", flush=True)
 broker.run_forever()
 """
 _PROBE_PAUSE_S = 0.02
+
+# MQTT 5: protocol name and version, clean start, keep-alive 10 s, no properties, a client id.
+_PROBE = b"\x00\x04MQTT\x05\x02\x00\x0a\x00" + b"\x00\x0bsegue-ready"
+_CONNECT = bytes((0x10, len(_PROBE))) + _PROBE
+_CONNACK = b"\x20"
+_DISCONNECT = b"\xe0\x00"
 
 
 def find_broker(kind: str = "") -> tuple[str, str]:
@@ -166,12 +172,14 @@ async def _start_mosquitto(program: str, folder: Path, port: int) -> ChildProces
             user=user,
         )
     )
-    return await ChildProcess.start(
+    child = await ChildProcess.start(
         "mosquitto",
         [program, "-c", str(config)],
         ready=lambda line: "mosquitto version" in line and "running" in line,
         timeout_s=BROKER_START_TIMEOUT_S,
     )
+    # It says so a moment before its loop runs, and forgets a SIGTERM that comes in between.
+    return await _until_answering(child, port)
 
 
 async def _start_iotcore(program: str, folder: Path, port: int) -> ChildProcess:
@@ -187,29 +195,45 @@ async def _start_iotcore(program: str, folder: Path, port: int) -> ChildProcess:
         ready=lambda line: line == "starting",
         timeout_s=BROKER_START_TIMEOUT_S,
     )
+    # It prints nothing when it listens.
+    return await _until_answering(child, port)
+
+
+async def _until_answering(child: ChildProcess, port: int) -> ChildProcess:
+    """Wait until the broker accepts an MQTT 5 client; end it where it does not."""
     try:
         async with asyncio.timeout(BROKER_START_TIMEOUT_S):
-            await _until_listening(child, port)
+            while not await _accepts_clients(port):
+                if child.returncode is not None:
+                    raise Internal(
+                        f"{child.name} ended before it was ready.",
+                        hint=child.log_tail(5),
+                        log=child.log_tail(),
+                    )
+                await asyncio.sleep(_PROBE_PAUSE_S)
     except BaseException as error:
         await child.stop()
         if isinstance(error, TimeoutError):
             raise DeadlineExceeded(
-                "iotcore did not listen in time.", log=child.log_tail()
+                f"{child.name} did not answer in time.", log=child.log_tail()
             ) from None
         raise
     return child
 
 
-async def _until_listening(child: ChildProcess, port: int) -> None:
-    """iotcore prints nothing when it listens, so ask its port."""
-    while True:
-        if child.returncode is not None:
-            raise Internal("iotcore ended before it was ready.", log=child.log_tail())
-        try:
-            _, writer = await asyncio.open_connection(LOOPBACK, port)
-        except OSError:
-            await asyncio.sleep(_PROBE_PAUSE_S)
-            continue
+async def _accepts_clients(port: int) -> bool:
+    """Whether a CONNECT gets a CONNACK."""
+    try:
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    except OSError:
+        return False
+    try:
+        writer.write(_CONNECT)
+        answer = await reader.read(1)
+        writer.write(_DISCONNECT)
+        await writer.drain()
+    except OSError:
+        return False
+    finally:
         writer.close()
-        await writer.wait_closed()
-        return
+    return answer == _CONNACK
