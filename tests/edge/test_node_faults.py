@@ -39,6 +39,7 @@ async def test_previews_that_the_log_never_got_are_rewound() -> None:
         async for event in device.stream(plan="ship", max_tokens=60):
             told.take(event)
             if event.WhichOneof("kind") == "frame" and len(told.frames) == 4:
+                script.ready.set()
                 script.cut.set()
     assert told.kinds.count("rewound") == 1
     prompt = cloud.seen.specs[0].prompt
@@ -62,7 +63,10 @@ async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
         await first.server.stop(0)
         told = await running
     assert told.text == reply_text(first.seen.specs[0].prompt, 12)
-    assert other.seen.specs[0].takeover
+    again = other.seen.specs[0]
+    assert again.takeover
+    assert [block.id for block in other.seen.blocks] == list(again.blocks), "the KV came along"
+    assert other.seen.hand_overs == [len(again.known_tokens)]
     assert told.ended.reason == "length"
     assert told.plan.instance == other.name
 

@@ -190,7 +190,9 @@ class _Stream:
         cloud, spec, script = self._cloud, self._spec, self._cloud.script
         epoch = cloud._epochs.get(spec.turn, 0) + 1
         cloud._epochs[spec.turn] = epoch
-        if spec.takeover and not script.deaf:
+        if spec.takeover and script.deaf:  # the log has another token than the edge showed
+            self._made[:] = [next_token(spec.prompt, salt=script.salt)]
+        elif spec.takeover:
             self._made[:] = [*self._made, *spec.known_tokens[len(self._made) :]]
         opened = dpb.Opened(
             epoch=epoch,

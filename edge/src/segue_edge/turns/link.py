@@ -38,6 +38,7 @@ class TurnLink:
         self.stopped = False
         self.heed_ready = True  # False for shape edge: the edge decodes to the end
         self.progressed = False
+        self._advanced = asyncio.Event()
         self._reply = reply
         self._show = show
         self._measure = measure
@@ -64,15 +65,23 @@ class TurnLink:
             if not self.opened.done():
                 self.opened.cancel()
 
+    async def wait_durable(self, next_index: int) -> None:
+        """Return when tokens before `next_index` are known to be in the log."""
+        while self._reply.durable < next_index:
+            self._advanced.clear()
+            await self._advanced.wait()
+
     async def _read(self) -> pb.TurnEnded:
         async for message in self.stream.replies():
             self.progressed = True
             kind = message.WhichOneof("kind")
             if kind == "frame":
                 self._show(self._reply.accept(message.frame))
+                self._advanced.set()
             elif kind == "durable":
                 notice = message.durable
                 self._show([self._reply.mark_durable(notice.next_index, notice.offset)])
+                self._advanced.set()
             elif kind == "opened":
                 self._take_opened(message.opened)
             elif kind == "ready":

@@ -18,6 +18,7 @@ from segue_edge.turns.link import ShowAll, TurnLink
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.reply import Reply
 from segue_edge.uplink.clouds import Cloud
+from segue_edge.uplink.sender import KvSender
 from segue_edge.uplink.stream import TurnStream
 
 log = structlog.get_logger("segue.turn")
@@ -36,7 +37,8 @@ async def take_over(
 ) -> tuple[Cloud, pb.TurnEnded] | None:
     """The turn's end at some cloud, or None where none was reachable for `UPLINK_RETRY_S`.
 
-    The edge makes no more tokens: the cloud adopts those the edge knows and decodes the rest.
+    The edge makes no more tokens: the cloud adopts those the edge knows and decodes the rest. An
+    instance that lacks the prompt's KV gets it again, where the edge still has all of it.
 
     Raises:
         SegueError: a cloud was reached and refuses the turn for good.
@@ -45,11 +47,12 @@ async def take_over(
     pause_s = _FIRST_PAUSE_S
     while True:
         for cloud in deps.clouds.ranked(asked.session):
-            again = _resumed(spec, reply)
+            again = _resumed(deps, cloud, spec, reply)
             async with TurnStream(cloud, again, deps.clouds.pacer) as stream:
                 link = TurnLink(cloud, stream, reply, show, Measure())
+                shipping = asyncio.create_task(_ship_again(deps, again, link, reply))
                 try:
-                    return cloud, await link.relay()
+                    return cloud, await link.relay(shipping)
                 except SegueError as error:
                     _consider(error, cause)
                     if isinstance(error, Unreachable):
@@ -60,6 +63,9 @@ async def take_over(
                     if link.progressed:
                         deadline = time.monotonic() + UPLINK_RETRY_S
                         pause_s = _FIRST_PAUSE_S
+                finally:
+                    shipping.cancel()
+                    await asyncio.gather(shipping, return_exceptions=True)
         if time.monotonic() + pause_s > deadline:
             return None
         await asyncio.sleep(pause_s)
@@ -72,12 +78,39 @@ def _consider(error: SegueError, cause: SegueError) -> None:
         raise error
 
 
-def _resumed(spec: dpb.TurnSpec, reply: Reply) -> dpb.TurnSpec:
+def _resumed(deps: EdgeDeps, cloud: Cloud, spec: dpb.TurnSpec, reply: Reply) -> dpb.TurnSpec:
     again = dpb.TurnSpec()
     again.CopyFrom(spec)
     again.takeover = True
-    again.shape = Shape.TEXT.value
-    again.ship_blocks = 0
+    blocks = list(spec.blocks)
+    ships = bool(blocks) and deps.recipe in cloud.recipes and _cached(deps, blocks)
+    again.shape = (Shape.SHIP if ships else Shape.TEXT).value
+    again.ship_blocks = len(blocks) if ships else 0
     del again.known_tokens[:]
     again.known_tokens.extend(reply.tokens)
     return again
+
+
+def _cached(deps: EdgeDeps, blocks: list[bytes]) -> bool:
+    return deps.cache.lookup(blocks) == len(blocks)
+
+
+async def _ship_again(deps: EdgeDeps, spec: dpb.TurnSpec, link: TurnLink, reply: Reply) -> None:
+    """Send what the cloud lacks, and hand over when it is ready (or at once, if that fails)."""
+    if spec.shape != Shape.SHIP.value:
+        return
+    opened = await asyncio.shield(link.opened)
+    blocks = list(spec.blocks)
+    sender = KvSender(deps.recipe, blocks, deps.encoder)
+    for index, block in enumerate(blocks):
+        kept = deps.cache.get(block)
+        if kept is None:  # evicted since: the cloud computes the rest
+            break
+        sender.offer(index, *kept)
+    else:
+        await sender.run(link.stream, opened.have_blocks)
+        await link.silence.wait()
+    await link.wait_durable(opened.next_index)  # the log's own tokens may differ from the previews
+    if not link.stopped:
+        made = dpb.HandOver(next_index=reply.next_index)
+        link.stream.control(dpb.RunRequest(hand_over=made))
