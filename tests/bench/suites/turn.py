@@ -20,7 +20,7 @@ from segue_contract.plan import PlanReport
 
 SEED = 20
 LINK_MBPS = 1000
-LONG_WORDS = 380  # 530 to 560 tokens with the chat template
+LONG_WORDS = 480  # 520 to 540 tokens with the chat template
 REPLY_TOKENS = 24
 
 WORDS = (
