@@ -15,6 +15,9 @@ from tests.support.servers import require_broker, require_valkey
 from segue_contract.model.manifest import MANIFEST_NAME, model_home
 from segue_contract.servers import Broker, Valkey
 
+# As segue_cloud.engine sets it, for tests that load torch before the engine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_BUILD_TIMEOUT_S = 900
 

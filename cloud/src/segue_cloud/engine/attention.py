@@ -151,6 +151,27 @@ class CompiledOps:
         cos, sin = rope_tables(geometry)
         self._cos, self._sin = cos.numpy(), sin.numpy()
 
+    def load_kernels(self, geometry: ModelGeometry) -> None:
+        """Load or compile every kernel for the kinds of arrays that steps will bring.
+
+        Only before the first turn: it writes to the first slot.
+        """
+        g = geometry
+
+        def store(width: int) -> NDArray[Any]:
+            return _array(torch.zeros(1, width, dtype=self._dtype))
+
+        one = np.zeros(1, np.int64)
+        qkv, hidden = store((g.heads + 2 * g.kv_heads) * g.head_dim), store(g.hidden)
+        residual, weight = np.zeros((1, g.hidden), np.float32), np.ones(g.hidden, np.float32)
+        kernels, k, v = self.kernels, self._k[0], self._v[0]
+        kernels.add_norm.load(residual, hidden, True, weight, self._eps, hidden)
+        kernels.rope_store.load(qkv, one, one, self._cos, self._sin, k, v)
+        tables, rows = np.zeros((1, 1), np.int32), np.array([[0, 0, 1]], np.int32)
+        out = store(g.heads * g.head_dim)
+        kernels.attend.load(qkv, k, v, tables, rows, self._scale, out)
+        kernels.silu_mul.load(store(2 * g.ffn), store(g.ffn))
+
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
@@ -158,12 +179,19 @@ class CompiledOps:
         target = _array(out)
         added = target if delta is None else _array(delta)
         self.kernels.add_norm(
-            residual.numpy(), added, delta is not None, weight.numpy(), self._eps, target
+            3 * residual.numel(),
+            residual.numpy(),
+            added,
+            delta is not None,
+            weight.numpy(),
+            self._eps,
+            target,
         )
         return out
 
     def rope_store(self, qkv: torch.Tensor, step: StepInput, layer: int) -> None:
         self.kernels.rope_store(
+            3 * qkv.numel(),
             _array(qkv),
             step.positions_np,
             step.slots_np,
@@ -177,6 +205,7 @@ class CompiledOps:
         self, qkv: torch.Tensor, step: StepInput, layer: int, out: torch.Tensor
     ) -> None:
         self.kernels.attend(
+            int(step.rows[:, 2].sum()) * 2 * out.shape[1],
             _array(qkv),
             self._k[layer],
             self._v[layer],
@@ -188,7 +217,7 @@ class CompiledOps:
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=self._dtype)
-        self.kernels.silu_mul(_array(gate_up), _array(out))
+        self.kernels.silu_mul(10 * out.numel(), _array(gate_up), _array(out))
         return out
 
 

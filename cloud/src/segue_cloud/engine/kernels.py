@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,9 +39,41 @@ from numba.extending import intrinsic  # noqa: E402
 Function: TypeAlias = Callable[..., Any]
 
 
-def _kernel(function: Function) -> Function:
-    compiled: Function = numba.njit(parallel=True, fastmath=True, nogil=True, cache=True)(function)
-    return compiled
+# Below this many multiply-adds a kernel runs on the calling thread: about 10 microseconds, which
+# is what waking another thread costs.
+_SERIAL_WORK = 50_000
+
+
+class Kernel:
+    """One function, compiled for one thread and for many; the work of a call decides."""
+
+    def __init__(self, function: Function) -> None:
+        self._serial = _compile(function, parallel=False)
+        self._parallel = _compile(function, parallel=True)
+
+    def __call__(self, work: int, *args: Any) -> None:
+        """`work`: about how many multiply-adds the call takes."""
+        (self._serial if work < _SERIAL_WORK else self._parallel)(*args)
+
+    def load(self, *args: Any) -> None:
+        """Run both forms once, so that neither is loaded or compiled in the middle of a turn."""
+        self._serial(*args)
+        self._parallel(*args)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything had to be compiled in this process (else it came from the cache)."""
+        return any(form.stats.cache_misses for form in (self._serial, self._parallel))
+
+
+def _compile(function: Function, *, parallel: bool) -> Any:
+    # numba's cache tells functions apart by their qualified names, not by how they are compiled.
+    assert isinstance(function, FunctionType)
+    code, closure = function.__code__, function.__closure__
+    twin = FunctionType(code, function.__globals__, function.__name__, None, closure)
+    twin.__qualname__ = f"{function.__qualname__}.{'parallel' if parallel else 'serial'}"
+    twin.__module__ = function.__module__
+    return numba.njit(parallel=parallel, fastmath=True, nogil=True, cache=True)(twin)
 
 
 def _inline(function: Function) -> Function:
@@ -121,7 +154,9 @@ def _exp(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Compiled functions; arrays are C-contiguous, `store` is uint16 (bfloat16 bits) or float32.
+    """Compiled functions, each called with its work (see `Kernel`) before the arguments below.
+
+    Arrays are C-contiguous; `store` is uint16 (bfloat16 bits) or float32.
 
     add_norm(residual f32[T,H], delta store[T,H], add bool, weight f32[H], eps, out store[T,H])
         residual += delta (if add); out = RMSNorm(residual) * weight
@@ -133,10 +168,10 @@ class Kernels:
     silu_mul(gate_up store[T,2F], out store[T,F])   silu(gate) * up
     """
 
-    add_norm: Function
-    rope_store: Function
-    attend: Function
-    silu_mul: Function
+    add_norm: Kernel
+    rope_store: Kernel
+    attend: Kernel
+    silu_mul: Kernel
 
     def set_threads(self, threads: int) -> None:
         """Threads that a kernel uses when the calling thread calls it."""
@@ -150,8 +185,8 @@ class Kernels:
     @property
     def compiled(self) -> bool:
         """Whether anything had to be compiled in this process (else it came from the cache)."""
-        parts: tuple[Any, ...] = (self.add_norm, self.rope_store, self.attend, self.silu_mul)
-        return any(part.stats.cache_misses for part in parts)
+        parts = (self.add_norm, self.rope_store, self.attend, self.silu_mul)
+        return any(part.compiled for part in parts)
 
 
 @functools.cache
@@ -165,8 +200,7 @@ def build_kernels(heads: int, kv_heads: int, head_dim: int) -> Kernels:
     )
 
 
-def _build_add_norm() -> Function:
-    @_kernel
+def _build_add_norm() -> Kernel:
     def add_norm(residual: Any, delta: Any, add: Any, weight: Any, eps: Any, out: Any) -> None:
         width = residual.shape[1]
         for row in numba.prange(residual.shape[0]):
@@ -180,14 +214,13 @@ def _build_add_norm() -> Function:
             for i in range(width):
                 out[row, i] = _store(residual[row, i] * scale * weight[i], out[0, 0])
 
-    return add_norm
+    return Kernel(add_norm)
 
 
-def _build_rope_store(heads: int, kv_heads: int, head_dim: int) -> Function:
+def _build_rope_store(heads: int, kv_heads: int, head_dim: int) -> Kernel:
     half_dim = head_dim // 2
     rotated = heads + kv_heads
 
-    @_kernel
     def rope_store(
         qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, k: Any, v: Any
     ) -> None:
@@ -211,11 +244,10 @@ def _build_rope_store(heads: int, kv_heads: int, head_dim: int) -> Function:
                 for i in range(head_dim):
                     v[head, slot, i] = qkv[row, base + i]
 
-    return rope_store
+    return Kernel(rope_store)
 
 
-def _build_attend(group: int, kv_heads: int, head_dim: int) -> Function:
-    @_kernel
+def _build_attend(group: int, kv_heads: int, head_dim: int) -> Kernel:
     def attend(qkv: Any, k: Any, v: Any, tables: Any, rows: Any, scale: Any, out: Any) -> None:
         for task in numba.prange(rows.shape[0] * kv_heads):
             entry = task // kv_heads
@@ -259,11 +291,10 @@ def _build_attend(group: int, kv_heads: int, head_dim: int) -> Function:
                 for i in range(head_dim):
                     out[row, (head * group + g) * head_dim + i] = _store(total[g, i], out[0, 0])
 
-    return attend
+    return Kernel(attend)
 
 
-def _build_silu_mul() -> Function:
-    @_kernel
+def _build_silu_mul() -> Kernel:
     def silu_mul(gate_up: Any, out: Any) -> None:
         width = out.shape[1]
         for row in numba.prange(out.shape[0]):
@@ -272,4 +303,4 @@ def _build_silu_mul() -> Function:
                 up = _load(gate_up[row, width + i])
                 out[row, i] = _store(gate * up / (np.float32(1) + _exp(-gate)), out[0, 0])
 
-    return silu_mul
+    return Kernel(silu_mul)

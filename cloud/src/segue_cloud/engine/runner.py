@@ -93,26 +93,16 @@ class Runner:
             self.pages.write_block(pages, block)
 
     def warm_up(self, threads: int) -> None:
-        started = time.monotonic()
-        kernels = self._ops.kernels if isinstance(self._ops, CompiledOps) else None
-        if kernels is not None:
-            kernels.set_threads(threads)
-            if not kernels.seem_cached:
-                log.info("compiling_cpu_kernels", note="once on this machine, some seconds")
-        self._touch_everything()
-        if kernels is not None and kernels.compiled:
-            log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
-
-    def _touch_everything(self) -> None:
-        """Run a chunk and a row through scratch pages: libraries and kernels set themselves up."""
+        if isinstance(self._ops, CompiledOps):
+            _load_kernels(self._ops, self._geometry, threads)
         tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
-        rows = np.array([[0, 0, 1]], np.int32)
         tables = np.zeros_like(self._tables.array)
         segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
         with torch.inference_mode():
             self._model.step(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))
-            self._model.step(self._input(chunk[:1], chunk[:1], chunk[:1], rows, tables, (), [0]))
+            one = chunk[:1]
+            self._model.step(self._input(one, one, one, [(0, 0, 1)], tables, (), [0]))
 
     # -- building a step's arrays -------------------------------------------------------------
 
@@ -158,7 +148,7 @@ class Runner:
         tokens: np.ndarray,
         positions: np.ndarray,
         slots: np.ndarray,
-        rows: Seq[tuple[int, int, int]] | np.ndarray,
+        rows: Seq[tuple[int, int, int]],
         tables: np.ndarray,
         segments: tuple[Segment, ...],
         logit_rows: list[int],
@@ -182,6 +172,16 @@ class Runner:
         late = torch.arange(end)[None, :] > torch.arange(work.start, end)[:, None]
         mask.masked_fill_(late, float("-inf"))
         return Segment(first, work.count, work.start, slots, mask.to(self._device))
+
+
+def _load_kernels(ops: CompiledOps, geometry: ModelGeometry, threads: int) -> None:
+    started = time.monotonic()
+    ops.kernels.set_threads(threads)
+    if not ops.kernels.seem_cached:
+        log.info("compiling_cpu_kernels", note="once on this machine, some seconds")
+    ops.load_kernels(geometry)
+    if ops.kernels.compiled:
+        log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
 
 
 class _Tables:
