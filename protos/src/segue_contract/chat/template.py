@@ -84,7 +84,7 @@ class ChatTemplate:
             text = self._template.render(
                 messages=values, add_generation_prompt=True, tools=None, **self._specials
             )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:  # a template may fail in any way that Python code may
             raise ModelError(
                 f"The model's chat template refuses this conversation: {error}.",
                 hint="Start a new session, or build the model with another chat template.",
