@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.servers import require_broker, require_valkey
 
 from segue_contract.model.manifest import MANIFEST_NAME, model_home
 from segue_contract.servers import Broker, Valkey
+from tests.support.servers import require_broker, require_valkey
 
 # As segue_cloud.engine sets it, for tests that load torch before the engine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

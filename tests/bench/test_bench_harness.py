@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.bench.harness import ROOT, Report, median_of, number, suite_names
 
 MEASURED = ("wire_vs_fp16", "encode_mb_per_s", "decode_mb_per_s")

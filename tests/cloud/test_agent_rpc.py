@@ -13,8 +13,6 @@ import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tests.support.cloud_rpc import CloudRpc, cloud_rpc
-from tests.support.scripted_engine import ScriptedEngine
 
 from segue_contract.errors import (
     BadSampling,
@@ -37,6 +35,8 @@ from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
+from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.scripted_engine import ScriptedEngine
 
 WAIT_S = 20.0
 

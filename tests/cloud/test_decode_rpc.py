@@ -9,8 +9,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.support.cloud_rpc import CloudRpc, cloud_rpc
-from tests.support.scripted_engine import ScriptedEngine
 
 from segue_contract.errors import (
     BadChecksum,
@@ -28,6 +26,8 @@ from segue_contract.sync.state import decode_turns
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
+from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.scripted_engine import ScriptedEngine
 
 WAIT_S = 20.0
 PROMPT = tuple(range(10, 10 + 2 * BLOCK_TOKENS + 5))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.support.tiny_llama import TINY
 
 from segue_cloud.engine.attention import CompiledOps, TorchOps
 from segue_cloud.engine.kv_pages import KvPages
 from segue_cloud.engine.step_input import StepInput
+from tests.support.tiny_llama import TINY
 
 PAGES = 64
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}

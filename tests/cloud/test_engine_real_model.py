@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.tiny_llama import HfReference
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.chat.tokenizer import ChatTokenizer
 from segue_contract.model.manifest import read_manifest
+from tests.support.tiny_llama import HfReference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

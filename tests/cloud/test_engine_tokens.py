@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from tests.support.tiny_llama import HfReference, build_tiny_llama
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
+from tests.support.tiny_llama import HfReference, build_tiny_llama
 
 POOL = 32 << 20
 FP32 = EngineOptions(dtype="fp32", pool_bytes=POOL)

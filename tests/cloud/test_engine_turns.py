@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.tiny_llama import TINY, build_tiny_llama
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
@@ -30,6 +29,7 @@ from segue_contract.errors import (
 )
 from segue_contract.kv.layout import KvBlock, block_ids
 from segue_contract.model.manifest import Manifest
+from tests.support.tiny_llama import TINY, build_tiny_llama
 
 OPTIONS = EngineOptions(dtype="fp32", pool_bytes=8 << 20, max_turns=4)
 PROMPT = tuple(range(10, 210))

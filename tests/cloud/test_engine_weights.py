@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny_llama import TINY, WEIGHTS, build_tiny_llama
 
 from segue_cloud.engine.weights import load_weights, make_linear, plain_linear
 from segue_contract.errors import ModelMismatch, ModelMissing
+from tests.support.tiny_llama import TINY, WEIGHTS, build_tiny_llama
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 
 import aiomqtt
 import pytest
-from tests.support.servers import require_broker
 
 from segue_cloud.hub.hub import Hub
 from segue_cloud.mqtt.publisher import Publisher
@@ -27,6 +26,7 @@ from segue_contract.topics import (
     log_topic,
 )
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from tests.support.servers import require_broker
 
 T, S = "default", "trip"
 DEADLINE_S = 30

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
-from tests.support.servers import require_valkey
 
 from segue_cloud.sessions.keys import SessionKeys, key_slot
 from segue_cloud.sessions.port import Status
@@ -18,6 +17,7 @@ from segue_contract.servers import Valkey
 from segue_contract.servers.process import free_port
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, SessionState, TurnState
+from tests.support.servers import require_valkey
 
 T, S = "default", "trip"
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.support.scripted_engine import ScriptedEngine
 
 from segue_cloud.hub.hub import Hub
 from segue_cloud.sessions.log import SessionLog
@@ -33,6 +32,7 @@ from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import TurnState
+from tests.support.scripted_engine import ScriptedEngine
 
 TENANT, SESSION = "default", "trip"
 WAIT_S = 20.0

@@ -8,10 +8,10 @@ import sys
 
 import psutil
 import pytest
-from tests.support.servers import require_broker
 
 from segue_contract.errors import DeadlineExceeded, Internal, PortInUse
 from segue_contract.servers import Broker, ChildProcess, Valkey
+from tests.support.servers import require_broker
 
 
 async def _ping(port: int) -> bytes:

@@ -6,14 +6,14 @@ import asyncio
 
 import grpc
 import pytest
-from tests.support.edge_node import Device, Told, device_of, edge_node, serving
-from tests.support.scripted_cloud import scripted_cloud
-from tests.support.tiny_edge import TinyModel, reply_text
 
 from segue_contract.errors import Unreachable
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns import takeover
+from tests.support.edge_node import Device, Told, device_of, edge_node, serving
+from tests.support.scripted_cloud import scripted_cloud
+from tests.support.tiny_edge import TinyModel, reply_text
 
 
 @pytest.mark.parametrize("shape", ["ship", "text"])

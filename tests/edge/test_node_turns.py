@@ -9,9 +9,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.support.edge_node import Told, device_of, edge_node, serving
-from tests.support.scripted_cloud import scripted_cloud
-from tests.support.tiny_edge import TinyModel, reply_text
 
 from segue_contract.errors import (
     BadSampling,
@@ -25,6 +22,9 @@ from segue_contract.errors import (
 from segue_contract.kv.layout import block_ids
 from segue_contract.plan import decode_plan
 from segue_contract.v1 import agent_pb2 as pb
+from tests.support.edge_node import Told, device_of, edge_node, serving
+from tests.support.scripted_cloud import scripted_cloud
+from tests.support.tiny_edge import TinyModel, reply_text
 
 
 async def test_ship_first_token_from_the_edge_then_the_cloud() -> None:

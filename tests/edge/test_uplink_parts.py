@@ -11,7 +11,6 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.tiny_edge import RECIPE, block_of
 
 from segue_contract.errors import BadBlock, InvalidArgument, Unreachable
 from segue_contract.kv.layout import block_ids
@@ -24,6 +23,7 @@ from segue_edge.uplink.pacer import Pacer, TokenBucket
 from segue_edge.uplink.rendezvous import rank
 from segue_edge.uplink.sender import KvSender
 from segue_edge.uplink.stream import TurnStream
+from tests.support.tiny_edge import RECIPE, block_of
 
 TARGETS = [f"10.0.0.{n}:7412" for n in range(1, 6)]
 

@@ -11,13 +11,13 @@ import os
 from random import Random
 
 import pytest
-from tests.support.slow_proxy import SlowProxy
 
 from segue_cloud.sessions.port import Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
+from tests.support.slow_proxy import SlowProxy
 
 T = "default"
 

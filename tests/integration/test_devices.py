@@ -8,11 +8,11 @@ import sys
 import textwrap
 
 import pytest
-from tests.support.devices import WAIT_S, text_in_log, watching
 
 import segue
 from segue.testing import LocalStack
 from segue_contract.errors import SessionBusy
+from tests.support.devices import WAIT_S, text_in_log, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 

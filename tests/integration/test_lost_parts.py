@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.support.devices import WAIT_S, text_in_log, watching
 
 import segue
 from segue.testing import LocalStack
+from tests.support.devices import WAIT_S, text_in_log, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 

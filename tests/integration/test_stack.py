@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support.servers import require_broker, require_valkey
 
 from segue.local.parts import Part, Program, Server
 from segue.local.ports import check_free, free_port, is_free
 from segue.local.stack import LocalStack, together
 from segue_contract.errors import Internal, InvalidArgument, PortInUse, StartFailed
 from segue_contract.servers import Broker, Valkey
+from tests.support.servers import require_broker, require_valkey
 
 WAIT_S = 30.0
 

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
-from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
 import segue
 from segue.cli._chat_terminal import TerminalScreen
@@ -19,6 +18,7 @@ from segue.cli._chat_text import body, clean, footer
 from segue.cli._room import Room, Talk
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.sync import ops
+from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
 WAIT_S = 20.0
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.fake_agent import FakeAgent, FakeLog
 
 import segue
 from segue import errors
 from segue_contract.sync.ops import Feedback, Set, UserMessage, decode_op
+from tests.support.fake_agent import FakeAgent, FakeLog
 
 
 async def test_nobody_there_is_a_typed_error() -> None:

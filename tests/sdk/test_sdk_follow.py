@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import aiomqtt
 import pytest
-from tests.support.fake_agent import FakeAgent, FakeLog
 
 import segue
 from segue import errors
@@ -19,6 +18,7 @@ from segue_contract.sync.ops import Set, encode_op
 from segue_contract.sync.state import Cursor
 from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from tests.support.fake_agent import FakeAgent, FakeLog
 
 WAIT_S = 20.0
 

@@ -6,7 +6,6 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.fake_agent import durable, ended, frame, started
 
 from segue._inbox import Batch, Head, Inbox, Link, Overflow, RawEntry
 from segue._log import LogView
@@ -14,6 +13,7 @@ from segue._reply import ReplyView
 from segue.events import Frame, Rewound
 from segue_contract.sync.ops import Set, Unknown, encode_op
 from segue_contract.sync.state import Cursor, SessionState
+from tests.support.fake_agent import durable, ended, frame, started
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

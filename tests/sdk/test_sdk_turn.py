@@ -6,6 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+
+import segue
+from segue import errors
+from segue_contract.plan import PlanReport, encode_plan
+from segue_contract.v1 import agent_pb2 as pb
 from tests.support.fake_agent import (
     Break,
     FakeAgent,
@@ -17,11 +22,6 @@ from tests.support.fake_agent import (
     frame,
     started,
 )
-
-import segue
-from segue import errors
-from segue_contract.plan import PlanReport, encode_plan
-from segue_contract.v1 import agent_pb2 as pb
 
 REPLY = "Paris is a fine place to walk "
 

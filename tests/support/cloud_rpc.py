@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.scripted_engine import ScriptedEngine
-
 from segue_cloud.hub.hub import Hub
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
@@ -23,6 +21,7 @@ from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
+from tests.support.scripted_engine import ScriptedEngine
 
 
 @dataclass

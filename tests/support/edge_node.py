@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
-from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.transport.channel import open_channel
@@ -18,6 +16,8 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
+from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
+from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 
 LONG_PROMPT = "Tell me of the sea. " * 20  # six full blocks and a tail
 

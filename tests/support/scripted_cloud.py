@@ -12,15 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from tests.support.tiny_edge import (
-    END,
-    GEOMETRY,
-    MANIFEST,
-    RECIPE,
-    next_token,
-    reply_text,
-    tiny_tokenizer,
-)
 
 from segue_contract.errors import SegueError, UnknownSession
 from segue_contract.kv.assembler import Assembler
@@ -30,6 +21,15 @@ from segue_contract.transport.server import RunningServer, start_server
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
+from tests.support.tiny_edge import (
+    END,
+    GEOMETRY,
+    MANIFEST,
+    RECIPE,
+    next_token,
+    reply_text,
+    tiny_tokenizer,
+)
 
 
 @dataclass

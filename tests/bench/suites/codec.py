@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.bench.harness import Report, median_of
 
 from segue_contract.kv.assembler import Assembler
 from segue_contract.kv.frame import encode_frames
@@ -25,6 +24,7 @@ from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
 from segue_contract.kv.quantize import decode_block, encode_block
 from segue_contract.kv.steps import STEPS
 from segue_contract.limits import KV_PART_BYTES
+from tests.bench.harness import Report, median_of
 
 T = TypeVar("T")
 SMOL = KvGeometry(layers=30, kv_heads=3, head_dim=64)

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, field
 
 import psutil
-from tests.bench.harness import Report
 
 import segue
 from segue.testing import LocalStack
 from segue_contract.errors import Overloaded, SegueError
+from tests.bench.harness import Report
 
 CONCURRENT = 128
 REFUSED = 64
@@ -120,9 +120,7 @@ async def refusals(stack: LocalStack, report: Report, bound: int) -> None:
     report.row("refused", float(len(waits)), "turns", note=f"of {REFUSED} beyond {bound}")
     if waits:
         report.row("refusal_ms_p50", statistics.median(waits), "ms")
-        report.row(
-            "refusal_ms_p99", percentile(waits, 0.99), "ms", target=50.0, better="lower"
-        )
+        report.row("refusal_ms_p99", percentile(waits, 0.99), "ms", target=50.0, better="lower")
         report.row("refusal_retry_hint_s", statistics.median(hints), "s")
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tests.bench.harness import Report
 from tokenizers import Tokenizer
 
 from segue_contract.kv.layout import BLOCK_TOKENS
@@ -34,6 +33,7 @@ from segue_edge.prefill.quality import (
 )
 from segue_edge.prefill.runner import GraphRunner, open_session
 from segue_edge.prefill.runtime import DEFAULT_CHUNK, EdgeModel
+from tests.bench.harness import Report
 
 SPEED_TARGET, AGREEMENT_TARGET = 1.4, 0.94
 

@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 
 import redis.asyncio as redis
-from tests.bench.harness import ROOT, Report
 
 from segue_cloud.hub.hub import Hub
 from segue_cloud.mqtt.publisher import Publisher
@@ -24,6 +23,7 @@ from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.servers import Broker, ChildProcess, Valkey
 from segue_contract.sync import ops
+from tests.bench.harness import ROOT, Report
 
 DEVICES = 5
 RATE_HZ = 60.0

@@ -12,11 +12,10 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from tests.bench.harness import Report
-
 import segue
 from segue.testing import LocalStack
 from segue_contract.plan import PlanReport
+from tests.bench.harness import Report
 
 SEED = 20
 LINK_MBPS = 1000

@@ -24,13 +24,16 @@ SESSION = "trip"
 KILL_AFTER_TOKENS = 48  # well inside the reply, and enough tokens to speak of a p99
 
 FIRST_PROMPT = """\
-Here are my notes for Saturday. We arrive at Gare du Nord at 9:15 in the morning and leave again at
-8:40 in the evening. My mother walks slowly and likes gardens, bookshops and coffee. My son is nine
-and likes boats, towers and everything with a motor. I would like to see one museum, but not a big
-one, and to sit down for lunch somewhere quiet that is not expensive. We have been to the Louvre and
-to Montmartre before. It may rain after four o'clock. We take the metro, no taxis. Plan this day in
-Paris for the three of us: say when we go where, why it fits, and what we do if it rains."""
-SECOND_PROMPT = "Good. Now make it shorter: three stops only, and tell me what to pack."
+Write a letter to my sister Anna about our day in Paris, in a warm and friendly voice.
+
+What happened: We arrived at Gare du Nord at nine in the morning and took the metro to the Seine. \
+My mother wanted to see the gardens first, so we walked slowly through the Jardin du Luxembourg, \
+where old men played chess and my son Leo sailed a small wooden boat on the pond. Then we had \
+coffee and warm croissants in a little bookshop near Saint-Michel, and mother bought a book of \
+poems. At noon it began to rain, and we went into the Musée Rodin and looked at the statues until \
+the sun came back. In the afternoon we took a boat under all the bridges. Leo waved at everyone. \
+In the evening we climbed the Eiffel Tower and saw the lights of the whole city."""
+SECOND_PROMPT = "Thank you. What did Leo like best on that day, and why?"
 
 
 @dataclass(frozen=True)
