@@ -142,6 +142,7 @@ class CompiledOps:
     def __init__(self, geometry: ModelGeometry, pages: KvPages) -> None:
         from segue_cloud.engine.kernels import build_kernels
 
+        self._geometry = geometry
         self.kernels = build_kernels(geometry.heads, geometry.kv_heads, geometry.head_dim)
         self._k = [_array(k) for k in pages.k]
         self._v = [_array(v) for v in pages.v]
@@ -151,12 +152,12 @@ class CompiledOps:
         cos, sin = rope_tables(geometry)
         self._cos, self._sin = cos.numpy(), sin.numpy()
 
-    def load_kernels(self, geometry: ModelGeometry) -> None:
+    def load_kernels(self) -> None:
         """Load or compile every kernel for the kinds of arrays that steps will bring.
 
         Only before the first turn: it writes to the first slot.
         """
-        g = geometry
+        g = self._geometry
 
         def store(width: int) -> NDArray[Any]:
             return _array(torch.zeros(1, width, dtype=self._dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,23 @@ from segue_contract.limits import KV_PAGE_TOKENS
 
 
 def _cache_folder() -> Path:
+    """The user's cache folder; where it cannot be written, one for this process alone.
+
+    Never a shared folder: what lies in it is run.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
+    folder = (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    return folder if writable else Path(tempfile.mkdtemp(prefix="segue-numba-"))
 
 
 # Read by numba when it is imported.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(_cache_folder()))
+if "NUMBA_CACHE_DIR" not in os.environ:
+    os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder())
 
 import numba  # noqa: E402
 from llvmlite import ir  # type: ignore[import-untyped]  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -65,11 +66,7 @@ class Runner:
         self._device = device
         self._geometry = geometry
         self.pages = KvPages(geometry.kv, pages, dtype, device)
-        self._ops: StepOps = (
-            CompiledOps(geometry, self.pages)
-            if options.compiled and device == "cpu"
-            else TorchOps(geometry, self.pages, device)
-        )
+        self._ops = _choose_ops(geometry, self.pages, options)
         weights = load_weights(directory, geometry, dtype, device)
         self._model = LlamaModel(geometry, weights, self.pages, self._ops)
         self._tables = _Tables(options.max_batch, pages_for(geometry.context))
@@ -94,7 +91,7 @@ class Runner:
 
     def warm_up(self, threads: int) -> None:
         if isinstance(self._ops, CompiledOps):
-            _load_kernels(self._ops, self._geometry, threads)
+            _load_kernels(self._ops, threads)
         tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
@@ -174,12 +171,20 @@ class Runner:
         return Segment(first, work.count, work.start, slots, mask.to(self._device))
 
 
-def _load_kernels(ops: CompiledOps, geometry: ModelGeometry, threads: int) -> None:
+def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions) -> StepOps:
+    if options.device == "cpu" and options.compiled:
+        if find_spec("numba") is not None:
+            return CompiledOps(geometry, pages)
+        log.warning("cpu_kernels_missing", hint="pip install 'segue[cloud]'; decoding is slow now")
+    return TorchOps(geometry, pages, options.device)
+
+
+def _load_kernels(ops: CompiledOps, threads: int) -> None:
     started = time.monotonic()
     ops.kernels.set_threads(threads)
     if not ops.kernels.seem_cached:
         log.info("compiling_cpu_kernels", note="once on this machine, some seconds")
-    ops.load_kernels(geometry)
+    ops.load_kernels()
     if ops.kernels.compiled:
         log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
 
