@@ -15,11 +15,12 @@ import psutil
 
 import segue
 from segue.testing import LocalStack
-from segue_contract.errors import Overloaded, SegueError
+from segue_contract.errors import Overloaded
 from tests.bench.harness import Report
 
 CONCURRENT = 128
 REFUSED = 64
+AT_ONCE = 10  # turns in the memory test
 REPLY_TOKENS = 32
 PROMPT = "Write one sentence about the number {number}."
 
@@ -68,7 +69,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def level(stack: LocalStack, report: Report, turns: int, tokens: int) -> None:
+async def level(stack: LocalStack, report: Report, turns: int, tokens: int, most: int) -> None:
     """`turns` at once; prints throughput, waiting and what was lost."""
     async with segue.Client(stack.edge_address, device="load") as client:
         names = [f"load-{turns}-{number}" for number in range(turns)]
@@ -88,7 +89,7 @@ async def level(stack: LocalStack, report: Report, turns: int, tokens: int) -> N
     report.row(f"ttft_ms_p99_at_{turns}", percentile(ttfts, 0.99), "ms")
     report.row(f"inter_frame_ms_p50_at_{turns}", statistics.median(gaps), "ms")
     report.row(f"inter_frame_ms_p99_at_{turns}", percentile(gaps, 0.99), "ms")
-    if turns == CONCURRENT:
+    if turns == most:
         report.row("lost_turns", float(sum(gone)), "turns", target=0, better="lower")
 
 
@@ -100,23 +101,25 @@ async def refusals(stack: LocalStack, report: Report, bound: int) -> None:
         segue.Client(stack.edge_address, device="full") as client,
         segue.Client(stack.edge_address, device="beyond") as beyond,
     ):
-        sessions = [await beyond.session(f"beyond-{number}") for number in range(REFUSED)]
+        asking = [await beyond.session(f"beyond-{number}") for number in range(REFUSED)]
+        held = [await client.session(f"full-{number}") for number in range(bound)]
         turns = [
-            asyncio.create_task(one_turn(client, f"full-{number}", "Tell me a story.", 200))
-            for number in range(bound)
-        ]
-        await _until_full(sessions[0], turns)
-        for session in sessions:
+            session.run("Go on and on.", max_tokens=4000, temperature=2.0, seed=number)
+            for number, session in enumerate(held)
+        ]  # so hot that hardly any of them finds its end
+        async with asyncio.TaskGroup() as group:
+            for turn in turns:
+                group.create_task(turn.__aenter__())
+        for session in asking:
             began = time.monotonic()
-            try:
-                async with session.run("Me too.", max_tokens=1) as turn:
-                    await turn.result()
-            except Overloaded as error:
+            error = await _refusal(session)
+            if error is not None:
                 waits.append((time.monotonic() - began) * 1000)
                 hints.append(float(error.fields.get("retry_after_s", 0.0)))
-        for number in range(bound):
-            await (await client.session(f"full-{number}")).stop()
-        await asyncio.gather(*turns, return_exceptions=True)
+        for session in held:
+            await session.stop()
+        for turn in turns:
+            await turn.result()
     report.row("refused", float(len(waits)), "turns", note=f"of {REFUSED} beyond {bound}")
     if waits:
         report.row("refusal_ms_p50", statistics.median(waits), "ms")
@@ -124,18 +127,14 @@ async def refusals(stack: LocalStack, report: Report, bound: int) -> None:
         report.row("refusal_retry_hint_s", statistics.median(hints), "s")
 
 
-async def _until_full(session: segue.Session, turns: list[asyncio.Task[Seen]]) -> None:
-    """The node refuses: it is full. Each try that is served instead has ended by itself."""
-    for _ in range(50):
-        try:
-            async with session.run("Is there room?", max_tokens=1) as turn:
-                await turn.result()
-        except Overloaded:
-            return
-        except SegueError:
-            continue
-        if all(task.done() for task in turns):
-            raise AssertionError("the node was never full")
+async def _refusal(session: segue.Session) -> Overloaded | None:
+    """The error of a turn that is refused; None where it was served (a place was free)."""
+    try:
+        async with session.run("Me too.", max_tokens=1) as turn:
+            await turn.result()
+    except Overloaded as error:
+        return error
+    return None
 
 
 async def memory(stack: LocalStack, report: Report, turns: int) -> None:
@@ -149,10 +148,10 @@ async def memory(stack: LocalStack, report: Report, turns: int) -> None:
     async with segue.Client(stack.edge_address, device="memory") as client:
         while done < turns:
             async with asyncio.TaskGroup() as group:
-                for number in range(done, done + 20):
+                for number in range(done, done + AT_ONCE):
                     name = f"memory-{number % 100}-{number // 500}"
                     group.create_task(one_turn(client, name, "Say hi.", 4))
-            done += 20
+            done += AT_ONCE
             if not warm and done >= turns // 5:
                 warm = {name: process.memory_info().rss for name, process in programs.items()}
     for name, process in programs.items():
@@ -171,7 +170,7 @@ async def _run(report: Report, quick: bool) -> None:
     args = ("--max-turns", str(bound))
     async with LocalStack(edge_args=args) as stack:
         for turns in (4, bound) if quick else (1, 8, 32, CONCURRENT):
-            await level(stack, report, turns, 8 if quick else REPLY_TOKENS)
+            await level(stack, report, turns, 8 if quick else REPLY_TOKENS, bound)
         await refusals(stack, report, bound)
         await memory(stack, report, 40 if quick else 1000)
 
