@@ -167,7 +167,7 @@ def test_a_screen_keeps_the_first_time_of_a_token_and_forgets_what_is_rewound() 
     seen.apply(tokens(1, ["c", "d"], 4.0))
     assert seen.text == "acd"
     assert seen.tokens_per_s == pytest.approx(2 / 3)
-    assert delays_s(seen, Seen(at=[1.5, 4.25])) == [0.5, 0.25]
+    assert delays_s(seen, Seen(at=[1.5, 3.75])) == [0.5, 0.25]
 
 
 def test_the_numbers_of_the_demo_have_unique_names_and_units() -> None:

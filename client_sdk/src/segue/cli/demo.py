@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from pathlib import Path
@@ -32,14 +33,19 @@ def demo(
     ] = None,
     model: Annotated[str, typer.Option(help="Name or folder of a built model.")] = "",
     plan: Annotated[
-        str, typer.Option(help="Force the plan of both turns: edge, ship or text.")
+        str, typer.Option(help="Of both turns: auto, edge, ship or text. Default: ship, then auto.")
     ] = "",
-    max_tokens: Annotated[int, typer.Option(min=80, max=2000, help="Length of a reply.")] = 160,
+    max_tokens: Annotated[
+        int, typer.Option(min=80, max=2000, help="Length of the first reply.")
+    ] = 160,
 ) -> None:
     """Play a reply that starts on an edge node, goes on in the cloud and outlives its device."""
     if json is not None and not json.absolute().parent.is_dir():
         raise InvalidArgument(f"The folder of {json} does not exist.", hint="Make it first.")
-    script = Script(max_tokens=max_tokens, first_plan=plan, second_plan=plan)
+    script = Script(max_tokens=max_tokens, second_max_tokens=max_tokens * 5 // 8)
+    if plan:
+        chosen = "" if plan == "auto" else plan
+        script = dataclasses.replace(script, first_plan=chosen, second_plan=chosen)
     numbers = run(_demo(script, model, out()))
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(as_json(numbers)), indent=2))
@@ -52,6 +58,7 @@ async def _demo(script: Script, model: str, console: Console) -> DemoNumbers:
     console.print(
         "[bold]Segue[/]  one reply that moves from edge to cloud and from phone to laptop"
     )
+    console.print("[dim]The default model is a small one: it writes fluently, not wisely.[/]")
     view, starting = DemoView(console), StartView(console)
     view.scene("A store, a broker, the cloud and an edge node start on this machine")
     began = time.monotonic()
@@ -73,9 +80,9 @@ async def _demo(script: Script, model: str, console: Console) -> DemoNumbers:
 def report(numbers: DemoNumbers) -> RenderableType:
     """The table of both turns, and what its words mean."""
     table = Table(box=None, padding=(0, 4, 0, 0), header_style="bold")
-    table.add_column("", style="dim")
+    table.add_column("", style="dim", no_wrap=True)
     for number, turn in enumerate(numbers.turns, start=1):
-        table.add_column(f"turn {number}: the {turn.asked_by} asks")
+        table.add_column(f"turn {number}: {turn.asked_by} asks")
     columns = [_column(turn) for turn in numbers.turns]
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
@@ -84,46 +91,43 @@ def report(numbers: DemoNumbers) -> RenderableType:
     meaning.add_column(style="dim")
     for name, words in _MEANING.items():
         meaning.add_row(name, words)
-    delays = numbers.delays
-    meaning.add_row(
-        "",
-        f"Both directions together: {_ms(percentile(delays, 0.5))} p50, "
-        f"{_ms(percentile(delays, 0.99))} p99 over {len(delays)} tokens.",
-    )
     return Group(table, Text(), meaning)
 
 
 _MEANING = {
-    "time to first token": "From asking until the asking device has the first token, all included.",
-    "KV shipped": "Attention state that went from edge to cloud; the same blocks in fp16.",
-    "blocks reused": "64-token blocks of the prompt whose KV was there already, of all.",
-    "device to device": "Per token: when the other device had it, minus when the asking one had "
-    "it, by one clock.",
+    "plan": "ship: the edge prefills, its KV goes up, the cloud decodes; text: the cloud does "
+    "both; edge: the edge does both. Turn 1 ships because the demo asked for it.",
+    "first token": "From asking until the asking device has it, all included; who made it.",
+    "foreseen": "What the planner expected of each plan.",
+    "devices apart": "Per token, how far apart in time both devices had it, by one clock.",
+    "KV shipped": "Attention state sent from edge to cloud, of what it would be in fp16.",
+    "blocks reused": "64-token blocks of the prompt whose KV was there from before.",
 }
 
 
 def _column(turn: TurnNumbers) -> dict[str, str]:
     plan = turn.plan
-    shape = plan.shape + (" (forced)" if plan.forced else "")
+    foreseen = [
+        f"{shape} {plan.predicted[shape].ttft_s * 1000:.0f}"
+        for shape in ("ship", "text", "edge")
+        if shape in plan.predicted
+    ]
     shipped = "none"
     if plan.shipped_fp16_bytes:
         share = plan.shipped_bytes / plan.shipped_fp16_bytes
-        shipped = (
-            f"{_size(plan.shipped_bytes)} instead of {_size(plan.shipped_fp16_bytes)} ({share:.0%})"
-        )
-    foreseen = plan.predicted.get(plan.shape)
+        sizes = f"{plan.shipped_bytes / 1e6:.1f} of {plan.shipped_fp16_bytes / 1e6:.1f} MB"
+        shipped = f"{sizes} ({share:.0%})"
+    p50, p99 = percentile(turn.delays, 0.5), percentile(turn.delays, 0.99)
     return {
-        "time to first token": f"{_ms(turn.ttft_s)}, made by the {turn.first_token_by}",
-        "tokens": f"{turn.tokens}: {turn.edge_tokens} by the edge, "
-        f"{turn.tokens - turn.edge_tokens} by the cloud",
+        "plan": f"{plan.shape}, {'asked for' if plan.forced else 'chosen by the planner'}",
+        "first token": f"{turn.ttft_s * 1000:.0f} ms, {turn.first_token_by}",
+        "foreseen": f"{', '.join(foreseen)} ms" if foreseen else "nothing",
+        "tokens": f"{turn.tokens}: edge {turn.edge_tokens}, cloud {turn.tokens - turn.edge_tokens}",
         "rate": f"{turn.tokens_per_s:.0f} tokens/s",
-        "device to device": f"{_ms(percentile(turn.delays, 0.5))} p50, "
-        f"{_ms(percentile(turn.delays, 0.99))} p99",
+        "devices apart": f"{p50 * 1000:.1f} ms p50, {p99 * 1000:.1f} ms p99",
         "KV shipped": shipped,
-        "blocks reused": f"edge {plan.edge_cached_blocks}, cloud {plan.cloud_cached_blocks} "
-        f"of {plan.prompt_blocks}",
-        "plan": f"{shape}: {plan.reason}" if plan.reason else shape,
-        "first token foreseen": _ms(foreseen.ttft_s) if foreseen else "no",
+        "blocks reused": f"edge {turn.edge_reused_blocks}, cloud {turn.cloud_reused_blocks} "
+        f"of {turn.prompt_blocks}",
     }
 
 
@@ -153,16 +157,8 @@ def as_json(numbers: DemoNumbers) -> dict[str, Any]:
                 "asked_by": turn.asked_by,
                 "first_token_by": turn.first_token_by,
                 "plan": turn.plan,
+                "usage": turn.usage,
             }
             for turn in numbers.turns
         ],
     }
-
-
-def _ms(seconds: float) -> str:
-    value = seconds * 1000
-    return f"{value:.1f} ms" if abs(value) < 10 else f"{value:.0f} ms"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"

@@ -7,6 +7,7 @@ import time
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -34,17 +35,17 @@ class DemoView:
         self._console.print()
         self._console.print(f"[bold]{self._scenes}  {escape(title)}[/]")
 
-    def told(self, text: str) -> None:
-        style = "red" if "DIFFER" in text else "green"
-        mark = "✗" if "DIFFER" in text else "✓"
-        self._console.print(f"   [{style}]{mark}[/] {escape(text)}")
+    def told(self, text: str, *, good: bool) -> None:
+        mark = "[green]✓[/]" if good else "[red]✗[/]"
+        self._console.print(f"   {mark} {escape(text)}")
 
     def begin(self, prompt: str, screens: tuple[Screen, ...]) -> None:
         asker = next(screen.name for screen in screens if screen.role == "asks")
         words = " ".join(prompt.split())
         if len(words) > _SHOWN_PROMPT_CHARS:
             words = words[:_SHOWN_PROMPT_CHARS].rsplit(" ", 1)[0] + " ..."
-        self._console.print(f"   [dim]{asker}:[/] [italic]{escape(words)}[/]", soft_wrap=False)
+        line = Text.from_markup(f"[dim]{asker}:[/] [italic]{escape(words)}[/]")
+        self._console.print(Padding(line, (0, 3)))
         self._screens = screens
         self._began = time.monotonic()
         if self._console.is_terminal:
@@ -60,9 +61,10 @@ class DemoView:
             self._live.stop()
             self._live = None
             return
+        longest = max(self._screens, key=lambda screen: len(screen.seen.at))
         for screen in self._screens:
-            self._console.print(f"   [dim]{screen.name} {_status(screen)}:[/]")
-            self._console.print(Text(screen.seen.text.strip()), soft_wrap=True)
+            self._console.print(f"   [dim]{screen.name}: {_status(screen)}[/]")
+        self._console.print(Padding(Text(longest.seen.text.strip(), style="italic"), (0, 3)))
 
     def _panels(self) -> RenderableType:
         grid = Table.grid(expand=True, padding=(0, 1))

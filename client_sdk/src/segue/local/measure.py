@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from segue.local.device import Happened
-from segue_contract.plan import PlanReport
+from segue_contract.limits import KV_BLOCK_TOKENS
+from segue_contract.plan import PlanReport, Shape
+from segue_contract.sync.ops import Usage
 
 
 @dataclass
@@ -50,8 +52,8 @@ class Seen:
 
 
 def delays_s(first: Seen, second: Seen) -> list[float]:
-    """Per token that both saw: how much later `second` had it than `first`, in seconds."""
-    return [there - here for here, there in zip(first.at, second.at, strict=False)]
+    """Per token that both saw: how far apart in time they had it, in seconds."""
+    return [abs(there - here) for here, there in zip(first.at, second.at, strict=False)]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -65,7 +67,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @dataclass
 class TurnNumbers:
-    """One turn, measured. Times in seconds; `delays` from the asking device to the other one."""
+    """One turn, measured. Times in seconds; `delays`: how far apart both devices had each token."""
 
     asked_by: str
     ttft_s: float
@@ -75,6 +77,25 @@ class TurnNumbers:
     tokens_per_s: float
     delays: list[float]
     plan: PlanReport
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def cloud_reused_blocks(self) -> int:
+        """Whole blocks of the prompt that the cloud had, without those shipped for this turn."""
+        cached = self.usage.cloud_cached_tokens // KV_BLOCK_TOKENS - self.plan.shipped_blocks
+        return max(self.plan.cloud_cached_blocks, cached)
+
+    @property
+    def edge_reused_blocks(self) -> int:
+        """Whole blocks of the prompt that the edge had; 0 where it computed nothing."""
+        if self.plan.shape == Shape.TEXT:
+            return 0
+        cached = self.usage.edge_cached_tokens // KV_BLOCK_TOKENS
+        return max(self.plan.edge_cached_blocks, cached)
+
+    @property
+    def prompt_blocks(self) -> int:
+        return self.plan.prompt_blocks or self.usage.prompt_tokens // KV_BLOCK_TOKENS
 
     def rows(self, number: int) -> Iterable[Row]:
         prefix = f"turn{number}_"
@@ -88,10 +109,10 @@ class TurnNumbers:
         yield Row(prefix + "device_to_device_ms_p99", percentile(self.delays, 0.99) * 1000, "ms")
         yield Row(prefix + "kv_shipped_bytes", plan.shipped_bytes, "bytes")
         yield Row(prefix + "kv_shipped_fp16_bytes", plan.shipped_fp16_bytes, "bytes")
-        yield Row(prefix + "prompt_tokens", plan.prompt_tokens, "tokens")
-        yield Row(prefix + "prompt_blocks", plan.prompt_blocks, "blocks")
-        yield Row(prefix + "edge_cached_blocks", plan.edge_cached_blocks, "blocks")
-        yield Row(prefix + "cloud_cached_blocks", plan.cloud_cached_blocks, "blocks")
+        yield Row(prefix + "prompt_tokens", self.usage.prompt_tokens, "tokens")
+        yield Row(prefix + "prompt_blocks", self.prompt_blocks, "blocks")
+        yield Row(prefix + "edge_reused_blocks", self.edge_reused_blocks, "blocks")
+        yield Row(prefix + "cloud_reused_blocks", self.cloud_reused_blocks, "blocks")
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,15 @@ SESSION = "trip"
 KILL_AFTER_TOKENS = 48  # well inside the reply, and enough tokens to speak of a p99
 
 FIRST_PROMPT = """\
-Write a letter to my sister Anna about our day in Paris, in a warm and friendly voice.
+Write a letter to my sister Anna about our day at the sea, in a warm and friendly voice.
 
-What happened: We arrived at Gare du Nord at nine in the morning and took the metro to the Seine. \
-My mother wanted to see the gardens first, so we walked slowly through the Jardin du Luxembourg, \
-where old men played chess and my son Leo sailed a small wooden boat on the pond. Then we had \
-coffee and warm croissants in a little bookshop near Saint-Michel, and mother bought a book of \
-poems. At noon it began to rain, and we went into the Musée Rodin and looked at the statues until \
-the sun came back. In the afternoon we took a boat under all the bridges. Leo waved at everyone. \
-In the evening we climbed the Eiffel Tower and saw the lights of the whole city."""
+What happened: We left the house at nine in the morning and took the small train along the coast. \
+My mother wanted to see the gardens first, so we walked slowly up the hill, where old men played \
+chess under the trees and my son Leo sailed a little wooden boat on the pond. Then we had coffee \
+and warm bread in a bookshop near the harbour, and mother bought a book of poems. At noon it \
+began to rain, and we went into the museum and looked at the old ships until the sun came back. \
+In the afternoon we took a boat around the island. Leo waved at everyone. In the evening we \
+climbed the lighthouse and saw the lights of the whole town."""
 SECOND_PROMPT = "Thank you. What did Leo like best on that day, and why?"
 
 
@@ -43,10 +43,11 @@ class Script:
     first: str = FIRST_PROMPT
     second: str = SECOND_PROMPT
     max_tokens: int = 160
-    temperature: float = 0.6
+    second_max_tokens: int = 100
+    temperature: float = 0.8
     top_p: float = 0.9
-    seed: int = 7
-    first_plan: str = ""
+    seed: int = 17
+    first_plan: str = "ship"  # so that the hand-over is seen whatever is cheapest here
     second_plan: str = ""
 
 
@@ -105,8 +106,8 @@ class Watcher(Protocol):
     def scene(self, title: str) -> None:
         """A new scene begins."""
 
-    def told(self, text: str) -> None:
-        """Something worth a line happened."""
+    def told(self, text: str, *, good: bool) -> None:
+        """Something worth a line happened; `good`: as it should."""
 
     def begin(self, prompt: str, screens: tuple[Screen, ...]) -> None:
         """A turn begins: the screens change from now on."""
@@ -205,16 +206,15 @@ async def _first_turn(
             )
             await device.kill()
         killed_after = len(phone.seen.at)
-        phone.note = f"killed (SIGKILL) after {killed_after} tokens"
+        phone.note = f"killed after {killed_after} tokens"
         await laptop.until(lambda: bool(laptop.seen.reason), "The reply", TURN_TIMEOUT_S)
     finally:
         watcher.end()
     turn = (await session.state()).turns[-1]
     same = turn.text == laptop.seen.text
-    watcher.told(
-        f"The phone had {killed_after} tokens when it was killed; the laptop has all "
-        f"{len(laptop.seen.at)}, {'equal to' if same else 'DIFFERENT FROM'} the log."
-    )
+    watcher.told(f"The phone was killed (SIGKILL) after {killed_after} tokens.", good=True)
+    words = "exactly as in the log" if same else "and NOT as in the log"
+    watcher.told(f"The laptop has all {len(laptop.seen.at)}, {words}.", good=same)
     numbers = _numbers(phone, laptop, turn, rate=laptop.seen.tokens_per_s, whole=laptop.seen)
     return _Outcome(numbers, same, killed_after)
 
@@ -230,10 +230,8 @@ async def _second_turn(
             lambda: phone.joined_with is not None, "Coming back to the session", RPC_TIMEOUT_S
         )
         caught_up = phone.joined_with == before
-        watcher.told(
-            "The phone came back and "
-            + ("has the whole reply, nothing twice, nothing missing." if caught_up else "DIFFERS.")
-        )
+        words = "nothing twice, nothing missing" if caught_up else "and NOT as in the log"
+        watcher.told(f"The phone came back: it has the whole reply, {words}.", good=caught_up)
         watcher.begin(script.second, (phone, laptop))
         try:
             await _ask(session, laptop, script)
@@ -243,10 +241,8 @@ async def _second_turn(
     state: SessionState = await session.state()
     turn = state.turns[-1]
     same = turn.text == laptop.seen.text == phone.seen.text
-    watcher.told(
-        f"Both devices have {len(turn.tokens)} tokens, "
-        f"{'equal to' if same else 'DIFFERENT FROM'} the log."
-    )
+    words = "exactly as in the log" if same else "and NOT as in the log"
+    watcher.told(f"Both devices have {len(turn.tokens)} tokens, {words}.", good=same)
     numbers = _numbers(laptop, phone, turn, rate=laptop.seen.tokens_per_s, whole=laptop.seen)
     return _Outcome(numbers, same and caught_up)
 
@@ -255,7 +251,7 @@ async def _ask(session: Session, screen: Screen, script: Script) -> None:
     screen.apply(Happened(event="asked", at=time.monotonic()))
     running = session.run(
         script.second,
-        max_tokens=script.max_tokens,
+        max_tokens=script.second_max_tokens,
         temperature=script.temperature,
         top_p=script.top_p,
         seed=script.seed,
@@ -287,4 +283,5 @@ def _numbers(
         tokens_per_s=rate,
         delays=delays_s(seen, other.seen),
         plan=plan,
+        usage=turn.usage,
     )
