@@ -35,9 +35,7 @@ def demo(
     plan: Annotated[
         str, typer.Option(help="Of both turns: auto, edge, ship or text. Default: ship, then auto.")
     ] = "",
-    max_tokens: Annotated[
-        int, typer.Option(min=80, max=2000, help="Length of the first reply.")
-    ] = 160,
+    max_tokens: Annotated[int, typer.Option(min=80, max=2000, help="Of the first reply.")] = 160,
 ) -> None:
     """Play a reply that starts on an edge node, goes on in the cloud and outlives its device."""
     if json is not None and not json.absolute().parent.is_dir():
