@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -20,7 +22,6 @@ from segue_contract.errors import (
 from segue_contract.limits import PREFILL_QUEUE_JOBS
 from segue_contract.sync.state import TurnState
 from segue_contract.v1 import agent_pb2 as pb
-from segue_edge.cli import app
 from segue_edge.compute import Call, ComputeThread, Job, Priority
 from segue_edge.config import read_config
 from segue_edge.node import EdgeNode
@@ -264,9 +265,12 @@ async def test_a_model_that_is_not_built_is_named() -> None:
 
 
 def test_the_command_line_ends_with_a_message_not_a_traceback() -> None:
-    result = CliRunner().invoke(app, ["--host", "0.0.0.0", "--port", "0"])
-    assert result.exit_code == 1
-    assert "Traceback" not in result.output
+    command = [sys.executable, "-m", "segue_edge", "--host", "0.0.0.0", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "without authentication" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_plan_explain_names_every_shape_and_the_choice() -> None:
