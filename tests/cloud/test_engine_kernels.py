@@ -104,3 +104,22 @@ def test_norms_and_gates(dtype: torch.dtype, rows: int) -> None:
     torch.testing.assert_close(mine, theirs)
     gate_up = (torch.randn(rows, 2 * TINY.ffn, generator=generator) * 20).to(dtype)
     close(fused.silu_mul(gate_up), plain.silu_mul(gate_up))
+
+
+def test_refined_logits() -> None:
+    dtype = torch.bfloat16  # float32 logits need none
+    (fused, _), (plain, _) = both(dtype)
+    generator = torch.Generator().manual_seed(9)
+    head = torch.randn(300, TINY.hidden, generator=generator).to(dtype)
+    hidden = torch.randn(5, TINY.hidden, generator=generator)
+    coarse = torch.nn.functional.linear(hidden.to(dtype), head).float()
+    exact = torch.nn.functional.linear(hidden, head.float())
+    mine, theirs = coarse.clone(), coarse.clone()
+    fused.refine(mine, hidden, head)
+    plain.refine(theirs, hidden, head)
+    torch.testing.assert_close(mine, theirs)
+    assert (coarse != mine).any()
+    best = exact.max(dim=1, keepdim=True).values
+    near = exact >= best - 1
+    torch.testing.assert_close(mine[near], exact[near])
+    assert mine.argmax(dim=1).tolist() == exact.argmax(dim=1).tolist()

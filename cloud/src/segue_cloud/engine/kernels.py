@@ -178,12 +178,15 @@ class Kernels:
     attend(qkv, k, v, tables i32[S,P], rows i32[R,3] (qkv row, table, length), scale, out)
         out[row] = softmax(q k^T * scale) v over the first `length` tokens of a page table
     silu_mul(gate_up store[T,2F], out store[T,F])   silu(gate) * up
+    refine(logits f32[T,V], hidden f32[T,H], head store[V,H], margin)
+        logits within `margin` of their row's best are computed anew in float32
     """
 
     add_norm: Kernel
     rope_store: Kernel
     attend: Kernel
     silu_mul: Kernel
+    refine: Kernel
 
     def set_threads(self, threads: int) -> None:
         """Threads that a kernel uses when the calling thread calls it."""
@@ -197,7 +200,7 @@ class Kernels:
     @property
     def compiled(self) -> bool:
         """Whether anything had to be compiled in this process (else it came from the cache)."""
-        parts = (self.add_norm, self.rope_store, self.attend, self.silu_mul)
+        parts = (self.add_norm, self.rope_store, self.attend, self.silu_mul, self.refine)
         return any(part.compiled for part in parts)
 
 
@@ -209,6 +212,7 @@ def build_kernels(heads: int, kv_heads: int, head_dim: int) -> Kernels:
         rope_store=_build_rope_store(heads, kv_heads, head_dim),
         attend=_build_attend(heads // kv_heads, kv_heads, head_dim),
         silu_mul=_build_silu_mul(),
+        refine=_build_refine(),
     )
 
 
@@ -316,3 +320,19 @@ def _build_silu_mul() -> Kernel:
                 out[row, i] = _store(gate * up / (np.float32(1) + _exp(-gate)), out[0, 0])
 
     return Kernel(silu_mul)
+
+
+def _build_refine() -> Kernel:
+    def refine(logits: Any, hidden: Any, head: Any, margin: Any) -> None:
+        for row in numba.prange(logits.shape[0]):
+            best = logits[row, 0]
+            for i in range(logits.shape[1]):
+                best = max(best, logits[row, i])
+            for i in range(logits.shape[1]):
+                if logits[row, i] >= best - margin:
+                    total = np.float32(0)
+                    for j in range(hidden.shape[1]):
+                        total += hidden[row, j] * _load(head[i, j])
+                    logits[row, i] = total
+
+    return Kernel(refine)

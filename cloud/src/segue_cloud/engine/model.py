@@ -37,9 +37,20 @@ class LlamaModel:
             gate_up = layer.gate_up(ops.add_norm(residual, attended, layer.ffn_norm))
             delta = layer.down(ops.silu_mul(gate_up))
         assert delta is not None, "a model has at least one layer"
-        wanted = step.logit_rows
-        hidden = ops.add_norm(residual[wanted], delta[wanted], weights.final_norm)
-        return weights.head(hidden).float()
+        return self._logits(residual[step.logit_rows], delta[step.logit_rows])
+
+    def _logits(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        ops, weights = self._ops, self._weights
+        hidden = ops.add_norm(residual, delta, weights.final_norm)
+        logits = torch.nn.functional.linear(hidden, weights.head).float()
+        if hidden.dtype == torch.bfloat16 and len(logits):
+            # bfloat16 logits of size 16 lie 0.125 apart: ties among the best tokens are common.
+            eps = self._geometry.norm_eps
+            exact = torch.nn.functional.rms_norm(
+                residual, residual.shape[1:], weights.final_norm, eps
+            )
+            ops.refine(logits, exact, weights.head)
+        return logits
 
     def _attend(self, qkv: torch.Tensor, step: StepInput, layer: int) -> torch.Tensor:
         g = self._geometry

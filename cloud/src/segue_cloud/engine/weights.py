@@ -35,12 +35,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """`embed`: `[vocab, hidden]` in the engine's dtype; norms are float32."""
+    """`embed`, `head`: `[vocab, hidden]` in the engine's dtype; norms are float32."""
 
     embed: torch.Tensor
     layers: tuple[Layer, ...]
     final_norm: torch.Tensor
-    head: Linear
+    head: torch.Tensor
 
 
 def load_weights(
@@ -127,7 +127,7 @@ def _assemble(read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device
         embed=embed,
         layers=tuple(layers),
         final_norm=norm("model.norm.weight"),
-        head=plain_linear(head.to(device=device, dtype=dtype)),
+        head=head.to(device=device, dtype=dtype),
     )
 
 
