@@ -21,6 +21,7 @@ from segue_contract.errors import (
 )
 from segue_contract.kv.layout import block_ids
 from segue_contract.plan import decode_plan
+from segue_contract.sync.state import TurnState
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.edge_node import Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import scripted_cloud
@@ -138,12 +139,22 @@ async def test_a_stop_string_ends_an_edge_reply_before_it() -> None:
 
 
 async def test_tokens_held_for_a_stop_string_are_not_handed_over() -> None:
-    async with serving() as (cloud, _node, device):
+    model, loop, gate = TinyModel(), asyncio.get_running_loop(), threading.Event()
+    async with serving(model) as (cloud, _node, device):
         whole = (await device.run("t1", plan="edge")).text
-        almost = whole[0] + "#"  # the first token may begin it, so it is held back
-        told = await device.run("t2", session="other", plan="ship", stop=[almost])
+        cloud.script.ready.clear()
+
+        def pause(what: str) -> None:
+            if what == "decode":  # the cloud is ready while the first token is held back
+                loop.call_soon_threadsafe(cloud.script.ready.set)
+                assert gate.wait(10)
+
+        model.pause = pause
+        told = await device.run("t2", session="other", plan="ship", stop=[whole[:6] + "#"])
+        gate.set()
+    assert cloud.seen.hand_overs == [0]
     assert told.text == whole
-    assert cloud.seen.hand_overs in ([0], [2], [3], [4])
+    assert {frame.made_by for frame in told.frames} == {"cloud"}
 
 
 async def test_the_plan_goes_up_before_the_end() -> None:
@@ -173,6 +184,37 @@ async def test_an_edge_asks_only_for_turns_it_lacks() -> None:
         for turn in ("t1", "t2", "t3"):
             await device.run(turn, "Hello there", plan="text")
     assert [begin.known_turns for begin in cloud.seen.begins] == [0, 0, 1]
+
+
+async def test_the_prefill_does_not_wait_for_the_cloud_and_nothing_is_shown_before_it() -> None:
+    model = TinyModel()
+    prefilled = threading.Event()
+    async with serving(model) as (cloud, _node, device):
+        await device.open()  # created just now: the conversation is known to be empty
+        cloud.script.begin.clear()
+        model.pause = lambda what: prefilled.set()
+        running = asyncio.create_task(device.run(plan="ship"))
+        assert await asyncio.to_thread(prefilled.wait, 10)
+        assert cloud.seen.specs == []
+        before = model.prefilled_tokens
+        cloud.script.begin.set()
+        told = await running
+    assert told.kinds[0] == "started"
+    assert told.text == reply_text(cloud.seen.specs[0].prompt, 12)
+    assert model.prefilled_tokens - before < len(cloud.seen.specs[0].prompt), "computed once"
+    assert told.plan.edge_cached_blocks == 0, "its own blocks are no cache hits"
+
+
+async def test_an_early_prefill_of_an_old_conversation_is_not_used() -> None:
+    async with serving() as (cloud, _node, device):
+        await device.run("t1", "Hello", plan="ship")
+        other = TurnState(turn="t0", prompt="From elsewhere", tokens=[104, 105], reason="stop")
+        other.pieces = ["h", "i"]
+        cloud.sessions["trip"].append(other)
+        told = await device.run("t2", plan="ship")
+    prompt = cloud.seen.specs[1].prompt
+    assert bytes(token for token in prompt if token < 256).count(b"From elsewhere") == 1
+    assert told.text == reply_text(prompt, 12)
 
 
 async def test_a_disconnected_device_misses_nothing_when_it_is_back() -> None:

@@ -38,6 +38,7 @@ class Script:
 
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     decode: asyncio.Event = field(default_factory=asyncio.Event)
+    begin: asyncio.Event = field(default_factory=asyncio.Event)
     have_blocks: int = 0
     recipes: tuple[str, ...] = (RECIPE.digest,)
     end_after: int = 1_000_000
@@ -51,6 +52,7 @@ class Script:
     def __post_init__(self) -> None:
         self.ready.set()
         self.decode.set()
+        self.begin.set()
 
 
 @dataclass
@@ -140,6 +142,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         self.seen.begins.append(request)
+        await self.script.begin.wait()
         if self.script.begin_error is not None:
             raise self.script.begin_error
         turn = request.turn.turn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -34,8 +35,15 @@ class Begun:
     joined: bool = False
 
 
-async def begin(deps: EdgeDeps, asked: Asked) -> Begun:
+OnGuess = Callable[[Cloud, list[int]], None]
+
+
+async def begin(deps: EdgeDeps, asked: Asked, on_guess: OnGuess) -> Begun:
     """Begin the turn at the best cloud that answers, tokenizing meanwhile.
+
+    Where this node knows the conversation, its prompt is known before the cloud has answered:
+    `on_guess` is told it with the cloud that is asked, so that the prefill need not wait for a
+    round trip. What it says is true unless `Begun.prompt` says otherwise.
 
     Raises:
         PromptTooLong: before the log was touched, where this node knows the conversation.
@@ -43,7 +51,7 @@ async def begin(deps: EdgeDeps, asked: Asked) -> Begun:
         Unreachable: no cloud answers, and this node does not know the conversation.
     """
     history = deps.histories.of(asked.session)
-    guess = asyncio.create_task(_encode(deps, history.turns, asked))
+    guess = asyncio.create_task(_guess(deps, asked, history, on_guess))
     try:
         if _may_not_fit(deps, history, asked):
             check_fits(deps, await guess)
@@ -61,6 +69,17 @@ async def begin(deps: EdgeDeps, asked: Asked) -> Begun:
         guess.cancel()
 
 
+async def _guess(
+    deps: EdgeDeps, asked: Asked, history: SessionHistory, on_guess: OnGuess
+) -> list[int]:
+    known = history.known
+    prompt = await _encode(deps, history.turns, asked)
+    ranked = deps.clouds.ranked(asked.session)
+    if known and ranked and ranked[0].healthy:
+        on_guess(ranked[0], prompt)
+    return prompt
+
+
 async def _encode(deps: EdgeDeps, turns: list[TurnState], asked: Asked) -> list[int]:
     prompt = asked.request.prompt
     return await asyncio.to_thread(deps.tokenizer.encode_conversation, heard(turns), prompt)
@@ -68,8 +87,9 @@ async def _encode(deps: EdgeDeps, turns: list[TurnState], asked: Asked) -> list[
 
 def _may_not_fit(deps: EdgeDeps, history: SessionHistory, asked: Asked) -> bool:
     """A token has at least a byte, so a small conversation needs no look before Begin."""
-    text = sum(len(turn.prompt) + len(turn.tokens) for turn in history.turns)
-    return 4 * (text + len(asked.request.prompt)) > deps.manifest.geometry.context
+    template = 16 * (len(history.turns) + 2)  # its own tokens for every turn, at the most
+    known = sum(len(turn.prompt.encode()) + len(turn.tokens) for turn in history.turns)
+    return known + len(asked.request.prompt.encode()) + template > deps.manifest.geometry.context
 
 
 def check_fits(deps: EdgeDeps, prompt: list[int]) -> int:

@@ -18,7 +18,7 @@ from segue_edge.turns.deps import EdgeDeps
 from segue_edge.turns.link import TurnLink
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.model_port import Array
-from segue_edge.turns.planning import Planned
+from segue_edge.turns.planning import Planned, UnderWay
 from segue_edge.turns.prefill_job import Prefill, PrefillJob
 from segue_edge.turns.reply import Reply
 from segue_edge.turns.voice import INTERRUPTED, Voice
@@ -86,6 +86,24 @@ class EdgePart:
             room=self._max_tokens if sender is None else BRIDGE_ROOM,
         )
         self._deps.compute.submit(self._job, Priority.PREFILL)
+
+    # A prefill may begin before the plan is final: it is kept where it serves the plan as well.
+
+    @property
+    def under_way(self) -> UnderWay:
+        assert self._job is not None
+        left = 0 if self._job.done.done() else self._job.left
+        return UnderWay(left, self._planned.report.edge_cached_blocks)
+
+    def computes(self, prompt: list[int]) -> bool:
+        return self._tokens == prompt
+
+    def adopt(self, planned: Planned) -> bool:
+        """Go on under `planned`; False where that is another shape."""
+        same = self._planned.plan.shape is planned.plan.shape
+        if same:
+            self._planned = planned
+        return same
 
     def cancel(self) -> None:
         """Drop what has not been computed yet. Idempotent."""

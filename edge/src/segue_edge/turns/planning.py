@@ -27,11 +27,28 @@ class Planned:
     chunk: int
 
 
-def plan_turn(deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int) -> Planned:
+@dataclass(frozen=True)
+class UnderWay:
+    """A prefill of this very prompt that has begun: tokens it has yet to compute, and the blocks
+    that were cached before it."""
+
+    left_tokens: int
+    cached_blocks: int
+
+
+NOTHING_YET = UnderWay(0, 0)
+
+
+def plan_turn(
+    deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int, early: UnderWay
+) -> Planned:
     """Look up the caches, gather the estimates, choose."""
     ids = block_ids(deps.recipe, begun.prompt)
-    cached = min(deps.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
-    inputs = _inputs(deps, asked, begun, max_tokens, cached)
+    cached = early.cached_blocks
+    if early is NOTHING_YET:
+        cached = min(deps.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
+    waiting = max(0, deps.prefill_backlog() - early.left_tokens)
+    inputs = _inputs(deps, asked, begun, max_tokens, cached, waiting)
     plan = choose(inputs, asked.force or deps.force)
     report = open_report(
         plan,
@@ -46,7 +63,12 @@ def plan_turn(deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int) -> Pl
 
 
 def _inputs(
-    deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int, cached_blocks: int
+    deps: EdgeDeps,
+    asked: Asked,
+    begun: Begun,
+    max_tokens: int,
+    cached_blocks: int,
+    waiting_tokens: int,
 ) -> PlanInputs:
     cloud = begun.cloud
     view = cloud.view if cloud else CloudView()
@@ -59,7 +81,7 @@ def _inputs(
         cloud_cached_tokens=history.cloud_has(cloud.instance, begun.prompt) if cloud else 0,
         edge_prefill_tokens_per_s=rate,
         edge_decode_step_s=deps.speeds.decode_step_s.value,
-        edge_queue_s=deps.prefill_backlog() / rate,
+        edge_queue_s=waiting_tokens / rate,
         cloud_prefill_tokens_per_s=view.prefill_tokens_per_s.value,
         cloud_decode_step_s=view.decode_step_s.value,
         cloud_queue_s=view.queue_s,

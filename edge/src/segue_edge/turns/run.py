@@ -30,7 +30,7 @@ from segue_edge.turns.follow import follow_cloud
 from segue_edge.turns.link import TurnLink
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.outbox import OfflineTurn
-from segue_edge.turns.planning import Planned, needs_edge, plan_turn
+from segue_edge.turns.planning import NOTHING_YET, Planned, needs_edge, plan_turn
 from segue_edge.turns.reply import Reply
 from segue_edge.turns.takeover import take_over
 from segue_edge.uplink.clouds import Cloud
@@ -52,6 +52,7 @@ class TurnRun:
         self._measure = Measure()
         self._reply = Reply(epoch=0)
         self._began = False
+        self._early: EdgePart | None = None
 
     async def run(self) -> None:
         """Serve the turn; every way it can fail ends in the feed."""
@@ -80,9 +81,39 @@ class TurnRun:
         self.feed.close(error)
 
     async def _run(self) -> None:
-        begun = await begin(self._deps, self.asked)
-        self._measure.mark("begun")
+        try:
+            begun = await begin(self._deps, self.asked, self._start_early)
+            self._measure.mark("begun")
+            await self._run_begun(begun)
+        finally:
+            self._drop_early()
+
+    def _drop_early(self) -> None:
+        if self._early is not None:
+            self._early.cancel()
+            self._early = None
+
+    def _start_early(self, cloud: Cloud, prompt: list[int]) -> None:
+        """Prefill what will most likely be the prompt while the cloud is still being asked."""
+        guess = Begun(cloud, prompt)
+        max_tokens, fits = self._max_tokens(guess)
+        if not fits:
+            return
+        planned = plan_turn(self._deps, self.asked, guess, max_tokens, NOTHING_YET)
+        if needs_edge(planned.plan.shape):
+            self._early = self._part(prompt, planned, max_tokens)
+            self._early.start_prefill()
+
+    def _part(self, prompt: list[int], planned: Planned, max_tokens: int) -> EdgePart:
+        return EdgePart(
+            self._deps, self.asked, prompt, planned, self._measure, self._reply, self._show,
+            max_tokens,
+        )  # fmt: skip
+
+    async def _run_begun(self, begun: Begun) -> None:
         self._began = True
+        if self._early is not None and (begun.joined or not self._early.computes(begun.prompt)):
+            self._drop_early()
         if begun.joined:
             assert begun.cloud is not None
             await follow_cloud(self._deps.clouds, self.asked, self.feed)
@@ -91,9 +122,12 @@ class TurnRun:
         started = pb.TurnStarted(turn=self.asked.turn, epoch=begun.epoch, offset=begun.offset)
         self.feed.publish(pb.TurnEvent(started=started))
         max_tokens, fits = self._max_tokens(begun)
-        planned = plan_turn(self._deps, self.asked, begun, max_tokens)
+        early = self._early.under_way if self._early is not None else NOTHING_YET
+        planned = plan_turn(self._deps, self.asked, begun, max_tokens, early)
         self._measure.mark("planned")
         shape = planned.plan.shape if fits else Shape.TEXT
+        if self._early is not None and not self._early.adopt(planned):
+            self._drop_early()
         if begun.cloud is None:
             await self._finish_offline(begun, planned, max_tokens)
             return
@@ -113,12 +147,9 @@ class TurnRun:
     async def _serve(
         self, begun: Begun, cloud: Cloud, planned: Planned, shape: Shape, max_tokens: int
     ) -> None:
-        part: EdgePart | None = None
-        if needs_edge(shape):
-            part = EdgePart(
-                self._deps, self.asked, begun.prompt, planned, self._measure, self._reply,
-                self._show, max_tokens,
-            )  # fmt: skip
+        part, self._early = self._early, None
+        if part is None and needs_edge(shape):
+            part = self._part(begun.prompt, planned, max_tokens)
             part.start_prefill()  # before the stream: the first token depends on nothing else
         spec = self._spec(begun, planned, shape, max_tokens)
         try:
@@ -187,10 +218,8 @@ class TurnRun:
         """Make the rest of the reply here; the log gets the turn when a cloud is back."""
         self.offline = self._measure.offline = True
         self._deps.outbox.check_room()
-        part = EdgePart(
-            self._deps, self.asked, begun.prompt, planned, self._measure, self._reply,
-            self._show, max_tokens,
-        )  # fmt: skip
+        self._drop_early()  # it may have sampled; the reply may have grown since
+        part = self._part(begun.prompt, planned, max_tokens)
         try:
             part.start_prefill()
             reason = await part.speak_alone(self.stopping) or "cancelled"
