@@ -189,7 +189,8 @@ class CompiledOps:
         kernels.attend.load(qkv, k, v, tables, rows, self._scale, out)
         kernels.silu_mul.load(store(2 * g.ffn), store(g.ffn))
         if self._dtype == torch.bfloat16:
-            kernels.refine.load(residual, residual, hidden, np.float32(REFINE_MARGIN))
+            logits = np.zeros((1, 1), np.float32)
+            kernels.refine.load(logits, residual, hidden, np.float32(REFINE_MARGIN))
 
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
