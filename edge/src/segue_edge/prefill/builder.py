@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from segue_contract.errors import MissingExtra, ModelBuildFailed
+from segue_contract.model.progress import disk_full, names_full_disk
 
 _MODULE = "onnxruntime_genai.models.builder"
+_LAYER = re.compile(r"Reading layer (\d+)")
 _TIMEOUT_S = 900.0  # a 7B model takes minutes; beyond this something hangs
 
 
@@ -43,9 +47,11 @@ def build_float_graph(
     command += ["--extra_options", "prune_lm_head=true"]
     # Everything is on this disk: a library that wants the network has misread the folder.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    words = _watch(command, env, layers, progress)
+    status, words = _watch(command, env, layers, progress)
     path = target / "model.onnx"
-    if not path.is_file():
+    if status != 0 or not path.is_file():
+        if names_full_disk(words):
+            raise disk_full(words)
         raise ModelBuildFailed(
             f"The graph builder stopped: {words or 'it said nothing'}.",
             hint="Nothing was left half-built.",
@@ -65,8 +71,8 @@ def _link_source(artifact: Path, folder: Path) -> None:
 
 def _watch(
     command: list[str], env: dict[str, str], layers: int, progress: Callable[[float, str], None]
-) -> str:
-    """Run the builder, turn its lines into progress; returns its last line."""
+) -> tuple[int, str]:
+    """Run the builder, turn its lines into progress; returns its exit status and last line."""
     process = subprocess.Popen(
         command,
         env=env,
@@ -76,20 +82,23 @@ def _watch(
         text=True,
         errors="replace",
     )
+    deadline = threading.Timer(_TIMEOUT_S, process.kill)
+    deadline.daemon = True
+    deadline.start()
     last = ""
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            text = line.strip()
-            last = text.rpartition("\r")[2][-400:] or last
-            if text.startswith("Reading layer "):
-                number = int(text.split()[2]) + 1
+            last = line.strip().rpartition("\r")[2][-400:] or last
+            layer = _LAYER.match(line)
+            if layer is not None:
+                number = int(layer[1]) + 1
                 progress(number / (layers + 8), f"Building the graph: layer {number} of {layers}")
-            elif text.startswith("Saving ONNX"):
+            elif line.startswith("Saving ONNX"):
                 progress((layers + 2) / (layers + 8), "Building the graph: writing it")
-        process.wait(timeout=_TIMEOUT_S)
+        return process.wait(), last
     finally:
+        deadline.cancel()
         if process.poll() is None:
             process.kill()
             process.wait()
-    return last

@@ -49,17 +49,22 @@ def explain_os_error(error: BaseException) -> ModelBuildFailed:
         return ModelBuildFailed(
             f"The disk quota is used up: {text}.", hint="Free some space and build again."
         )
-    if number in (errno.ENOSPC, errno.EFBIG) or _names_full_disk(text):
-        return ModelBuildFailed(
-            f"The disk is full: {text}.",
-            hint="Free some space, or set SEGUE_MODEL_HOME to a folder on a larger disk.",
-        )
+    if number in (errno.ENOSPC, errno.EFBIG) or names_full_disk(text):
+        return disk_full(text)
     if isinstance(error, MemoryError):
         return ModelBuildFailed("The build ran out of memory.", hint="Close other programs.")
     return ModelBuildFailed(f"{type(error).__name__}: {text}.", hint="Nothing was left half-built.")
 
 
-def _names_full_disk(text: str) -> bool:
+def disk_full(text: str) -> ModelBuildFailed:
+    return ModelBuildFailed(
+        f"The disk is full: {text}.",
+        hint="Free some space, or set SEGUE_MODEL_HOME to a folder on a larger disk.",
+    )
+
+
+def names_full_disk(text: str) -> bool:
+    """Whether the last words of a program say so."""
     lowered = text.lower()
     return any(sign in lowered for sign in ("no space left", "os error 28", "file too large"))
 

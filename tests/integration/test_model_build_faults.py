@@ -1,0 +1,331 @@
+"""`segue model build`: whole or not at all, and a clear word either way.
+
+Sources are random Llamas of a few hundred kilobytes; every build runs the real steps as processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from segue_cloud.engine.sources.checkpoint import check_tensors, lossless_dtype
+from segue_cloud.engine.sources.gguf_file import read_gguf
+from segue_cloud.engine.sources.hf_folder import read_folder
+from segue_contract.chat import ChatTokenizer
+from segue_contract.errors import ModelError, ModelMismatch
+from segue_contract.model.manifest import verify
+from segue_edge.prefill.runtime import EdgeModel
+from tests.support.tiny_source import GEOMETRY, TOKENS, write_gguf, write_hf_folder
+
+BUILD_TIMEOUT_S = 150
+
+
+def quiet(_done: float, _what: str) -> None:
+    """Progress that nobody watches."""
+
+
+class Home:
+    """A model home of its own, and `segue model ...` in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, "SEGUE_MODEL_HOME": str(folder), "COLUMNS": "300"}
+
+    def start(
+        self, *arguments: str, limit: Callable[[], None] | None = None
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "segue", "model", *arguments],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=limit,
+        )
+
+    def run(self, *arguments: str, limit: Callable[[], None] | None = None) -> tuple[int, str]:
+        process = self.start(*arguments, limit=limit)
+        out, _ = process.communicate(timeout=BUILD_TIMEOUT_S)
+        return process.returncode, out
+
+    def left(self) -> list[str]:
+        """Everything in the home but lock files."""
+        names = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+        return [name for name in names if not name.endswith(".lock")]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_folder(tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home in which the tiny model `tiny` is built; tests must not change it."""
+    home = Home(tmp_path_factory.mktemp("built"))
+    code, out = home.run("build", str(source), "--name", "tiny")
+    assert code == 0, out
+    return home
+
+
+# -- what comes out -------------------------------------------------------------------------------
+
+
+def test_a_built_model_computes_what_its_source_does(built: Home, source: Path) -> None:
+    directory = built.folder / "tiny"
+    manifest = verify(directory)
+    assert manifest.geometry == GEOMETRY
+    hf = AutoModelForCausalLM.from_pretrained(directory / "cloud", dtype=torch.float32)
+    edge = EdgeModel.load(directory, threads=1, providers="cpu")
+    ids = [int(i) for i in np.random.default_rng(4).integers(0, 256, 130)]
+    with torch.no_grad():
+        expected = hf(torch.tensor([ids]), use_cache=True)
+    found = edge.prefill(ids)
+    for layer in range(GEOMETRY.layers):
+        keys = expected.past_key_values.layers[layer].keys[0].numpy()
+        error = np.abs(found.kv.k[layer, :, :130] - keys).mean() / np.abs(keys).mean()
+        assert error < 0.06, "8-bit prefill keys are those of the source, after RoPE"
+    logits = expected.logits[0, -1].numpy()
+    assert np.corrcoef(found.logits, logits)[0, 1] > 0.99
+    step = edge.decode_step(7, found.kv)
+    with torch.no_grad():
+        after = hf(torch.tensor([[*ids, 7]])).logits[0, -1].numpy()
+    assert np.corrcoef(step, after)[0, 1] > 0.99
+    text = ChatTokenizer.load(directory, manifest)
+    assert text.decode(text.encode_conversation([], "abc")) == "user\nabc"
+
+
+def test_the_cloud_keeps_every_bit_of_the_source(built: Home, source: Path) -> None:
+    made = load_file(built.folder / "tiny" / "cloud" / "model.safetensors")
+    given = load_file(source / "model.safetensors")
+    assert made.keys() == given.keys()
+    assert all(torch.equal(made[name].float(), given[name]) for name in given)
+    halves = {"a": torch.tensor([0.5, 1 / 3]).bfloat16()}
+    assert lossless_dtype(halves) is torch.bfloat16
+    assert lossless_dtype({"a": torch.tensor([1 / 3])}) is torch.float32
+    assert lossless_dtype({"a": torch.tensor([1 / 3]).half()}) is torch.float16
+
+
+def test_a_gguf_file_is_the_same_model_as_its_folder(source: Path, tmp_path: Path) -> None:
+    from_file = read_gguf(write_gguf(tmp_path / "tiny.gguf"), quiet)
+    from_folder = read_folder(source, quiet)
+    check_tensors(from_file)
+    assert from_file.geometry.kv == from_folder.geometry.kv
+    assert from_file.tensors.keys() == from_folder.tensors.keys()
+    for name, tensor in from_folder.tensors.items():
+        assert torch.equal(from_file.tensors[name], tensor), name
+    assert from_file.end_tokens == from_folder.end_tokens
+    assert from_file.chat_template == from_folder.chat_template
+    vocabulary = json.loads(from_file.tokenizer)["model"]["vocab"]
+    assert [text for text, _ in sorted(vocabulary.items(), key=lambda e: e[1])] == TOKENS
+
+
+def test_it_is_not_built_twice_unless_asked(built: Home, source: Path) -> None:
+    before = (built.folder / "tiny" / "manifest.json").stat().st_mtime_ns
+    code, out = built.run("build", str(source), "--name", "tiny")
+    assert code == 0
+    assert "built already" in out
+    assert (built.folder / "tiny" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_list_and_verify(built: Home, tmp_path: Path) -> None:
+    code, out = built.run("list")
+    assert code == 0
+    assert re.search(r"tiny .*w8a8", out)
+    code, out = built.run("verify", "tiny")
+    assert code == 0, out
+    code, out = Home(tmp_path).run("list")
+    assert code == 0
+    assert "segue model build" in out
+
+
+def test_verify_refuses_a_changed_directory_by_name(built: Home, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built.folder / "tiny", copy)
+    path = copy / "edge" / "embedding.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 4
+    path.write_bytes(data)
+    code, out = built.run("verify", str(copy))
+    assert code == 1
+    assert "edge/embedding.bin" in out
+    path.unlink()
+    code, out = built.run("verify", str(copy))
+    assert code == 1
+    assert "missing" in out
+    code, out = built.run("verify", "no-such-model")
+    assert code == 1
+    assert "segue model build" in out
+
+
+# -- what a source may be wrong about -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"architecture": "gemma"}, "family 'gemma'"),
+        ({"drop": "blk.1.ffn_up.weight"}, r"model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"scaling": "linear"}, "RoPE"),
+        ({"pre": "unheard-of"}, "tokenizer gpt2/unheard-of"),
+    ],
+)
+def test_gguf_files_that_cannot_be_built(
+    tmp_path: Path, options: dict[str, str], words: str
+) -> None:
+    path = write_gguf(tmp_path / "bad.gguf", **options)
+    with pytest.raises(ModelError, match=words):
+        check_tensors(read_gguf(path, quiet))
+
+
+def test_a_truncated_or_foreign_file(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "cut.gguf")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ModelMismatch, match="GGUF"):
+        read_gguf(path, quiet)
+    path.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(ModelMismatch, match="GGUF"):
+        read_gguf(path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mistral"}, "family 'mistral'"),
+        ({"attention_bias": True}, "biases"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_hidden_layers": 4}, r"lacks 9 tensors.*layers\.3"),
+        ({"num_hidden_layers": 2}, "has not"),
+        ({"intermediate_size": 64}, "shape"),
+        ({"hidden_size": None}, "config.json"),
+    ],
+)
+def test_folders_that_cannot_be_built(
+    tmp_path: Path, config: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        check_tensors(read_folder(write_hf_folder(tmp_path / "f", **config), quiet))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_folder_without_one_of_its_files(tmp_path: Path, name: str) -> None:
+    folder = write_hf_folder(tmp_path / "f")
+    (folder / name).unlink()
+    with pytest.raises(ModelMismatch, match=re.escape(name.removeprefix("model"))):
+        read_folder(folder, quiet)
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path / "f")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelMismatch, match=r"model\.norm\.weight.*finite"):
+        check_tensors(read_folder(folder, quiet))
+
+
+def test_the_command_says_what_is_wrong(home: Home, tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "g.gguf", architecture="gemma")
+    for arguments, words in (
+        ((str(gguf), "--name", "m"), "family 'gemma'"),
+        ((str(tmp_path / "nothing"), "--name", "m"), "no file or folder"),
+        ((str(gguf),), "--name"),
+        ((str(gguf), "--name", "../m"), "not allowed"),
+    ):
+        code, out = home.run("build", *arguments)
+        assert code == 1
+        assert words in out
+        assert "Traceback" not in out
+        assert home.left() == []
+
+
+# -- what the machine may do ----------------------------------------------------------------------
+
+
+def small_files(size: int) -> Callable[[], None]:
+    """No file may grow beyond `size` bytes: what a full disk does, for one process tree."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+# The cloud's weights are as large as the source's; the float graph has its RoPE tables on top.
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.01])
+def test_a_full_disk_leaves_nothing_and_is_named(home: Home, source: Path, share: float) -> None:
+    limit = int(share * (source / "model.safetensors").stat().st_size)
+    code, out = home.run("build", str(source), "--name", "m", limit=small_files(limit))
+    assert code == 1, out
+    assert "disk is full" in out, out
+    assert "Traceback" not in out
+    assert home.left() == []
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + BUILD_TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def under(folder: Path) -> Iterator[psutil.Process]:
+    """Processes that work on the folder."""
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder) in " ".join(process.info["cmdline"] or []):
+            yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("file", ["artifact/cloud/config.json", "work/hf/tokenizer.json"])
+def test_an_interrupt_leaves_nothing_and_nobody(
+    home: Home, source: Path, number: signal.Signals, file: str
+) -> None:
+    process = home.start("build", str(source), "--name", "m")
+    wait_until(lambda: any(home.folder.glob(f".build-m-*/{file}")), process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=BUILD_TIMEOUT_S)
+    assert process.returncode == 1
+    assert "interrupted" in out
+    assert home.left() == []
+    assert list(under(home.folder)) == []
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(home: Home, source: Path) -> None:
+    process = home.start("build", str(source), "--name", "m")
+    wait_until(lambda: any(home.folder.glob(".build-m-*/artifact/cloud")), process)
+    process.kill()
+    process.wait()
+    for child in under(home.folder):  # they end by themselves when they next report
+        child.wait(timeout=BUILD_TIMEOUT_S)
+    assert home.left() != []
+    code, out = home.run("build", str(source), "--name", "m")
+    assert code == 0, out
+    assert home.left() == ["m"]
+
+
+def test_a_failed_rebuild_keeps_the_old_model(home: Home, source: Path, tmp_path: Path) -> None:
+    assert home.run("build", str(source), "--name", "m")[0] == 0
+    code, out = home.run("build", str(source), "--name", "m", "--force", limit=small_files(300_000))
+    assert code == 1, out
+    verify(home.folder / "m")
+    assert home.left() == ["m"]
