@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-_MAX_LINE_CHARS = 300
+_MAX_LINE_CHARS = 160
 
 
 @dataclass(frozen=True)
