@@ -92,6 +92,10 @@ class Graph:
         """
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
+        # The builder lists its operator sets in no fixed order; sorted, equal builds are equal files.
+        operators = sorted(model.opset_import, key=lambda entry: entry.domain)
+        del model.opset_import[:]
+        model.opset_import.extend(operators)
         data_path = path.with_name(path.name + ".data")
         with data_path.open("wb") as data:
             for name, weight in self.weights.items():

@@ -14,8 +14,8 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +54,10 @@ def held_out_text() -> str:
     Chapters of the language reference (`pydoc_data`) and sources of the standard library, in turn,
     so that a small number of windows has both.
     """
+    try:
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions leave it out; the code remains
+        topics = {}
     parts = []
     for topic, module in zip(_PROSE, _CODE, strict=True):
         parts.append(str(topics.get(topic, ""))[:4000])

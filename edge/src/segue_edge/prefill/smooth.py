@@ -20,7 +20,8 @@ from onnx import NodeProto, helper
 
 from segue_edge.prefill.graph import Graph
 
-STRENGTH = 0.65  # measured against 0.5: FACTS of the default model, agreement +0.006
+# Agreement of the default model: 0.980 at 0.6, 0.982 at 0.65, 0.980 at 0.75, 0.964 without.
+STRENGTH = 0.65
 _SCALE_LIMITS = (1e-2, 1e3)
 Floats = NDArray[np.float32]
 
