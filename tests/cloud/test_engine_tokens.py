@@ -93,6 +93,17 @@ async def test_alone_and_batched_equal_hugging_face(tiny: Tiny, compiled: bool) 
     assert batched == tiny.replies
 
 
+def test_the_quick_check_of_a_reply_agrees_with_the_slow_one(tiny: Tiny) -> None:
+    """`confirms`, which the real model's test relies on, accepts the reply and nothing else."""
+    prompt, reply = tiny.prompts[10], tiny.replies[10]
+    confirms = tiny.reference.confirms
+    assert confirms(prompt, reply, NEW, ENDS)
+    for place in range(len(reply)):
+        other = [*reply[:place], (reply[place] + 1) % 512, *reply[place + 1 :]]
+        assert not confirms(prompt, other, NEW, ENDS)
+    assert not confirms(prompt, reply[:-1], NEW, ENDS)
+
+
 async def test_shipped_kv_gives_the_same_tokens(tiny: Tiny) -> None:
     recipe = tiny.manifest.edge_recipe
     async with engine_of(tiny, FP32) as engine:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.tiny_llama import HfReference, build_tiny_llama
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
+from tests.support.tiny_llama import HfReference, build_tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,

@@ -133,6 +133,20 @@ class HfReference:
         return tokens
 
     @torch.inference_mode()
+    def confirms(
+        self, prompt: Sequence[int], reply: Sequence[int], count: int, ends: frozenset[int]
+    ) -> bool:
+        """Whether `greedy` would return `reply`: one pass instead of one per token.
+
+        Each token must be the largest logit's after those before it, and the reply must stop
+        where it has `count` tokens or where an end token has the largest logit.
+        """
+        logits = self.model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0]
+        best = logits[len(prompt) - 1 :].argmax(dim=1).tolist()
+        complete = len(reply) == count or (len(reply) < count and best[len(reply)] in ends)
+        return complete and best[: len(reply)] == list(reply) and not ends & set(reply)
+
+    @torch.inference_mode()
     def blocks(self, tokens: Sequence[int], recipe: KvRecipe) -> list[KvBlock]:
         """KV of all full 64-token blocks of `tokens`, float32, as an edge would ship them."""
         out = self.model(torch.tensor([list(tokens)]), use_cache=True)

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import structlog
 import torch
 
+from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.options import (
     EngineOptions,
@@ -37,16 +37,10 @@ from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
-from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.streams import TurnStream
 from segue_contract.errors import (
-    BadBlock,
-    BadRecipe,
     DeadlineExceeded,
-    EmptyPrompt,
-    InvalidArgument,
     Overloaded,
-    PromptTooLong,
     SegueError,
     TurnFailed,
 )
@@ -173,7 +167,9 @@ class TorchEngine:
 
     def submit(self, turn: EngineTurn) -> TurnStream:
         """See `port.Engine.submit`; also raises EmptyPrompt and InvalidArgument (token ids)."""
-        self._check(turn)
+        if self._closed:
+            raise TurnFailed("The engine is shutting down.", hint="Another instance goes on.")
+        check_turn(turn, self._geometry, self._pool.pages_total)
         if len(self._streams) >= self._options.max_turns:
             retry_s = round(max(_MIN_RETRY_S, self._stats.queue_s), 2)
             raise Overloaded(
@@ -188,32 +184,6 @@ class TorchEngine:
         self._commands.put(_Submit(replace(turn, turn=key)))
         return stream
 
-    def _check(self, turn: EngineTurn) -> None:
-        if self._closed:
-            raise TurnFailed("The engine is shutting down.", hint="Another instance goes on.")
-        if not turn.prompt:
-            raise EmptyPrompt("The prompt has no tokens.")
-        vocab = self._geometry.vocab
-        if not all(0 <= token < vocab for token in itertools.chain(turn.prompt, turn.made)):
-            raise InvalidArgument(
-                f"A token id is outside the model's vocabulary of {vocab}.",
-                hint="Edge and cloud must serve the same model.",
-            )
-        total = len(turn.prompt) + max(turn.max_tokens, len(turn.made))
-        context = self._geometry.context
-        if total > context:
-            raise PromptTooLong(
-                f"{len(turn.prompt)} prompt tokens and {turn.max_tokens} new ones exceed the"
-                f" model's context of {context} tokens.",
-                hint="Shorten the conversation or ask for fewer tokens.",
-                context=context,
-            )
-        if pages_for(total) > self._pool.pages_total:
-            raise PromptTooLong(
-                f"A turn of {total} tokens does not fit this engine's KV pool.",
-                hint="Shorten it, or start the cloud with a larger --pool-mb.",
-            )
-
     def _cancel(self, key: str) -> None:
         if self._streams.pop(key, None) is not None:
             self._commands.put(_Cancel(key))
@@ -223,7 +193,7 @@ class TorchEngine:
         if not blocks:
             return 0
         for block in blocks:
-            self._check_block(block)
+            check_block(block, self._geometry.kv, self._recipes)
         if self._closed:
             return 0
         taken: asyncio.Future[int] = self._loop.create_future()
@@ -235,26 +205,6 @@ class TorchEngine:
             raise DeadlineExceeded(
                 "The engine did not take the KV blocks in time.", hint="It is overloaded."
             ) from error
-
-    def _check_block(self, block: KvBlock) -> None:
-        if block.recipe not in self._recipes:
-            raise BadRecipe(
-                "A KV block was made in a way that this model's manifest does not allow.",
-                hint="Build the same model on both sides (`segue model verify`).",
-                recipe=block.recipe,
-            )
-        kv = self._geometry.kv
-        shape = (kv.layers, kv.kv_heads, BLOCK_TOKENS, kv.head_dim)
-        for values in (block.k, block.v):
-            if values.shape != shape or values.dtype not in (np.float16, np.float32, np.uint16):
-                raise BadBlock(
-                    f"A KV block has shape {list(values.shape)} of {values.dtype}; this model's"
-                    f" blocks have {list(shape)}.",
-                    hint="Edge and cloud must serve the same model.",
-                )
-            # Whatever attends to a number that is none becomes none itself, in every turn.
-            if values.dtype != np.uint16 and not np.isfinite(values).all():
-                raise BadBlock("A KV block holds numbers that are not finite.")
 
     def have_blocks(self, ids: Sequence[bytes]) -> int:
         # Single look-ups in dictionaries that the engine thread writes: each is atomic, and an
