@@ -92,7 +92,7 @@ class Graph:
         """
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        # The builder lists its operator sets in no fixed order; sorted, equal builds are equal files.
+        # The builder lists operator sets in no fixed order; sorted, equal builds are equal files.
         operators = sorted(model.opset_import, key=lambda entry: entry.domain)
         del model.opset_import[:]
         model.opset_import.extend(operators)
