@@ -69,6 +69,7 @@ class Seen:
     plans: list[bytes] = field(default_factory=list)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
+    handed: asyncio.Event = field(default_factory=asyncio.Event)  # some edge handed over
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # some turn has ended
 
 
@@ -251,6 +252,7 @@ class _Stream:
                 seen.plans.append(request.plan.plan)
             elif kind == "hand_over":
                 seen.hand_overs.append(request.hand_over.next_index)
+                seen.handed.set()
                 self._edge_done.set_result(request)
             elif kind == "ended":
                 seen.ended.append(request.ended)
