@@ -118,8 +118,10 @@ async def test_a_crash_is_told_once_and_a_kill_is_none(make: Make) -> None:
     await program.kill()
     assert program.ended_how == "killed by SIGKILL"
     await program.start()
-    os.kill(program.pid, signal.SIGSEGV)
     async with asyncio.timeout(WAIT_S):
+        while "a line after" not in program.tail():  # noqa: ASYNC110 - another process's output
+            await asyncio.sleep(0.01)
+        os.kill(program.pid, signal.SIGSEGV)
         await told.wait()
     assert crashed == [program]
     assert program.ended_how == "killed by SIGSEGV"

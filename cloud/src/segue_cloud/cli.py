@@ -27,7 +27,7 @@ def cloud(
     mqtt_url: Annotated[
         str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp32 or fp16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads; 0: one a core.")] = None,
     pool_mb: Annotated[int | None, typer.Option(help="KV pool in MiB; 0: chosen.")] = None,
     max_turns: Annotated[

@@ -32,7 +32,7 @@ class CloudSettings(BaseSettings):
     mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
-    dtype: str = Field("auto", pattern="^(auto|bf16|fp32|fp16)$")
+    dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
     pool_mb: int = Field(0, ge=0)  # 0: a bounded share of memory
     max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
