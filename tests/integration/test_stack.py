@@ -125,7 +125,7 @@ async def test_a_crash_is_told_once_and_a_kill_is_none(make: Make) -> None:
         await told.wait()
     assert crashed == [program]
     assert program.ended_how == "killed by SIGSEGV"
-    assert "a line after" in program.tail()
+    assert "a line before" in program.tail()
 
 
 async def test_servers_are_killed_and_restarted_at_their_address() -> None:
