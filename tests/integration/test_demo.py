@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from segue.testing import local_stack
 from tests.support.servers import require_broker, require_valkey
 
 WAIT_S = 170.0
@@ -51,3 +54,22 @@ async def test_the_demo_plays_and_writes_its_numbers(model_dir: Path, tmp_path: 
     assert (first["asked_by"], second["asked_by"]) == ("phone", "laptop")
     assert first["first_token_by"] == "edge"
     assert first["plan"]["shape"] == "ship"
+
+
+@pytest.mark.slow
+def test_a_stack_for_code_without_an_event_loop(model_dir: Path) -> None:
+    require_valkey()
+    require_broker()
+    with local_stack(model=str(model_dir)) as stack:
+        command = [sys.executable, "-m", "segue", "doctor", "-o", "json"]
+        command += ["--edge", stack.edge_address, "--cloud", stack.cloud_address]
+        command += ["--redis-url", stack.redis_url, "--mqtt-url", stack.mqtt_url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        pids = [part.pid for part in stack.processes.values()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    reached = [check for check in checks if check["group"] == "reachable"]
+    assert [check["name"] for check in reached] == ["edge", "cloud", "store", "broker"]
+    assert all("round trip" in check["value"] for check in reached)
+    assert len(pids) == 4
+    assert not any(psutil.pid_exists(pid) for pid in pids)
