@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from segue_contract.plan import Cost, PlanReport, Shape
+from segue_contract.plan import Cost, PlanReport, with_actual
 from segue_edge.planner.estimators import Estimate, Goodput, ReplyLength, RoundTrip
-from segue_edge.planner.ledger import close_report, ledger_line
+from segue_edge.planner.ledger import ledger_line
 
 
 def test_a_prior_stands_in_until_something_was_seen() -> None:
@@ -81,14 +81,15 @@ def _report() -> PlanReport:
 
 def test_regret_is_against_the_best_other_shape_that_was_possible() -> None:
     actual = Cost(ttft_s=0.1, total_s=1.5)
-    assert close_report(_report(), actual, {}).regret_s == pytest.approx(1.3)
-    without_edge = close_report(_report(), actual, {Shape.EDGE: "no"})
+    assert with_actual(_report(), actual).regret_s == pytest.approx(1.3)
+    without_edge = msgspec.structs.replace(_report(), missing={"edge": "it does not decode"})
+    without_edge = with_actual(without_edge, actual)
     assert without_edge.regret_s == pytest.approx(0.6)
 
 
 def test_no_regret_where_nothing_was_better() -> None:
     actual = Cost(ttft_s=0.1, total_s=0.15)
-    assert close_report(_report(), actual, {}).regret_s == 0.0
+    assert with_actual(_report(), actual).regret_s == 0.0
 
 
 def test_a_ledger_line_is_one_json_object() -> None:

@@ -35,6 +35,8 @@ class PlanReport(msgspec.Struct, kw_only=True, omit_defaults=True):
     first_token_by: str = ""
     instance: str = ""
     predicted: dict[str, Cost] = {}
+    # shapes that could not have been chosen, each with the reason
+    missing: dict[str, str] = {}
     actual: Cost | None = None
     # actual total minus the lowest foreseen total of another shape, where positive
     regret_s: float = 0.0
@@ -55,6 +57,20 @@ class PlanReport(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 _decoder = msgspec.msgpack.Decoder(PlanReport)
+
+
+def with_actual(report: PlanReport, actual: Cost) -> PlanReport:
+    """The entry with what happened. Regret: the actual total minus the lowest total foreseen for
+    another shape that was possible, where positive: what a better choice would have saved, as far
+    as the formulas know.
+    """
+    others = [
+        cost.total_s
+        for name, cost in report.predicted.items()
+        if name != report.shape and name not in report.missing
+    ]
+    regret = max(0.0, actual.total_s - min(others)) if others else 0.0
+    return msgspec.structs.replace(report, actual=actual, regret_s=regret)
 
 
 def encode_plan(report: PlanReport) -> bytes:

@@ -21,6 +21,7 @@ from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
 from segue_cloud.turns.feed import TurnFeed
 from segue_cloud.turns.messages import ended_event, frame_event, started_event
 from segue_cloud.turns.ports import TurnLog
+from segue_cloud.turns.report import EdgeNote, TurnTimes, final_report, read_note
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.text import ReplyText
 from segue_cloud.turns.writer import TurnWriter
@@ -35,7 +36,7 @@ from segue_contract.errors import (
     StoreUnavailable,
 )
 from segue_contract.limits import STORE_TIMEOUT_S, TURN_TIMEOUT_S
-from segue_contract.plan import Cost, PlanReport, Shape, encode_plan
+from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
 
 log = structlog.get_logger("segue.turn")
@@ -81,10 +82,11 @@ class TurnOwner:
         self._edge: asyncio.Future[tuple[EdgeOutcome, str]] = (
             asyncio.get_running_loop().create_future()
         )
-        self._plan = b""
+        self._note: EdgeNote | None = None
         self._cached_tokens = 0
         self._started_s = deps.monotonic()
         self._first_token_s: float | None = None
+        self._second_token_s: float | None = None
         self._writer = TurnWriter(
             spec.key,
             deps.log,
@@ -144,8 +146,8 @@ class TurnOwner:
         self._settle_edge(EdgeOutcome.LOST)
 
     def note_plan(self, plan: bytes) -> None:
-        """The edge's plan report, kept with turn_ended."""
-        self._plan = plan
+        """The edge's plan report so far. Raises InvalidArgument where it cannot be read."""
+        self._note = read_note(plan, self._deps.monotonic())
 
     def stop(self) -> None:
         """End the turn soon, with reason "cancelled". Idempotent."""
@@ -303,8 +305,11 @@ class TurnOwner:
     def _add(self, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str) -> None:
         if not tokens:
             return
+        now = self._deps.monotonic()
         if self._first_token_s is None:
-            self._first_token_s = self._deps.monotonic() - self._started_s
+            self._first_token_s = now
+        if self._second_token_s is None and self.next_index + len(tokens) > 1:
+            self._second_token_s = now
         self._writer.add(self.next_index, tokens, pieces, made_by)
         self._tokens.extend(tokens)
 
@@ -348,7 +353,7 @@ class TurnOwner:
             epoch=key.epoch,
             reason=reason,
             usage=self._usage(),
-            plan=self._plan or self._own_plan(),
+            plan=self._report(),
             error_code=error.code if error else "",
             error_message=str(error) if error else "",
         )
@@ -361,21 +366,17 @@ class TurnOwner:
             cloud_cached_tokens=self._cached_tokens,
         )
 
-    def _own_plan(self) -> bytes:
-        """A turn that no edge planned: the report of what the cloud did."""
-        first_s = self._first_token_s or 0.0
-        total_s = self._deps.monotonic() - self._started_s
-        return encode_plan(
-            PlanReport(
-                shape=Shape.TEXT.value,
-                reason="no edge took part" if not self.spec.has_edge else "the edge went away",
-                first_token_by="cloud",
-                actual=Cost(ttft_s=first_s, total_s=total_s),
-                prompt_tokens=len(self.spec.prompt),
-                prompt_blocks=len(self.spec.prompt) // 64,
-                cloud_cached_blocks=self._cached_tokens // 64,
-            )
+    def _report(self) -> bytes:
+        now = self._deps.monotonic()
+        times = TurnTimes(self._started_s, self._first_token_s, self._second_token_s, now)
+        report = final_report(
+            self._note,
+            times,
+            prompt_tokens=len(self.spec.prompt),
+            cached_tokens=self._cached_tokens,
+            why="the edge went away" if self.spec.has_edge else "no edge took part",
         )
+        return encode_plan(report)
 
 
 async def _close(iterator: object) -> None:

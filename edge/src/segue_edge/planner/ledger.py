@@ -1,8 +1,4 @@
-"""The ledger: one entry per turn, what was foreseen beside what happened. Pure.
-
-Regret is the actual total minus the lowest total foreseen for another shape that was possible,
-where positive: what a better choice would have saved, as far as the formulas know.
-"""
+"""The ledger: one entry per turn, what was foreseen beside what happened. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from segue_contract.plan import Cost, PlanReport, Shape
+from segue_contract.plan import PlanReport
 from segue_edge.planner.costs import PlanInputs
 from segue_edge.planner.plan import Plan
 
@@ -25,23 +21,13 @@ def open_report(
         reason=plan.reason,
         instance=instance,
         predicted={shape.value: cost for shape, cost in plan.predicted.items()},
+        missing={shape.value: why for shape, why in plan.missing.items()},
         inputs=inputs.as_numbers(),
         prompt_tokens=inputs.prompt_tokens,
         prompt_blocks=inputs.full_blocks,
         edge_cached_blocks=edge_cached_blocks,
         offline=offline,
     )
-
-
-def close_report(report: PlanReport, actual: Cost, missing: dict[Shape, str]) -> PlanReport:
-    """The entry with what happened. `missing`: shapes that could not have been chosen."""
-    others = [
-        cost.total_s
-        for name, cost in report.predicted.items()
-        if name != report.shape and Shape(name) not in missing
-    ]
-    regret = max(0.0, actual.total_s - min(others)) if others else 0.0
-    return msgspec.structs.replace(report, actual=actual, regret_s=regret)
 
 
 def ledger_line(report: PlanReport, **facts: Any) -> bytes:

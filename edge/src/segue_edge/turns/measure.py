@@ -8,8 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from segue_contract.kv.layout import KvGeometry
-from segue_contract.plan import Cost, PlanReport, Shape
-from segue_edge.planner.ledger import close_report
+from segue_contract.plan import Cost, PlanReport, with_actual
 
 
 class Measure:
@@ -55,10 +54,9 @@ class Measure:
             return 0.0
         return max(0.0, self.first_token_s - self.model_s)
 
-    def complete(
-        self, report: PlanReport, geometry: KvGeometry, missing: dict[Shape, str]
-    ) -> PlanReport:
-        """`report` with everything that is known by now."""
+    def complete(self, report: PlanReport, geometry: KvGeometry) -> PlanReport:
+        """`report` with everything that is known by now; before the first token that is no more
+        than the time so far, and `first_token_by` is empty."""
         first = self.first_token_s or self.elapsed_s
         gap = (self.second_token_s or first) - first
         filled = msgspec.structs.replace(
@@ -76,4 +74,4 @@ class Measure:
             offline=self.offline,
         )
         actual = Cost(ttft_s=first, gap_s=gap, total_s=self.elapsed_s)
-        return close_report(filled, actual, missing)
+        return with_actual(filled, actual)

@@ -292,9 +292,7 @@ class TurnRun:
         await self._deps.ledger.append(ledger_line(report, **facts))
 
     def _report(self, planned: Planned) -> PlanReport:
-        return self._measure.complete(
-            planned.report, self._deps.manifest.geometry.kv, planned.plan.missing
-        )
+        return self._measure.complete(planned.report, self._deps.manifest.geometry.kv)
 
     def _show(self, event: pb.TurnEvent) -> None:
         if event.WhichOneof("kind") == "frame":
