@@ -138,7 +138,10 @@ async def _refusal(session: segue.Session) -> Overloaded | None:
 
 
 async def memory(stack: LocalStack, report: Report, turns: int) -> None:
-    """Growth of resident memory after a fifth of the turns has warmed caches and allocators."""
+    """Growth of resident memory once a fifth of the turns has filled caches and allocators.
+
+    The KV caches are small here, so that they are full by then: what grows on would be a leak.
+    """
     programs = {
         "edge": psutil.Process(stack.edges[0].pid),
         "cloud": psutil.Process(stack.cloud.pid),
@@ -149,8 +152,8 @@ async def memory(stack: LocalStack, report: Report, turns: int) -> None:
         while done < turns:
             async with asyncio.TaskGroup() as group:
                 for number in range(done, done + AT_ONCE):
-                    name = f"memory-{number % 100}-{number // 500}"
-                    group.create_task(one_turn(client, name, "Say hi.", 4))
+                    prompt = PROMPT.format(number=number) + " Keep it short and kind. " * 8
+                    group.create_task(one_turn(client, f"memory-{number}", prompt, 4))
             done += AT_ONCE
             if not warm and done >= turns // 5:
                 warm = {name: process.memory_info().rss for name, process in programs.items()}
@@ -172,6 +175,8 @@ async def _run(report: Report, quick: bool) -> None:
         for turns in (4, bound) if quick else (1, 8, 32, CONCURRENT):
             await level(stack, report, turns, 8 if quick else REPLY_TOKENS, bound)
         await refusals(stack, report, bound)
+    small = ("--pool-mb", "128")
+    async with LocalStack(cloud_args=small, edge_args=("--cache-mb", "32")) as stack:
         await memory(stack, report, 40 if quick else 1000)
 
 
