@@ -36,6 +36,7 @@ from segue_contract.limits import (
     STORE_RETRY_S,
     STORE_TIMEOUT_S,
 )
+from segue_contract.urls import without_password
 
 Command = tuple[str | bytes | int | float, ...]
 Sleep = Callable[[float], Awaitable[None]]
@@ -76,9 +77,12 @@ class Wire:
         try:
             options = dict(parse_url(url))
         except ValueError as error:
+            shown = without_password(url)
+            # What the parser says may quote a part of the password, in a traceback, too.
+            reason = f": {error}" if shown == url else ""
             raise InvalidArgument(
-                f"{url!r} is no Redis address: {error}", hint="Write redis://host:port."
-            ) from error
+                f"{shown!r} is no Redis address{reason}.", hint="Write redis://host:port."
+            ) from None
         self._make: Callable[..., Any] = options.pop("connection_class", Connection)  # type: ignore[assignment]
         self._options: dict[str, Any] = {
             **options,

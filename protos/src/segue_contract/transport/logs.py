@@ -8,6 +8,8 @@ from typing import Any
 
 import structlog
 
+from segue_contract.urls import without_password as without_password
+
 # Keys whose values never reach a log, whoever passes them.
 _SECRET_WORDS = ("password", "secret", "token_value", "authorization", "credential")
 
@@ -19,12 +21,6 @@ def _hide_secrets(
         if any(word in key.lower() for word in _SECRET_WORDS):
             event[key] = "(hidden)"
     return event
-
-
-def without_password(url: str) -> str:
-    """`url` fit for a log: what stands before the host's @ is left out."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def set_up_logs(level: str = "info") -> None:

@@ -6,6 +6,7 @@ import socket
 from urllib.parse import urlsplit
 
 from segue_contract.errors import InvalidArgument
+from segue_contract.urls import without_password
 
 # Nagle's algorithm costs up to 40 ms of a 50 ms budget.
 SocketOption = tuple[int, int, int]
@@ -20,7 +21,8 @@ def parse_mqtt_url(url: str) -> tuple[str, int]:
     """Host and port of "mqtt://host[:port]".
 
     Raises:
-        InvalidArgument: another scheme, or no host.
+        InvalidArgument: another scheme, no host, or a user and password: those would be dropped,
+            and the connection would be anonymous.
     """
     try:
         parts = urlsplit(url)
@@ -29,6 +31,13 @@ def parse_mqtt_url(url: str) -> tuple[str, int]:
         host, port, parts = None, None, urlsplit("")
     if parts.scheme != "mqtt" or not host:
         raise InvalidArgument(
-            f"{url!r} is no broker address.", hint="Write mqtt://host:port (SEGUE_MQTT_URL)."
+            f"{without_password(url)!r} is no broker address.",
+            hint="Write mqtt://host:port (SEGUE_MQTT_URL).",
+        )
+    if "@" in parts.netloc:
+        raise InvalidArgument(
+            f"The address of the broker at {without_password(url)!r} has a user or a password, "
+            "and Segue cannot log in to a broker yet.",
+            hint="Write mqtt://host:port, of a broker that lets this machine in without them.",
         )
     return host, port or 1883

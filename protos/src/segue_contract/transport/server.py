@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from segue_contract.errors import InvalidArgument, NotLoopback, PortInUse
+from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
 from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, SHUTDOWN_GRACE_S
 from segue_contract.transport.status import ErrorInterceptor
 
@@ -56,7 +58,7 @@ class RunningServer:
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return _authority(self.host, self.port)
 
     async def set_serving(self, serving: bool) -> None:
         """What the health service answers for the whole server."""
@@ -82,7 +84,8 @@ async def start_server(
         services: (full service name, function that adds its servicer to the server).
 
     Raises:
-        NotLoopback, PortInUse.
+        NotLoopback, PortInUse, InvalidArgument.
+        Internal: the address cannot be listened on for another reason.
     """
     check_loopback(host)
     if not 0 <= port <= 65535:
@@ -97,16 +100,42 @@ async def start_server(
         (*names, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(_authority(host, port))
     except RuntimeError as error:
-        raise PortInUse(
-            f"Port {port} on {host} is taken by another program.",
-            hint="Stop it, choose another --port, or use --port 0 for a free one.",
-            port=port,
-        ) from error
+        raise _refused(host, port, error) from error
     await server.start()
     running = RunningServer(server, host, bound, health)
     for name in names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     await running.set_serving(True)
     return running
+
+
+def _authority(host: str, port: int) -> str:
+    """ "host:port", with brackets around an IPv6 address."""
+    bare = host.strip("[]")
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+
+
+def _refused(host: str, port: int, error: RuntimeError) -> PortInUse | Internal:
+    """Why gRPC could not listen: it does not say, so a plain socket tries the same."""
+    reason: Exception = error
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+    except OSError as refusal:
+        if refusal.errno == errno.EADDRINUSE:
+            return PortInUse(
+                f"Port {port} on {host} is taken by another program.",
+                hint="Stop it, choose another --port, or use --port 0 for a free one.",
+                port=port,
+            )
+        reason = refusal
+    return Internal(
+        f"This machine does not let us listen on {_authority(host, port)}: {reason}.",
+        hint="Use another --host (127.0.0.1) or --port.",
+    )

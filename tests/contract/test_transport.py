@@ -1,0 +1,116 @@
+"""Addresses: what is listened on, what is refused and why, and no password in what is printed."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from segue_cloud.sessions.wire import Wire
+from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
+from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.server import start_server
+from segue_contract.urls import without_password
+
+
+def _needs_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"no IPv6 loopback here: {error}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]"])
+async def test_a_server_is_reached_at_the_address_it_names(host: str) -> None:
+    if ":" in host:
+        _needs_ipv6()
+    running = await start_server(host, 0, [])
+    try:
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await running.stop(0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_taken_port_is_told_from_an_address_that_is_not_there(host: str) -> None:
+    if ":" in host:
+        _needs_ipv6()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match=str(port)):
+            await start_server(host, port, [])
+
+
+async def test_an_address_that_cannot_be_bound_is_no_taken_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A loopback address that no interface has: IPv4's are all bindable on Linux, and of IPv6's
+    # only ::1 passes the check, so the check is widened.
+    monkeypatch.setattr("segue_contract.transport.server.check_loopback", lambda host: host)
+    with pytest.raises(Internal, match=r"listen on 192\.0\.2\.1:7411"):
+        await start_server("192.0.2.1", 7411, [])
+
+
+async def test_other_hosts_are_refused() -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(NotLoopback):
+            await start_server(host, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://user:pw@h:1/0", "redis://h:1/0"),
+        ("redis://user:p@w@h", "redis://h"),
+        ("redis://user:p/w@h", "redis://h"),
+        ("redis://user:p?w@h", "redis://..."),
+        ("redis://h/0?password=pw", "redis://h/0"),
+        ("redis://h/0?password=p@w", "redis://..."),
+        ("user:pw@h", "h"),
+    ],
+)
+def test_what_is_shown_of_an_address(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+@pytest.mark.parametrize("url", ["rediss//u:hunter2@h", "redis://u:hunter2@h:x", "u:hunter2@h",
+                                 "redis://u:hunter2/x@h"])  # fmt: skip
+def test_a_bad_store_address_shows_no_password(url: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Wire(url)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_bad_store_address_without_password_says_why() -> None:
+    with pytest.raises(InvalidArgument, match=r"'http://h' is no Redis address: .*redis://"):
+        Wire("http://h")
+
+
+@pytest.mark.parametrize("url", ["http://u:hunter2@h", "mqtt://u:hunter2@h:x", "mqtt://u:hunter2@"])
+def test_a_bad_broker_address_shows_no_password(url: str) -> None:
+    with pytest.raises(InvalidArgument, match="no broker address") as caught:
+        parse_mqtt_url(url)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("url", ["mqtt://u:hunter2@h", "mqtt://u@h:1", "mqtt://:hunter2@h"])
+def test_a_broker_that_wants_a_password_is_refused_not_asked_without_it(url: str) -> None:
+    with pytest.raises(InvalidArgument, match="password") as caught:
+        parse_mqtt_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_broker_addresses() -> None:
+    assert parse_mqtt_url("mqtt://h") == ("h", 1883)
+    assert parse_mqtt_url("mqtt://[::1]:7") == ("::1", 7)
