@@ -58,6 +58,25 @@ async def test_open_read_and_unknown_sessions(store: RedisStore) -> None:
         await store.check_device(T, "nowhere", "phone")
 
 
+async def test_a_device_in_use_outlives_many_that_open_later(store: RedisStore) -> None:
+    await store.open_session(T, S, device="phone")
+    await store.open_session(T, S, device="a-drawer")
+    for number in range(limits.MAX_SESSION_DEVICES):
+        await store.open_session(T, S, device=f"d{number:03}")
+        await store.check_device(T, S, "phone")
+    with pytest.raises(UnknownDevice):
+        await store.check_device(T, S, "a-drawer")
+
+
+async def test_a_full_store_still_knows_its_devices(store: RedisStore, valkey: Valkey) -> None:
+    await store.open_session(T, S, device="phone")
+    reader, writer = await asyncio.open_connection("127.0.0.1", valkey.port)
+    writer.write(b"CONFIG SET maxmemory 1\r\n")
+    assert await reader.readline() == b"+OK\r\n"
+    writer.close()
+    await store.check_device(T, S, "phone")
+
+
 async def test_offsets_from_one_and_entry_ids(store: RedisStore) -> None:
     first = await store.append(T, S, "phone", 1, 1, [op("a"), op("b")])
     assert (first.status, first.first_offset, first.tail) == (Status.OK, 1, 2)
@@ -282,6 +301,20 @@ async def test_compaction_keeps_a_snapshot_and_the_end(store: RedisStore) -> Non
     await store.compact(T, S, SessionState(cursor=Cursor(tail.generation, 30)), 30)
     assert (await store.load_snapshot(T, S)) == found
     assert (await store.append(T, S, "p", 0, 11, [op("z")])).first_offset == 11
+
+
+async def test_a_state_folded_before_a_loss_is_no_snapshot(store: RedisStore) -> None:
+    await store.append(T, S, "p", 0, 1, [op("a"), op("b")])
+    tail, _ = await store.read(T, S, 0, 10)
+    after = await store.report_loss(T, S, Cursor(tail.generation, 9))
+    # It may hold what was lost, and its offset is one that the log has by now again.
+    await store.compact(T, S, SessionState(cursor=tail), 2)
+    assert await store.load_snapshot(T, S) is None
+    assert await texts(store) == ["a", "b"]
+    await store.compact(T, S, SessionState(cursor=after), 2)
+    found = await store.load_snapshot(T, S)
+    assert found is not None
+    assert found.cursor == after
 
 
 async def test_a_loss_starts_a_new_generation_once(store: RedisStore) -> None:

@@ -9,7 +9,7 @@
 --                    x:<turn> = "<ended>|<nonce of the claim that made its epoch>"
 --       3 producers  sorted set: producer by the offset of its last append
 --       4 turns      sorted set: turn by the offset of its last opening op
---       5 devices    sorted set: device by the time it last opened the session
+--       5 devices    sorted set: device by the time it last opened or used the session
 --       6 snapshot   string: the folded state
 --
 -- Where a producer's ops got consecutive offsets they are one "seq:offset" run, so the offset of
@@ -105,6 +105,15 @@ function verbs.open(must_exist, device, bound)
     forget(DEVICES, tonumber(bound))
   end
   return {'ok', known[1], known[2], created}
+end
+
+-- device -> {"ok", "unknown" or "missing"}; one that is in use counts as one opened just now
+function verbs.use(device)
+  if not meta() then return {'missing'} end
+  if not redis.call('ZSCORE', DEVICES, device) then return {'unknown'} end
+  -- A store that takes no writes for now (full, a replica) still answers.
+  redis.pcall('ZADD', DEVICES, now_ms(), device)
+  return {'ok'}
 end
 
 -- producer, epoch, first seq, turn, ends, lease ms, runs bound, producers bound, ops...
@@ -244,6 +253,8 @@ end
 function verbs.compact(generation, offset, keep_from, state)
   local known = meta('gs', 'so')
   if not known then return {'missing'} end
+  -- Folded under an earlier generation, a state may hold entries that were lost since.
+  if tonumber(generation) ~= known[1] then return {'stale'} end
   if tonumber(offset) > known[2] or tonumber(offset) <= tonumber(known[4] or '0') then
     return {'stale'}
   end

@@ -110,7 +110,14 @@ class SessionStore(Protocol):
         ...
 
     async def check_device(self, tenant: str, session: str, device: str) -> None:
-        """Raises UnknownSession, or UnknownDevice for one that never opened the session."""
+        """See that `device` opened the session, and remember that it is in use.
+
+        Of more than MAX_SESSION_DEVICES, those unused for longest are forgotten.
+
+        Raises:
+            UnknownSession.
+            UnknownDevice: it never opened the session, or is forgotten.
+        """
         ...
 
     async def take_over(
@@ -158,7 +165,10 @@ class SessionStore(Protocol):
         ...
 
     async def compact(self, tenant: str, session: str, state: SessionState, keep_from: int) -> None:
-        """Store `state` and drop entries with offset < `keep_from` (<= the state's offset)."""
+        """Store `state` and drop entries with offset < `keep_from` (<= the state's offset).
+
+        Nothing is done for a state of another generation, or older than the one stored.
+        """
         ...
 
     async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:

@@ -116,13 +116,11 @@ class RedisStore:
         return Cursor(generation, tail), bool(created)
 
     async def check_device(self, tenant: str, session: str, device: str) -> None:
-        keys = SessionKeys.of(tenant, session)
-        exists, known = await self._wire.call(
-            ("EXISTS", keys.meta), ("ZSCORE", keys.devices, device)
-        )
-        if not exists:
+        """As the port says."""
+        ((status,),) = await self._wire.call(self._log(tenant, session, "use", device))
+        if status == b"missing":
             raise unknown_session(session)
-        if known is None:
+        if status == b"unknown":
             raise UnknownDevice(
                 f"The device {device!r} never joined the session {session!r}.",
                 hint="Open the session with this device first.",
