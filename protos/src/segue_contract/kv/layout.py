@@ -28,11 +28,6 @@ class KvGeometry(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
 
     @property
-    def block_values(self) -> int:
-        """Numbers in one block, K and V together."""
-        return 2 * self.layers * self.kv_heads * BLOCK_TOKENS * self.head_dim
-
-    @property
     def fp16_bytes_per_token(self) -> int:
         return 4 * self.layers * self.kv_heads * self.head_dim
 

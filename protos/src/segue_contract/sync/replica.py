@@ -10,7 +10,6 @@ Pure: no clocks, no I/O. The rules that make replicas equal:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 
@@ -87,17 +86,6 @@ class Replica:
         self._fold(offset, ops.decode_op(op) if isinstance(op, bytes) else op)
         self._state.cursor = Cursor(generation, offset)
         return Applied.APPLIED
-
-    def apply_all(self, entries: Iterable[LogEntryLike]) -> Applied:
-        """Fold entries until one can not be; APPLIED or DUPLICATE where all were."""
-        outcome = Applied.DUPLICATE
-        for entry in entries:
-            one = self.apply(entry)
-            if one in (Applied.GAP, Applied.NEW_GENERATION):
-                return one
-            if one is Applied.APPLIED:
-                outcome = one
-        return outcome
 
     def check_integrity(self) -> None:
         """Assert what must always hold."""
