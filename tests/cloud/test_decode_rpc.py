@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from segue_contract.errors import (
+    BadBlock,
     BadChecksum,
     BadMagic,
     BadRecipe,
     BadVersion,
+    InvalidArgument,
     KvError,
     SegueError,
     Truncated,
@@ -236,4 +238,20 @@ async def test_a_turn_that_is_begun_and_never_opened_runs_by_itself(
 ) -> None:
     monkeypatch.setattr("segue_cloud.turns.manager.OPEN_TURN_TIMEOUT_S", 0.05)
     await begin(cloud)
+    assert await until_ended(cloud) == list(range(100, 110))
+
+
+async def test_block_ids_that_are_not_the_prompts(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch, blocks=[b"x" * 16, b"y" * 16]))
+    assert isinstance(await failure(call), BadBlock)
+
+
+async def test_tokens_that_the_model_does_not_have(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch))
+    await call.write(tokens(0, [10_000_000]))
+    assert isinstance(await failure(call), InvalidArgument)
     assert await until_ended(cloud) == list(range(100, 110))

@@ -227,6 +227,27 @@ async def test_a_failing_step_ends_its_turns_and_no_others(model: tuple[Path, Ma
     engine.check_integrity()
 
 
+class DyingRunner(Runner):
+    """Takes the engine's thread down."""
+
+    def run(self, step: Step) -> list[int]:
+        raise SystemExit("no more")
+
+
+async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest]) -> None:
+    build = partial(DyingRunner, model[0], TINY, 128, OPTIONS)
+    engine = TorchEngine(model[1], OPTIONS, 128, build)
+    await engine.start()
+    assert not engine.died.is_set()
+    with pytest.raises(TurnFailed, match="died"):
+        await anext(engine.submit(turn()))
+    async with asyncio.timeout(DEADLINE_S):
+        await engine.died.wait()
+    with pytest.raises(TurnFailed):
+        engine.submit(turn("later"))
+    await engine.close()
+
+
 async def test_closing_ends_running_turns_with_an_error(model: tuple[Path, Manifest]) -> None:
     engine = await TorchEngine.load(*model, OPTIONS)
     stream = engine.submit(turn())

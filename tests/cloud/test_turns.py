@@ -16,6 +16,7 @@ from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import Begun, TurnManager, TurnRequest, find_turn
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
+from segue_cloud.turns.recovery import recovering
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.chat import ChatTokenizer
@@ -91,7 +92,7 @@ async def bench_on(
     async with Hub(store) as hub:
         log = SessionLog(store, hub)
         deps = OwnerDeps(
-            log, engine, tokenizer, frozenset({2}), 8192,
+            log, engine, tokenizer, frozenset({2}), 8192, 49152,
             lambda: time.time_ns() // 1_000_000, time.monotonic,
         )  # fmt: skip
         manager = TurnManager(deps, model="m", max_turns=max_turns)
@@ -114,8 +115,8 @@ async def test_a_turn_without_an_edge_is_in_the_log_as_the_engine_made_it(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
-        begun = await bench.begin()
-        owner = await bench.manager.run_here(bench.request(), begun)
+        _, owner = await bench.manager.run(bench.request())
+        assert owner is not None
         events = [event async for event in owner.feed.read()]
         turn = await bench.ended(owner)
         assert turn.tokens == words
@@ -245,6 +246,53 @@ async def test_beyond_the_bound_it_refuses_with_a_hint(
         assert [turn.turn for turn in state.turns] == ["t1"]
 
 
+async def test_a_full_instance_still_lets_its_own_turns_be_joined(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine, max_turns=1) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        assert (await bench.begin()).known
+        engine.allow(len(words))
+        await bench.ended(owner)
+
+
+async def test_a_caller_that_leaves_cancels_nothing(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        caller = asyncio.create_task(bench.manager.run(bench.request()))
+        await asyncio.sleep(0)  # it has begun and waits for the store
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+        async with asyncio.timeout(WAIT_S):
+            while (owner := bench.manager.owned(TENANT, SESSION, "t1")) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        engine.allow(len(words))
+        assert (await bench.ended(owner)).tokens == words
+        assert not bench.manager.knows(TENANT, SESSION, "t1")
+
+
+async def test_two_take_overs_at_once_leave_one_owner(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as old,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new,
+    ):
+        begun = await old.begin()
+        old.manager.start(old.spec(begun, has_edge=False))
+        spec = new.spec(begun, shape=Shape.TEXT)
+        (one, first), (two, second) = await asyncio.gather(
+            new.manager.take_over(spec, ()), new.manager.take_over(spec, ())
+        )
+        assert one is two
+        assert [first, second] == [False, True]
+        turn = await new.ended(one)
+        assert (turn.tokens, turn.reason) == (words, "stop")
+
+
 async def test_a_known_turn_is_joined(valkey: Valkey, model_dir: Path, words: list[int]) -> None:
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
         owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
@@ -296,22 +344,40 @@ async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
         assert (await new.turn()).tokens == words
 
 
-async def test_an_orphan_is_finished_by_the_next_who_looks(
-    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.TURN_LEASE_S", 0.3)
+    monkeypatch.setattr("segue_cloud.turns.writer.TURN_LEASE_S", 0.3)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_an_orphan_is_finished_though_nobody_asks(
+    valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    monkeypatch.setattr("segue_cloud.turns.manager.TURN_LEASE_S", 0.2)
-    monkeypatch.setattr("segue_cloud.turns.writer.TURN_LEASE_S", 0.2)
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        async with recovering(bench.manager, bench.log, TENANT, every_s=0.05):
+            async with asyncio.timeout(WAIT_S):
+                while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert turn.tokens == words
+        assert turn.epoch == 2
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
         await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
         async with asyncio.timeout(WAIT_S):
-            while not await bench.manager.recover(TENANT, SESSION):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            owner = bench.manager.owned(TENANT, SESSION, "t1")
-            assert owner is not None
-        turn = await bench.ended(owner)
-        assert turn.tokens == words
-        assert turn.epoch == 2
+            _, owner = await bench.manager.run(bench.request("t2"))
+        assert owner is not None
+        assert (await bench.ended(owner)).tokens == words
+        orphan = await bench.turn("t1")
+        assert (orphan.tokens, orphan.reason) == (words, "stop")
 
 
 async def test_a_store_that_goes_away_ends_the_turn_with_a_typed_error(

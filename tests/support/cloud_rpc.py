@@ -52,6 +52,7 @@ async def cloud_rpc(
             tokenizer=tokenizer,
             end_tokens=frozenset(manifest.end_tokens),
             max_context=context,
+            vocab=manifest.geometry.vocab,
             now_ms=lambda: time.time_ns() // 1_000_000,
             monotonic=time.monotonic,
         )

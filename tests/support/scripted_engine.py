@@ -22,6 +22,7 @@ class ScriptedEngine:
         self.cancelled = 0
         self.fail_at: tuple[int, SegueError] | None = None
         self.blocks: dict[bytes, KvBlock] = {}
+        self.died = asyncio.Event()
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 

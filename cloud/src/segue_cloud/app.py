@@ -25,7 +25,9 @@ from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
+from segue_cloud.turns.recovery import recovering
 from segue_contract.chat import ChatTokenizer
+from segue_contract.errors import TurnFailed
 from segue_contract.ids import new_id
 from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
@@ -67,8 +69,15 @@ async def serve(settings: CloudSettings) -> None:
             return
         cloud = starting.result()
         _print_ready(cloud, time.monotonic() - began)
-        await stopping
+        dying = asyncio.ensure_future(cloud.engine.died.wait())
+        await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
+        dying.cancel()
         log.info("stopping", running_turns=cloud.manager.running)
+        if cloud.engine.died.is_set():
+            raise TurnFailed(
+                "The engine died; this instance ends, so that turns go to others.",
+                hint="Its log says why. Start it again.",
+            )
 
 
 async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
@@ -106,11 +115,13 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         tokenizer=tokenizer,
         end_tokens=frozenset(manifest.end_tokens),
         max_context=manifest.geometry.context,
+        vocab=manifest.geometry.vocab,
         now_ms=lambda: time.time_ns() // 1_000_000,
         monotonic=time.monotonic,
     )
     manager = TurnManager(deps, model=manifest.name, max_turns=settings.max_turns)
     stack.push_async_callback(manager.close)
+    await stack.enter_async_context(recovering(manager, session_log, settings.tenant))
     identity = Identity(
         settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -59,7 +60,14 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Thread-safe seen from one event loop; the computing thread is the engine's own."""
+    """Thread-safe seen from one event loop; the computing thread is the engine's own.
+
+    `died` is set when the engine can compute no more; the process should then end, so that turns
+    go to other instances.
+    """
+
+    @property
+    def died(self) -> asyncio.Event: ...
 
     def submit(self, turn: EngineTurn) -> AsyncIterator[EngineOutput]:
         """Start a turn; leaving the iterator (`aclose`) cancels it and frees its pages.

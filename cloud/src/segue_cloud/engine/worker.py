@@ -114,6 +114,7 @@ class TorchEngine:
         self._streams: dict[str, TurnStream] = {}
         self._numbers = itertools.count(1)
         self._closed = False
+        self.died = asyncio.Event()
         self._rates = Rates()
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
@@ -237,6 +238,10 @@ class TorchEngine:
         await asyncio.to_thread(self._thread.join, SHUTDOWN_GRACE_S)
         self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
 
+    def _die(self, error: SegueError) -> None:
+        self.died.set()
+        self._fail_all(error)
+
     def _fail_all(self, error: SegueError) -> None:
         for stream in self._streams.values():
             stream.fail(error)
@@ -270,7 +275,7 @@ class TorchEngine:
         except BaseException as error:
             log.exception("engine_died")
             self._closed = True
-            self._post(self._fail_all, TurnFailed(f"The engine died: {error}."))
+            self._post(self._die, TurnFailed(f"The engine died: {error}."))
 
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.

@@ -90,10 +90,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             )
         asked = turn_request(request, tenant)
         await self._log.check_device(tenant, asked.session, asked.device)
-        await self._manager.recover(tenant, asked.session)
-        begun = await self._manager.begin(asked, expect_open=False)
-        if not begun.known:
-            owner = await self._manager.run_here(asked, begun)
+        _, owner = await self._manager.run(asked)
+        if owner is not None:
             async for event in owner.feed.read(request.from_index):
                 yield event
             return
@@ -145,6 +143,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
         tenant = self._identity.tenant
         session = check_id(request.session, "session")
+        await self._log.check_device(tenant, session, check_id(request.device, "device"))
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = Cursor(request.after.generation, request.after.offset)
         page = await self._log.read(tenant, session, after, wanted)

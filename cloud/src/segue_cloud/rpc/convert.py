@@ -6,10 +6,9 @@ from segue_cloud.sessions.port import StoredEntry
 from segue_cloud.turns.manager import TurnRequest
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
-from segue_contract.checks import check_run
+from segue_contract.checks import check_run, check_sampling_values, check_stop
 from segue_contract.errors import BadBlock, InvalidArgument
 from segue_contract.ids import check_id
-from segue_contract.limits import MAX_NEW_TOKENS
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import Cursor, SessionState, encode_state
@@ -45,15 +44,16 @@ def turn_request(message: pb.RunTurnRequest, tenant: str) -> TurnRequest:
 
 
 def owned_turn(message: dpb.TurnSpec, tenant: str, vocabulary: int) -> OwnedTurn:
-    """Raises InvalidArgument or BadBlock where an edge sent what no edge of ours sends."""
+    """Raises InvalidArgument, BadSampling or BadBlock: what no edge of ours sends."""
     if not message.prompt:
         raise InvalidArgument("A turn was opened without a prompt.")
     if max(message.prompt) >= vocabulary or any(
         token >= vocabulary for token in message.known_tokens
     ):
         raise InvalidArgument("A turn was opened with token ids that the model does not have.")
-    if not 0 < message.max_tokens <= MAX_NEW_TOKENS:
-        raise InvalidArgument(f"max_tokens is {message.max_tokens}.")
+    sampling = sampling_of(message.sampling)
+    check_sampling_values(sampling, message.max_tokens)
+    stop = check_stop(message.stop)
     if any(len(block) != 16 for block in message.blocks):
         raise BadBlock("A block id has not 16 bytes.")
     if message.ship_blocks > len(message.blocks):
@@ -72,8 +72,8 @@ def owned_turn(message: dpb.TurnSpec, tenant: str, vocabulary: int) -> OwnedTurn
         ),
         prompt=tuple(message.prompt),
         max_tokens=message.max_tokens,
-        sampling=sampling_of(message.sampling),
-        stop=tuple(message.stop),
+        sampling=sampling,
+        stop=stop,
         shape=shape,
         blocks=tuple(message.blocks),
         ship_blocks=message.ship_blocks,

@@ -16,7 +16,8 @@ from segue_cloud.turns.manager import TurnManager, find_turn
 from segue_cloud.turns.messages import folded_events
 from segue_cloud.turns.owner import TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
-from segue_contract.errors import BadRecipe, DeadlineExceeded, InvalidArgument
+from segue_contract.errors import BadBlock, BadRecipe, DeadlineExceeded, InvalidArgument
+from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
@@ -46,7 +47,6 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         asked = turn_request(request.turn, self._tenant)
         await self._log.check_device(self._tenant, asked.session, asked.device)
-        await self._manager.recover(self._tenant, asked.session)
         begun = await self._manager.begin(asked, expect_open=True)
         state = await self._log.state(self._tenant, asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
@@ -72,6 +72,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
                 "The edge's KV comes from a recipe that this model does not allow.",
                 hint="Build the same model on both sides (`segue model verify`).",
             )
+        if spec.blocks and list(spec.blocks) != block_ids(message.recipe, spec.prompt):
+            raise BadBlock("The block ids are not those of the prompt under this recipe.")
         have = self._engine.have_blocks(spec.blocks)
         announced = spec.blocks[: spec.ship_blocks] if spec.shape is Shape.SHIP else ()
         ended = await self._ended_turn(spec) if message.takeover else None
@@ -105,10 +107,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     async def _own(self, spec: OwnedTurn, message: dpb.TurnSpec) -> tuple[TurnOwner, bool]:
         if message.takeover:
             return await self._manager.take_over(spec, tuple(message.known_tokens))
-        running = self._manager.owned(self._tenant, spec.key.session, spec.key.turn)
-        if running is not None:
-            return running, True
-        return self._manager.start(spec), False
+        return self._manager.open(spec)
 
     async def _ended_turn(self, spec: OwnedTurn) -> TurnState | None:
         state = await self._log.state(self._tenant, spec.key.session)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -37,6 +38,10 @@ log = structlog.get_logger("segue.turns")
 _RETRY_S = 0.25
 
 
+TurnName = tuple[str, str, str]  # tenant, session, turn
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class TurnRequest:
     """What a device asked for, checked."""
@@ -50,6 +55,10 @@ class TurnRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     wait: bool = True
+
+    @property
+    def key(self) -> TurnName:
+        return self.tenant, self.session, self.turn
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,10 @@ class TurnManager:
         self._model = model
         self._max_turns = max_turns
         self._gate = SessionGate()
-        self._owners: dict[tuple[str, str, str], TurnOwner] = {}
-        self._begun: dict[tuple[str, str, str], TurnRequest] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._owners: dict[TurnName, TurnOwner] = {}
+        self._begun: dict[TurnName, TurnRequest] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
         self._admitted = 0
 
     @property
@@ -95,7 +105,9 @@ class TurnManager:
         Raises:
             Overloaded, SessionBusy, DeadlineExceeded, StoreUnavailable.
         """
-        self._admit()
+        known = await self._known(request)
+        if known is not None:
+            return known
         self._admitted += 1
         try:
             claim = await self._claim(request)
@@ -103,13 +115,29 @@ class TurnManager:
             self._admitted -= 1
         begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended)
         if not claim.known:
-            key = (request.tenant, request.session, request.turn)
-            self._begun[key] = request
+            self._begun[request.key] = request
             if expect_open:
-                self._spawn(self._run_if_unopened(key, begun), f"watch {request.turn}")
+                self._spawn(self._run_if_unopened(request, begun), f"watch {request.turn}")
         return begun
 
-    def _admit(self) -> None:
+    async def _known(self, request: TurnRequest) -> Begun | None:
+        """A turn that runs here is joined, however full this instance is; others are admitted."""
+        owner = self._owners.get(request.key)
+        if owner is not None:
+            cursor = Cursor(0, owner.spec.started_offset)
+            return Begun(owner.spec.key.epoch, cursor, known=True, ended=False)
+        try:
+            self.admit()
+        except Overloaded:
+            state = await self._deps.log.state(request.tenant, request.session)
+            turn = find_turn(state, request.turn)
+            if turn is None:
+                raise
+            return Begun(turn.epoch, state.cursor, known=True, ended=turn.ended)
+        return None
+
+    def admit(self) -> None:
+        """Raises Overloaded where the bound of turns is reached."""
         busy = len(self._owners) + len(self._begun) + self._admitted
         if busy >= self._max_turns:
             stats = self._deps.engine.stats()
@@ -147,6 +175,8 @@ class TurnManager:
             ) from error
 
     async def _try_claim(self, request: TurnRequest) -> TurnClaim:
+        # A turn whose owner died is finished first: the claim would only end it.
+        await self.recover(request.tenant, request.session)
         now = self._deps.now_ms()
         ops: list[Op] = [
             UserMessage(
@@ -176,31 +206,67 @@ class TurnManager:
             TURN_LEASE_S,
         )
 
-    async def _run_if_unopened(self, key: tuple[str, str, str], begun: Begun) -> None:
+    async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:
         await asyncio.sleep(OPEN_TURN_TIMEOUT_S)
-        request = self._begun.get(key)
-        if request is not None and key not in self._owners:
-            log.warning("turn_not_opened", session=key[1], turn=key[2])
-            await self.run_here(request, begun)
+        if request.key in self._begun:
+            log.warning("turn_not_opened", session=request.session, turn=request.turn)
+            await self._run_here(request, begun)
 
     # -- running -------------------------------------------------------------------------------
 
-    async def run_here(self, request: TurnRequest, begun: Begun) -> TurnOwner:
-        """Run a begun turn without an edge: tokenize, prefill and decode in this instance."""
-        key = TurnKey(request.tenant, request.session, request.turn, begun.epoch, request.device)
-        state = await self._deps.log.state(request.tenant, request.session)
-        earlier = [turn for turn in state.turns if turn.turn != request.turn]
-        prompt = self._deps.tokenizer.encode_conversation(heard(earlier), request.prompt)
-        spec = OwnedTurn(
-            key=key,
-            prompt=tuple(prompt),
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            stop=request.stop,
-            shape=Shape.TEXT,
-            started_offset=begun.cursor.offset,
+    async def run(self, request: TurnRequest) -> tuple[Begun, TurnOwner | None]:
+        """Begin a turn and run it here, without an edge; no owner where the turn was known.
+
+        A caller that is cancelled leaves the turn running: a disconnect never cancels.
+
+        Raises:
+            As `begin`.
+        """
+        running = self._spawn(self._begin_and_run(request), f"begin {request.turn}")
+        return await asyncio.shield(running)
+
+    async def _begin_and_run(self, request: TurnRequest) -> tuple[Begun, TurnOwner | None]:
+        begun = await self.begin(request, expect_open=False)
+        return begun, None if begun.known else await self._run_here(request, begun)
+
+    async def _run_here(self, request: TurnRequest, begun: Begun) -> TurnOwner:
+        """Tokenize, prefill and decode a begun turn in this instance."""
+        try:
+            state = await self._deps.log.state(request.tenant, request.session)
+            earlier = [turn for turn in state.turns if turn.turn != request.turn]
+            prompt = await asyncio.to_thread(
+                self._deps.tokenizer.encode_conversation, heard(earlier), request.prompt
+            )
+        except BaseException:
+            self._begun.pop(request.key, None)  # its lease runs out, and `recover` finds it
+            raise
+        return self.start(
+            OwnedTurn(
+                key=TurnKey(
+                    request.tenant, request.session, request.turn, begun.epoch, request.device
+                ),
+                prompt=tuple(prompt),
+                max_tokens=request.max_tokens,
+                sampling=request.sampling,
+                stop=request.stop,
+                shape=Shape.TEXT,
+                started_offset=begun.cursor.offset,
+            )
         )
-        return self.start(spec)
+
+    def open(self, spec: OwnedTurn) -> tuple[TurnOwner, bool]:
+        """Own a turn that an edge opens; True where it was running here already.
+
+        Raises:
+            Overloaded: the turn did not begin here, and there is no room for it.
+        """
+        key = (spec.key.tenant, spec.key.session, spec.key.turn)
+        running = self._owners.get(key)
+        if running is not None:
+            return running, True
+        if key not in self._begun:
+            self.admit()
+        return self.start(spec), False
 
     def start(self, spec: OwnedTurn) -> TurnOwner:
         """Own `spec` from now on; a turn that runs here already stays with its owner."""
@@ -214,7 +280,7 @@ class TurnManager:
         self._spawn(self._run(key, owner), f"turn {spec.key.turn}")
         return owner
 
-    async def _run(self, key: tuple[str, str, str], owner: TurnOwner) -> None:
+    async def _run(self, key: TurnName, owner: TurnOwner) -> None:
         try:
             await owner.run()
         finally:
@@ -226,6 +292,10 @@ class TurnManager:
 
     def owned(self, tenant: str, session: str, turn: str) -> TurnOwner | None:
         return self._owners.get((tenant, session, turn))
+
+    def knows(self, tenant: str, session: str, turn: str) -> bool:
+        """The turn runs here, or is about to."""
+        return (tenant, session, turn) in self._owners or (tenant, session, turn) in self._begun
 
     def stop(self, tenant: str, session: str, turn: str) -> None:
         """At once, if the turn runs here; the log's stop mark reaches it wherever it runs."""
@@ -241,25 +311,34 @@ class TurnManager:
         Returns the owner and whether it was running here already (then nothing changed hands).
 
         Raises:
-            UnknownTurn: the log has no such turn.
+            UnknownTurn: the log has no such turn, or it has ended.
+            Overloaded: there is no room for it here.
         """
         key = spec_of.key
-        running = self.owned(key.tenant, key.session, key.turn)
-        if running is not None:
-            return running, True
-        claim = await self._deps.log.take_over(key.tenant, key.session, key.turn, TURN_LEASE_S)
-        state = await self._deps.log.state(key.tenant, key.session)
-        turn = find_turn(state, key.turn)
-        if turn is None or claim.status is not Status.OK:
-            raise UnknownTurn(
-                f"Turn {key.turn} does not run in session {key.session}.",
-                hint="Read the session's log: the turn may have ended.",
-            )
-        durable = tuple(turn.tokens)
-        adopted: tuple[int, ...] = ()
-        if known_tokens[: len(durable)] == durable:
-            adopted = known_tokens[len(durable) :]
-        return self.start(_resumed(spec_of, claim, turn, adopted)), False
+        async with self._changing_hands(key.tenant, key.session, key.turn):
+            running = self.owned(key.tenant, key.session, key.turn)
+            if running is not None:
+                return running, True
+            if (key.tenant, key.session, key.turn) not in self._begun:
+                self.admit()
+            claim = await self._deps.log.take_over(key.tenant, key.session, key.turn, TURN_LEASE_S)
+            state = await self._deps.log.state(key.tenant, key.session)
+            turn = find_turn(state, key.turn)
+            if turn is None or claim.status is not Status.OK:
+                raise UnknownTurn(
+                    f"Turn {key.turn} does not run in session {key.session}.",
+                    hint="Read the session's log: the turn may have ended.",
+                )
+            durable = tuple(turn.tokens)
+            adopted: tuple[int, ...] = ()
+            if known_tokens[: len(durable)] == durable:
+                adopted = known_tokens[len(durable) :]
+            return self.start(_resumed(spec_of, claim, turn, adopted)), False
+
+    def _changing_hands(self, tenant: str, session: str, turn: str) -> asyncio.Lock:
+        """Held while a turn's epoch is raised and its owner made: two at once would fence off
+        each other and leave the turn to nobody."""
+        return self._hands.setdefault((tenant, session, turn), asyncio.Lock())
 
     async def recover(self, tenant: str, session: str) -> bool:
         """Finish a turn whose decoder and edge are both gone; True where one was found.
@@ -268,30 +347,38 @@ class TurnManager:
         """
         state = await self._deps.log.state(tenant, session)
         for position, turn in enumerate(state.turns):
-            if turn.ended or self.owned(tenant, session, turn.turn) is not None:
+            key = (tenant, session, turn.turn)
+            if turn.ended or key in self._owners or key in self._begun:
                 continue
-            if (tenant, session, turn.turn) in self._begun:
-                continue
-            claim = await self._deps.log.take_over(
-                tenant, session, turn.turn, TURN_LEASE_S, only_expired=True
-            )
-            if claim.status is not Status.OK:
-                continue
-            prompt = self._deps.tokenizer.encode_conversation(
-                heard(state.turns[:position]), turn.prompt
-            )
-            spec = OwnedTurn(
-                key=TurnKey(tenant, session, turn.turn, claim.epoch, turn.device),
-                prompt=tuple(prompt),
-                max_tokens=turn.max_tokens,
-                sampling=turn.sampling,
-                stop=turn.stop,
-                shape=Shape.TEXT,
-            )
-            log.info("turn_recovered", session=session, turn=turn.turn, epoch=claim.epoch)
-            self.start(_resumed(spec, claim, turn, ()))
-            return True
+            async with self._changing_hands(*key):
+                if key not in self._owners and await self._finish_orphan(tenant, session, position):
+                    return True
         return False
+
+    async def _finish_orphan(self, tenant: str, session: str, position: int) -> bool:
+        state = await self._deps.log.state(tenant, session)
+        name = state.turns[position].turn
+        claim = await self._deps.log.take_over(
+            tenant, session, name, TURN_LEASE_S, only_expired=True
+        )
+        if claim.status is not Status.OK:
+            return False
+        state = await self._deps.log.state(tenant, session)  # with all that the old owner wrote
+        turn = state.turns[position]
+        prompt = await asyncio.to_thread(
+            self._deps.tokenizer.encode_conversation, heard(state.turns[:position]), turn.prompt
+        )
+        spec = OwnedTurn(
+            key=TurnKey(tenant, session, name, claim.epoch, turn.device),
+            prompt=tuple(prompt),
+            max_tokens=turn.max_tokens,
+            sampling=turn.sampling,
+            stop=turn.stop,
+            shape=Shape.TEXT,
+        )
+        log.info("turn_recovered", session=session, turn=name, epoch=claim.epoch)
+        self.start(_resumed(spec, claim, turn, ()))
+        return True
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -307,12 +394,13 @@ class TurnManager:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
+        return task
 
-    def _reap(self, task: asyncio.Task[None]) -> None:
+    def _reap(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()

@@ -60,6 +60,7 @@ class OwnerDeps:
     tokenizer: ChatTokenizer
     end_tokens: frozenset[int]
     max_context: int
+    vocab: int
     now_ms: Callable[[], int]
     monotonic: Callable[[], float]
 
@@ -83,6 +84,8 @@ class TurnOwner:
             asyncio.get_running_loop().create_future()
         )
         self._note: EdgeNote | None = None
+        if not spec.has_edge or spec.shape is Shape.TEXT:  # nobody is waited for or listened to
+            self._settle_edge(EdgeOutcome.LOST)
         self._cached_tokens = 0
         self._started_s = deps.monotonic()
         self._first_token_s: float | None = None
@@ -113,6 +116,10 @@ class TurnOwner:
             raise InvalidArgument(
                 f"The edge sent token {index}; {self.next_index} is the next one."
             )
+        if any(token >= self._deps.vocab for token in tokens):
+            raise InvalidArgument("The edge sent tokens that the model does not have.")
+        if index + len(tokens) > self.spec.max_tokens:
+            raise InvalidArgument("The edge sent more tokens than the turn may have.")
         if self._edge.done():
             return
         skip = self.next_index - index
@@ -234,12 +241,11 @@ class TurnOwner:
         self._check_fits()
         try:
             async with asyncio.timeout(TURN_TIMEOUT_S):
-                if self.spec.has_edge and self.spec.shape is not Shape.TEXT:
-                    outcome, reason = await self._edge
-                    if outcome is EdgeOutcome.ENDED:
-                        return reason
-                    if outcome is EdgeOutcome.STOPPED:
-                        return "cancelled"
+                outcome, reason = await self._edge
+                if outcome is EdgeOutcome.ENDED:
+                    return reason
+                if outcome is EdgeOutcome.STOPPED:
+                    return "cancelled"
                 return await self._decode()
         except TimeoutError as error:
             raise DeadlineExceeded(
