@@ -101,3 +101,18 @@ async def test_the_cloud_is_restarted_in_mid_turn(stack: LocalStack) -> None:
         assert await laptop.until_ended(turn.id) == reply.text
         assert reply.text == await text_in_log(stack.cloud_address, "cloud-dies", turn.id)
         assert laptop.offsets == sorted(set(laptop.offsets))
+
+
+async def test_the_cloud_dies_that_served_a_device_without_an_edge(stack: LocalStack) -> None:
+    async with segue.Client(stack.cloud_address, device="phone") as phone:
+        session = await phone.session("direct")
+        async with session.run(STORY, max_tokens=120, seed=11) as turn:
+            async for event in turn:
+                if isinstance(event, segue.Frame) and event.next_index >= 5:
+                    break
+            reading = asyncio.create_task(turn.result())
+            await stack.cloud.kill()
+            await stack.cloud.restart()
+            reply = await asyncio.wait_for(reading, WAIT_S)
+        assert reply.reason in ("stop", "length")
+        assert reply.text == await text_in_log(stack.cloud_address, "direct", turn.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import time
 from contextlib import AsyncExitStack
@@ -149,6 +150,8 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
 
 
 async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
+    # Importing torch takes seconds on a busy machine: in a thread, so that nothing else times out.
+    await asyncio.to_thread(importlib.import_module, "segue_cloud.engine.worker")
     from segue_cloud.engine.worker import EngineOptions, TorchEngine
 
     return await TorchEngine.load(

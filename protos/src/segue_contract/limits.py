@@ -40,7 +40,7 @@ MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
 MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button
 MAX_TURNS_PER_CLOUD: Final = 256  # admitted (running or waiting); beyond it: Overloaded
 MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
-TURN_EVENT_QUEUE: Final = 4096  # events kept for one slow reader of a turn; then it must Read
+TURN_EVENT_QUEUE: Final = 4096  # replies of one Decode.Run not sent yet; then its relay waits
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
 UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
 MQTT_PUBLISH_QUEUE: Final = 8192  # then entries are dropped from MQTT; the head heals it
@@ -58,11 +58,12 @@ TURN_TIMEOUT_S: Final = 600.0  # the longest reply at the slowest decode rate we
 TURN_WAIT_TIMEOUT_S: Final = 120.0  # for the session's turn, where the caller chose to wait
 STORE_TIMEOUT_S: Final = 5.0  # writes wait this long for the store, then StoreUnavailable
 STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half a second
-TURN_LEASE_S: Final = 15.0  # an owner renews it with every append and every third of it
-RECOVERY_SWEEP_S: Final = 5.0  # with the lease: the longest that an orphaned turn lies still
+TURN_LEASE_S: Final = 6.0  # an owner renews it with every append and every third of it
+RECOVERY_SWEEP_S: Final = 2.0  # with the lease: the longest that an orphaned turn lies still
 RECOVERY_SESSIONS: Final = 256  # newest sessions that the sweep looks at
 OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
 KV_STALL_TIMEOUT_S: Final = 3.0  # KV began and stopped for this long: the cloud recomputes
+READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
 KV_FIRST_BYTE_TIMEOUT_S: Final = 60.0  # an edge with a full prefill queue may start this late
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
@@ -78,7 +79,6 @@ BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0
 START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
-COALESCE_S: Final = 0.010  # frames of one turn wait at most this long for each other
 
 # -- log --------------------------------------------------------------------------------------
 COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim beyond this
@@ -87,7 +87,6 @@ TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of runnin
 
 # -- client -----------------------------------------------------------------------------------
 MAX_ADDRESSES: Final = 16  # nodes that one client knows, in order of preference
-MAX_EARLY_FRAMES: Final = 1024  # frames of one turn kept while an earlier one is missing
 ADDRESS_RETRY_S: Final = 5.0  # a node that failed is tried last for this long
 RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY_PAUSE_MAX_S
 RETRY_PAUSE_MAX_S: Final = 1.0
@@ -101,6 +100,7 @@ CHILD_LOG_LINES: Final = 200  # its last words, for an error message
 CHILD_STOP_S: Final = 6.0  # after SIGTERM, then SIGKILL; above SHUTDOWN_GRACE_S
 VALKEY_START_TIMEOUT_S: Final = 15.0
 BROKER_START_TIMEOUT_S: Final = 15.0
+BROKER_PROBE_PAUSE_S: Final = 0.02  # between attempts to reach a broker that starts
 BROKER_QUEUED_MESSAGES: Final = 10_000  # per client; Mosquitto's 1,000 are 16 s of frames
 BROKER_INFLIGHT: Final = 256  # unacknowledged QoS 1 messages of one client
 
