@@ -7,8 +7,8 @@ import time
 
 import grpc
 
-from segue_contract.errors import SegueError, Unreachable
-from segue_contract.limits import UPLINK_RETRY_S
+from segue_contract.errors import Overloaded, SegueError, Unreachable
+from segue_contract.limits import TURN_TIMEOUT_S, UPLINK_RETRY_S
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns.asked import Asked
@@ -19,9 +19,14 @@ _PAUSE_S = 0.2
 
 
 class _Follower:
-    """Passes events on; after a break it goes on at the first token that is missing."""
+    """Passes events on; after a break it goes on at the first token that is missing.
+
+    Attributes:
+        deadline: when to give up, unless news comes before.
+    """
 
     def __init__(self, asked: Asked, feed: TurnFeed) -> None:
+        self.deadline = time.monotonic() + UPLINK_RETRY_S
         self._asked = asked
         self._feed = feed
         self._next = 0
@@ -32,8 +37,9 @@ class _Follower:
         request = pb.RunTurnRequest()
         request.CopyFrom(self._asked.request)
         request.from_index = self._next
+        request.plan = ""  # the turn was planned where it began; a cloud could not force a plan
         try:
-            async for event in cloud.agent.RunTurn(request):
+            async for event in cloud.agent.RunTurn(request, timeout=TURN_TIMEOUT_S):
                 self._take(event)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
@@ -48,6 +54,7 @@ class _Follower:
             self._next = max(self._next, event.frame.index + len(event.frame.tokens))
         elif kind == "rewound":
             self._next = event.rewound.index
+        self.deadline = time.monotonic() + UPLINK_RETRY_S
         self._feed.publish(event)
         self.ended = self.ended or kind == "ended"
 
@@ -56,24 +63,24 @@ async def follow_cloud(clouds: CloudSet, asked: Asked, feed: TurnFeed) -> None:
     """Pass the turn's events on until its end.
 
     Raises:
-        SegueError: no cloud served it for `UPLINK_RETRY_S`, or refused it.
+        SegueError: no cloud said anything new of it for `UPLINK_RETRY_S`, or one refused it.
     """
     follower = _Follower(asked, feed)
-    deadline = time.monotonic() + UPLINK_RETRY_S
     while not follower.ended:
         cloud = clouds.best(asked.session)
         try:
             await follower.follow(cloud)
-        except Unreachable as error:
-            cloud.failed(error)
-            _give_up_after(deadline, error)
-            await asyncio.sleep(_PAUSE_S)
+        except (Unreachable, Overloaded) as error:
+            if isinstance(error, Unreachable):
+                cloud.failed(error)
+            await _pause(follower, error)
         else:
             if not follower.ended:
-                _give_up_after(deadline, Unreachable("The cloud ended the stream early."))
-                await asyncio.sleep(_PAUSE_S)
+                await _pause(follower, Unreachable("The cloud ended the stream early."))
 
 
-def _give_up_after(deadline: float, error: SegueError) -> None:
-    if time.monotonic() > deadline:
+async def _pause(follower: _Follower, error: SegueError) -> None:
+    """Before another attempt. Raises `error` where there were too many."""
+    if time.monotonic() > follower.deadline:
         raise error
+    await asyncio.sleep(_PAUSE_S)
