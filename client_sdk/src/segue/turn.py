@@ -191,6 +191,7 @@ class Turn:
             request = pb.RunTurnRequest()
             request.CopyFrom(self._request)
             request.from_index = self._view.resume_index
+            request.plan = ""  # it is made: whoever serves the rest need not be able to force it
         self._call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
 
     def _drop(self) -> None:
