@@ -62,6 +62,16 @@ def test_another_generation_waits_for_a_snapshot() -> None:
     assert not view.behind
 
 
+def test_the_log_itself_says_where_it_ends() -> None:
+    view = LogView(1)
+    list(view.offer([raw(1), raw(9)]))
+    view.saw_head(Cursor(7, 99))  # somebody's error, or a store that lost its newest entries
+    view.read_to(Cursor(1, 1))
+    assert not view.behind
+    assert [e.offset for e in view.offer([raw(n) for n in range(2, 9)])] == list(range(2, 9))
+    assert view.cursor.offset == 8, "the entry that the log never had is forgotten"
+
+
 def test_a_full_inbox_keeps_its_links_and_says_overflow() -> None:
     inbox = Inbox(max_entries=4)
     inbox.put(Link(True))

@@ -17,7 +17,8 @@ class LogView:
     """Wraps a `Replica`, keeps early entries until the missing ones come, and knows the head.
 
     Begun at an `offset` above 0, it knows nothing of what was before: then only the entries count.
-    `head` is the furthest cursor that anyone spoke of; `behind` says that something is missing.
+    `head` is the furthest cursor that anyone spoke of since the log itself was asked; `behind` says
+    that something is missing.
     """
 
     def __init__(self, generation: int, offset: int = 0) -> None:
@@ -45,6 +46,13 @@ class LogView:
 
     def saw_head(self, cursor: Cursor) -> None:
         self.head = max(self.head, cursor)
+
+    def read_to(self, tail: Cursor) -> None:
+        """The log says that it ends at `tail`: what was said of entries beyond it was not so."""
+        self.head = tail
+        self._early = {
+            offset: entry for offset, entry in self._early.items() if offset <= tail.offset
+        }
 
     def load(self, state: SessionState) -> Snapshot | None:
         """Replace everything by a newer state; None where `state` is no news."""

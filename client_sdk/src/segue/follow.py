@@ -50,7 +50,7 @@ async def read_log(
         )
         reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
         tail = Cursor(reply.tail.generation, reply.tail.offset)
-        view.saw_head(tail)
+        view.read_to(tail)
         if reply.HasField("snapshot"):
             snapshot = view.load(decode_state(reply.snapshot.state))
             if snapshot is not None:
