@@ -23,6 +23,7 @@ from segue.errors import SegueError
 from segue.events import SessionInfo
 from segue.local.parts import Part, Program, Server
 from segue.local.stack import LocalStack
+from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
 
@@ -158,9 +159,9 @@ def addresses(stack: LocalStack) -> RenderableType:
     for part in stack.processes.values():
         table.add_row(part.name, part.address, _describe(part), str(part.pid))
     if "store" not in stack.processes:
-        table.add_row("store", stack.redis_url, "yours", "")
+        table.add_row("store", without_password(stack.redis_url), "yours", "")
     if "broker" not in stack.processes:
-        table.add_row("broker", stack.mqtt_url, "yours", "")
+        table.add_row("broker", without_password(stack.mqtt_url), "yours", "")
     return Group(Text(), table, Text(f"Logs: {stack.folder}", style="dim"), Text())
 
 

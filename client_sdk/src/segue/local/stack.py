@@ -188,7 +188,7 @@ class LocalStack:
             "cloud",
             self._cloud_command(),
             log=self.folder / "cloud.log",
-            env=_environment(),
+            env=self._cloud_environment(),
             timeout_s=self._start_timeout_s,
             on_crash=self._on_crash,
         )
@@ -216,9 +216,13 @@ class LocalStack:
 
     def _cloud_command(self) -> list[str]:
         command = module_command("segue", "cloud", "--port", str(self._cloud_port))
-        command += ["--redis-url", self.redis_url, "--mqtt-url", self.mqtt_url]
         command += ["--dtype", self._dtype]
         return [*command, *self._model_args(), *self._cloud_args]
+
+    def _cloud_environment(self) -> dict[str, str]:
+        """With the servers' addresses: they may hold passwords, and everybody sees arguments."""
+        urls = {"SEGUE_REDIS_URL": self.redis_url, "SEGUE_MQTT_URL": self.mqtt_url}
+        return {**_environment(), **urls}
 
     def _new_edge(self, port: int, args: Sequence[str]) -> Program:
         name = f"edge-{len(self.edges) + 1}"
