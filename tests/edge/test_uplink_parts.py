@@ -108,7 +108,8 @@ class Listener(decode_pb2_grpc.DecodeServicer):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the link broke")
 
     async def _read(self, requests: AsyncIterator[dpb.RunRequest]) -> None:
-        iterator = aiter(requests)
+        await self.reading.wait()
+        iterator = aiter(requests)  # gRPC complains of one that is made and never used
         while True:
             await self.reading.wait()
             self.got.append(await anext(iterator))
