@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from segue_contract.errors import Overloaded, SegueError
-from segue_contract.limits import OUTBOX_TURNS
+from segue_contract.limits import OUTBOX_TURNS, PROBE_INTERVAL_S
 from segue_edge.turns.asked import Asked
 
 log = structlog.get_logger("segue.outbox")
@@ -18,7 +18,12 @@ log = structlog.get_logger("segue.outbox")
 
 @dataclass(frozen=True)
 class OfflineTurn:
-    """A whole turn as the device saw it. `prompt`: its token ids as they were then."""
+    """A whole turn as the device saw it.
+
+    Attributes:
+        prompt: its token ids as they were then.
+        begun: it began in the log, and has no end there that this edge knows of.
+    """
 
     asked: Asked
     prompt: tuple[int, ...]
@@ -26,13 +31,14 @@ class OfflineTurn:
     pieces: tuple[str, ...]
     reason: str
     plan: bytes
+    begun: bool = False
 
 
 Deliver = Callable[[OfflineTurn], Awaitable[None]]
 
 
 class Outbox:
-    """First in, first out; `run` delivers whenever a cloud has come back."""
+    """First in, first out; delivers when a cloud has come back, and what is left after a pause."""
 
     def __init__(self) -> None:
         self._turns: list[OfflineTurn] = []
@@ -62,11 +68,15 @@ class Outbox:
 
     async def _run(self, returned: Callable[[], Awaitable[None]], deliver: Deliver) -> None:
         while True:
-            await returned()
+            # A turn may come, or be refused for now, while the cloud is there and stays there.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_INTERVAL_S):
+                    await returned()
             await self.flush(deliver)
 
     async def flush(self, deliver: Deliver) -> bool:
-        """Deliver all; False where the cloud went away again. A turn the log refuses is dropped."""
+        """Deliver all; False where one could not be delivered for now. A turn the log refuses is
+        dropped."""
         async with self._delivering:
             while self._turns:
                 turn = self._turns[0]
@@ -77,6 +87,9 @@ class Outbox:
                         log.info("outbox_waits", turn=turn.asked.turn, error=str(error))
                         return False
                     log.warning("offline_turn_refused", turn=turn.asked.turn, error=str(error))
+                except Exception as error:  # a fault of ours is no reason to lose what was said
+                    log.error("outbox_failed", turn=turn.asked.turn, exc_info=error)
+                    return False
                 self._turns.pop(0)
         return True
 

@@ -1,4 +1,4 @@
-"""The life of one turn on the edge (DESIGN.md, section 3).
+"""The life of one turn on the edge (ARCHITECTURE.md, The life of a turn).
 
     begin ─► plan ─┬─ text: relay the cloud's frames
                    ├─ ship: prefill, KV up, first token, bridge, hand over, relay
@@ -247,6 +247,7 @@ class TurnRun:
                 tuple(self._reply.pieces),
                 reason,
                 ended.plan,
+                begun=begun.cloud is not None,
             )
         )
         await self._close(begun, ended, report)
