@@ -87,6 +87,17 @@ async def test_the_log_keeps_the_end_that_it_has(cloud: CloudRpc, deps: Any) -> 
     assert (await in_log(cloud))[0] == MADE
 
 
+async def test_a_cloud_that_finishes_the_turn_is_left_to_it(cloud: CloudRpc, deps: Any) -> None:
+    cloud.engine._free = False
+    running = cloud.agent.RunTurn(REQUEST)
+    await running.read()
+    delivering = asyncio.create_task(deliver(deps, offline(begun=True)))
+    cloud.engine.allow(len(MADE))
+    await asyncio.wait_for(delivering, 10)
+    assert (await in_log(cloud))[0] == MADE
+    running.cancel()
+
+
 async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
     outbox, faults = Outbox(), iter([ValueError("a fault of ours"), Overloaded("Full."), None])
 
