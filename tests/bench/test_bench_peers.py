@@ -9,18 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import gguf
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from segue_contract.model.manifest import read_manifest
 from tests.bench.harness import ROOT, Report
 from tests.bench.suites import _peer_process
+from tests.bench.suites._gguf_file import write_gguf
 from tests.bench.suites._peer_process import (
     PeerMissing,
     hugging_face_folder,
     peer_python,
     running_peer,
 )
-from tests.bench.suites._vllm_rows import vllm_rows
+from tests.bench.suites._peer_rows import peer_rows
 from tests.support.tiny_llama import build_tiny_llama
 
 ECHO = """
@@ -80,17 +84,15 @@ def test_a_build_that_did_not_finish_is_no_peer(peers: Path) -> None:
         peer_python("echo")
 
 
-def test_without_vllm_the_decode_suite_says_how_to_get_it(peers: Path, tmp_path: Path) -> None:
+def test_without_peers_the_decode_suite_says_how_to_get_them(peers: Path, tmp_path: Path) -> None:
     build_tiny_llama(tmp_path / "tiny")
-    for name in ("tokenizer.json", "cloud/config.json"):
-        (tmp_path / "tiny" / name).write_text("{}")
     report = Report("decode", {})
     engine = cast(Any, None)  # never reached: there is nobody to compare with
-    asyncio.run(vllm_rows(report, engine, tmp_path / "tiny", 8, True))
+    asyncio.run(peer_rows(report, engine, tmp_path / "tiny", 8, True))
     assert report.rows == []
-    (left_out,) = report.as_json()["left_out"]
-    assert "vs_vllm" in left_out["rows"]
-    assert "scripts/peers vllm" in left_out["reason"]
+    left_out = {one["rows"]: one["reason"] for one in report.as_json()["left_out"]}
+    assert "scripts/peers vllm" in left_out["vllm"]
+    assert "scripts/peers llama-cpp" in left_out["llama-cpp"]
 
 
 def test_the_folder_for_peers_has_config_weights_and_tokenizer(model_dir: Path) -> None:
@@ -102,6 +104,26 @@ def test_the_folder_for_peers_has_config_weights_and_tokenizer(model_dir: Path) 
         assert {"config.json", "tokenizer.json"} <= names
     assert not folder.exists()
     assert (model_dir / "cloud" / "model.safetensors").exists()
+
+
+def test_the_gguf_file_has_every_weight_of_the_model(tmp_path: Path) -> None:
+    manifest = build_tiny_llama(tmp_path)
+    write_gguf(tmp_path, tmp_path / "tiny.gguf", "fp32")
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    weights = load_file(tmp_path / "cloud" / "model.safetensors")
+    assert len(written) == len(weights)
+    g = manifest.geometry
+    for layer in range(g.layers):
+        theirs = written[f"blk.{layer}.attn_k.weight"].data
+        ours = weights[f"model.layers.{layer}.self_attn.k_proj.weight"].numpy()
+        for head in range(g.kv_heads):
+            rows = slice(head * g.head_dim, (head + 1) * g.head_dim)
+            half = g.head_dim // 2
+            np.testing.assert_array_equal(theirs[rows][0::2], ours[rows][:half])
+            np.testing.assert_array_equal(theirs[rows][1::2], ours[rows][half:])
+        theirs = written[f"blk.{layer}.ffn_down.weight"].data
+        ours = weights[f"model.layers.{layer}.mlp.down_proj.weight"].numpy()
+        np.testing.assert_array_equal(theirs, ours)
 
 
 def test_scripts_peers_refuses_a_name_it_does_not_know() -> None:

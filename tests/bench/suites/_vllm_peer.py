@@ -9,7 +9,7 @@ FOLDER is a Hugging Face folder. Reads one JSON request per line and answers eac
 
 `seconds` go from the first submit to the last token, `all_started_s` from there to the moment when
 every turn has its first token, `decoded` is how many tokens came after that moment. The first line,
-before any request, is {"ready": seconds to load, "vllm": version}. Everything else that vLLM says
+before any request, is {"ready": seconds to load, "version": ...}. Everything else that vLLM says
 goes to stderr. Stops at the end of its input.
 
 Imports nothing of Segue: it runs where Segue is not installed.
@@ -38,7 +38,7 @@ def main() -> None:
     answers = take_stdout()
     began = time.perf_counter()
     engine, version = load(given.folder, given.dtype, given.max_turns, given.compile)
-    say(answers, {"ready": time.perf_counter() - began, "vllm": version})
+    say(answers, {"ready": time.perf_counter() - began, "version": version})
     for index, line in enumerate(sys.stdin):
         request = json.loads(line)
         say(answers, run(engine, index, request["prompts"], request["new_tokens"]))

@@ -3,8 +3,8 @@
 A turn is a 128-token prompt and 64 new tokens. `tokens_per_s_N` is N * 64 over the time from the
 first submit to the last token: prefill, batching, sampling and the way through the queues
 included. Hugging Face computes the same turns one after another at batch 1, which is what a program
-that calls `generate` per request does. vLLM on CPU batches them, as we do; it runs where
-`scripts/peers` has built it.
+that calls `generate` per request does. vLLM and llama.cpp batch them, as we do; they run
+where `scripts/peers` has built them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manifest
 from tests.bench.harness import ROOT, Report
+from tests.bench.suites._peer_rows import peer_rows
 from tests.bench.suites._prompts import random_prompts
-from tests.bench.suites._vllm_rows import vllm_rows
 
 PROMPT_TOKENS = 128
 PEER_TIMEOUT_S = 600
@@ -66,7 +66,7 @@ async def _engine_rows(report: Report, directory: Path, new_tokens: int, quick: 
             report.row(f"decode_tokens_per_s_{batch}", steps, "tokens/s", note="without prefill")
             share = (engine.busy_s - busy) / seconds
             report.row(f"engine_busy_share_{batch}", share, "", note="rest: queues, delivery")
-        await vllm_rows(report, engine, directory, new_tokens, quick)
+        await peer_rows(report, engine, directory, new_tokens, quick)
     finally:
         await engine.close()
     if not quick:
