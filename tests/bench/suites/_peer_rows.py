@@ -8,6 +8,7 @@ them: N * new tokens over the time from the first submit to the last token, pref
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import tempfile
 import time
@@ -61,11 +62,14 @@ async def _beside_vllm(
     report: Report, engine: TorchEngine, directory: Path, dtype: str, new_tokens: int, quick: bool
 ) -> None:
     rounds = {1: 1, 8: 1} if quick else VLLM_ROUNDS
+    compiled = bool(os.environ.get("SEGUE_BENCH_VLLM_COMPILE"))  # minutes more to load
+    arguments = [dtype, str(max(rounds)), *(["--compile"] if compiled else [])]
     with (
         hugging_face_folder(directory) as folder,
-        running_peer("vllm", "_vllm_peer.py", [str(folder), dtype, str(max(rounds))]) as peer,
+        running_peer("vllm", "_vllm_peer.py", [str(folder), *arguments]) as peer,
     ):
-        note = f"vLLM {peer.ready['version']}, {dtype}, eager"
+        mode = "compiled" if compiled else "eager"
+        note = f"vLLM {peer.ready['version']}, {dtype}, {mode}"
         report.row("vllm_load_s", peer.ready["ready"], "s", note=note)
         pair = _Pair(engine, peer, read_manifest(directory).geometry.vocab, _SEEDS["vllm"])
         await _rows(report, pair, "vllm", rounds, new_tokens, {} if quick else VLLM_TARGETS)
