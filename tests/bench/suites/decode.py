@@ -66,10 +66,29 @@ async def _engine_rows(report: Report, directory: Path, new_tokens: int, quick: 
             report.row(f"engine_busy_share_{batch}", share, "", note="rest: queues, delivery")
     finally:
         await engine.close()
+    await _ahead_rows(report, directory, new_tokens, (32,) if quick else (32, 128))
     if not quick:
         rising = all(speeds[a] < speeds[b] for a, b in ((1, 8), (8, 32), (32, 64)))
         report.row("rising_1_8_32_64", float(rising), "", target=1)
     return speeds[32]
+
+
+async def _ahead_rows(
+    report: Report, directory: Path, new_tokens: int, batches: tuple[int, ...]
+) -> None:
+    """The same turns where the next step is planned, and the last one's tokens sent, meanwhile."""
+    manifest = read_manifest(directory)
+    engine = await TorchEngine.load(directory, manifest, EngineOptions(ahead=True))
+    try:
+        for batch in batches:
+            busy = engine.busy_s
+            vocab = manifest.geometry.vocab
+            speed, seconds, _ = await _turns(engine, batch, new_tokens, vocab)
+            share = (engine.busy_s - busy) / seconds
+            report.row(f"ahead_tokens_per_s_{batch}", speed, "tokens/s")
+            report.row(f"ahead_engine_busy_share_{batch}", share, "")
+    finally:
+        await engine.close()
 
 
 async def _prefill(engine: TorchEngine, tokens: int, vocab: int, repeats: int) -> float:

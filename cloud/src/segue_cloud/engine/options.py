@@ -28,6 +28,7 @@ class EngineOptions:
     `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
     `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
+    `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -40,6 +41,7 @@ class EngineOptions:
     mixed_tokens: int = 256
     device: str = "cpu"
     compiled: bool = True
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from segue_cloud.engine.weights import load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
+from segue_contract.sync.ops import Sampling
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +34,18 @@ _ROW_CHUNK = 16
 _WARM_UP_TOKENS = 128
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step as arrays: nothing in it changes any more when turns go on, end or move."""
+
+    input: StepInput
+    samplings: tuple[Sampling, ...]
+    indexes: tuple[int, ...]
+
+
 class StepRunner(Protocol):
-    """What the engine thread needs of whatever computes its steps. Used by that thread only."""
+    """What the engine needs of whatever computes its steps. One call at a time, except that the
+    next step may be prepared while one runs."""
 
     def warm_up(self, threads: int) -> None:
         """Compile, load and touch what the first step would otherwise wait for.
@@ -42,7 +54,11 @@ class StepRunner(Protocol):
         """
         ...
 
-    def run(self, step: Step) -> list[int]:
+    def prepare(self, step: Step) -> Prepared:
+        """Copy out of the turns what `run` needs."""
+        ...
+
+    def run(self, prepared: Prepared) -> list[int]:
         """Compute a step; one token per work that samples, in order (negative: bad logits)."""
         ...
 
@@ -73,17 +89,21 @@ class Runner:
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
 
-    def run(self, step: Step) -> list[int]:
+    def prepare(self, step: Step) -> Prepared:
+        sampling = [work.sequence for work in step.sampling]
         with torch.inference_mode():
-            logits = self._model.step(self._build(step.works))
-            sampling = step.sampling
-            if not sampling:
-                return []
-            return sample_rows(
-                logits.cpu().numpy(),
-                [work.sequence.turn.sampling for work in sampling],
-                [work.sequence.reply_index for work in sampling],
+            return Prepared(
+                self._build(step.works),
+                tuple(sequence.turn.sampling for sequence in sampling),
+                tuple(sequence.reply_index for sequence in sampling),
             )
+
+    def run(self, prepared: Prepared) -> list[int]:
+        with torch.inference_mode():
+            logits = self._model.step(prepared.input)
+            if not prepared.samplings:
+                return []
+            return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
 
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         with torch.inference_mode():
