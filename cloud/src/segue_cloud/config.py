@@ -35,6 +35,7 @@ class CloudSettings(BaseSettings):
     dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
     pool_mb: int = Field(0, ge=0)  # 0: a bounded share of memory
+    host_mb: int = Field(0, ge=0)  # for KV that the pool gave up; 0: none is kept
     max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

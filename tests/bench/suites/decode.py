@@ -20,6 +20,7 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manifest
 from tests.bench.harness import ROOT, Report
+from tests.bench.suites._memory import memory_rows
 from tests.bench.suites._prompts import random_prompts
 
 PROMPT_TOKENS = 128
@@ -30,6 +31,7 @@ def run(report: Report, quick: bool) -> None:
     directory = model_home() / DEFAULT_MODEL
     new_tokens = 8 if quick else 64
     at_32 = asyncio.run(_engine_rows(report, directory, new_tokens, quick))
+    asyncio.run(memory_rows(report, directory, quick))
     peers = {
         dtype: _hf_generate(directory, dtype, 1 if quick else 4, new_tokens)
         for dtype in (("fp32",) if quick else ("fp32", "bf16"))

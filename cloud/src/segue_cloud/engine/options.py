@@ -29,6 +29,7 @@ class EngineOptions:
     `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
     `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
+    `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -42,12 +43,18 @@ class EngineOptions:
     device: str = "cpu"
     compiled: bool = True
     ahead: bool = False
+    host_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidArgument(
                 f"{self.dtype!r} is no dtype of the engine.",
                 hint=f"Use one of {', '.join(DTYPES)}.",
+            )
+        if self.ahead and self.host_bytes:
+            raise InvalidArgument(
+                "host_bytes and ahead exclude each other.",
+                hint="A block is brought back between two steps; one ahead there is no between.",
             )
         for name in (
             "threads",

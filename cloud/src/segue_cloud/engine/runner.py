@@ -47,6 +47,8 @@ class StepRunner(Protocol):
     """What the engine needs of whatever computes its steps. One call at a time, except that the
     next step may be prepared while one runs."""
 
+    pages: KvPages
+
     def warm_up(self, threads: int) -> None:
         """Compile, load and touch what the first step would otherwise wait for.
 

@@ -230,9 +230,11 @@ class Scheduler:
         while (len(sequence.chain) + 1) * BLOCK_TOKENS <= sequence.computed:
             index = len(sequence.chain)
             name = block_id(self._recipe, sequence.parent, sequence.block_tokens(index))
-            entered = self.pool.enter(name, sequence.block_pages(index), refs=1)
+            shipped = sequence.shipped_name(self._edge_recipe, index)
+            pages = sequence.block_pages(index)
+            entered = self.pool.enter(name, pages, refs=1, kept_as=shipped)
             if entered:
-                self.pool.alias(name, sequence.shipped_name(self._edge_recipe, index))
+                self.pool.alias(name, shipped)
             sequence.chain.append(name)
             # Somebody else may have computed the same block: keep our own pages then.
             sequence.held.append(name if entered else None)
@@ -314,6 +316,7 @@ class Scheduler:
         sequence.chain.extend(matched)
         sequence.held.extend(matched)
         sequence.computed = BLOCK_TOKENS * len(matched)
+        self._bring(sequence)
         sequence.table_version += 1
         if not sequence.preempted:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
@@ -321,6 +324,19 @@ class Scheduler:
         self._waiting.popleft()
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
+
+    def _bring(self, sequence: Sequence) -> None:
+        """Fill the blocks after the matched ones from the tier, as far as it goes."""
+        given = sequence.turn.prompt_blocks
+        for index in range(len(sequence.chain), (len(sequence.tokens) - 1) // BLOCK_TOKENS):
+            names = [sequence.shipped_name(self._edge_recipe, index), *given[index : index + 1]]
+            name = next((n for n in names if self.pool.tier_offers(n)), None)
+            if name is None or self.pool.resolve(name) is not None:
+                return
+            self.pool.bring(name, sequence.block_pages(index))
+            sequence.chain.append(name)
+            sequence.held.append(name)
+            sequence.computed += BLOCK_TOKENS
 
     def _match(self, sequence: Sequence) -> list[bytes]:
         """Cached blocks that a waiting sequence may start from, one token left to compute.

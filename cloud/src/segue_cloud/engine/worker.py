@@ -30,6 +30,7 @@ import torch
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.commands import Cancel, Close, Command, Offer, Submit
+from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
     choose_dtype,
@@ -91,6 +92,7 @@ class TorchEngine:
         self._geometry = manifest.geometry
         self._options = options
         self._recipes = manifest.allowed_recipes()
+        self._codecs = frozenset(manifest.allowed_codecs().values())
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, TurnStream] = {}
@@ -98,6 +100,7 @@ class TorchEngine:
         self._closed = False
         self.died = asyncio.Event()
         self._rates = Rates()
+        self._tier: HostTier | None = None
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
         self._scheduler = Scheduler(
@@ -207,9 +210,21 @@ class TorchEngine:
         """Times that a running turn gave its pages back to an older one."""
         return self._scheduler.preemptions
 
+    @property
+    def pool(self) -> BlockPool:
+        """For reading its counts."""
+        return self._pool
+
+    @property
+    def tier(self) -> HostTier | None:
+        """For reading its counts; None without `EngineOptions.host_bytes`."""
+        return self._tier
+
     def check_integrity(self) -> None:
         """Assert that pages and turns agree. Only while the engine thread rests (or is closed)."""
         self._scheduler.check_integrity()
+        if self._tier is not None:
+            self._tier.check_integrity()
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
@@ -274,7 +289,16 @@ class TorchEngine:
         torch.set_num_threads(threads)
         runner = self._build()
         runner.warm_up(threads)
+        if self._options.host_bytes and STEP not in self._codecs:
+            log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
+        elif self._options.host_bytes:
+            self._tier = HostTier(runner.pages, self._options.host_bytes, self._recompute_s)
+            self._pool.tier = self._tier
         return runner
+
+    def _recompute_s(self) -> float:
+        rate = self._rates.prefill_tokens_per_s
+        return BLOCK_TOKENS / rate if rate else 0.0
 
     def _drain(self) -> bool:
         """Take in all waiting commands; wait for one if there is nothing else to do."""
@@ -312,6 +336,8 @@ class TorchEngine:
         outputs = self._scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
+        if self._pool.tier is not None:
+            self._pool.relieve(TARGET_SHARE, BLOCKS_PER_STEP)
 
     def _run_ahead(self, model: ThreadPoolExecutor) -> None:
         """The same loop with the model in a thread of its own and the next step planned early."""
@@ -372,7 +398,7 @@ class TorchEngine:
             if pages is None:
                 break
             self._runner.write_block(pages, block)
-            self._pool.enter(block.id, pages, refs=0)
+            self._pool.enter(block.id, pages, refs=0, kept_as=block.id)
             taken += 1
         return taken
 
