@@ -33,6 +33,12 @@ def cloud(
     host_mb: Annotated[
         int | None, typer.Option(help="MiB for KV that the pool gives up, in 8 bits; 0: off.")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens that a token sees (sliding window); 0: all.")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens that stay in sight of a window.")
+    ] = None,
     max_turns: Annotated[
         int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
     ] = None,

@@ -30,6 +30,7 @@ class EngineOptions:
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
     `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
     `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept.
+    `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: all.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -44,6 +45,8 @@ class EngineOptions:
     compiled: bool = True
     ahead: bool = False
     host_bytes: int = 0
+    window: int = 0
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -51,6 +54,9 @@ class EngineOptions:
                 f"{self.dtype!r} is no dtype of the engine.",
                 hint=f"Use one of {', '.join(DTYPES)}.",
             )
+        for name in ("host_bytes", "window", "sinks"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(f"{name} must not be negative.")
         if self.ahead and self.host_bytes:
             raise InvalidArgument(
                 "host_bytes and ahead exclude each other.",

@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 import torch
 
-from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps
+from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
@@ -83,6 +83,7 @@ class Runner:
         dtype = choose_dtype(options.dtype, device)
         self._device = device
         self._geometry = geometry
+        self._window = Window(options.window, options.sinks)
         self.pages = KvPages(geometry.kv, pages, dtype, device)
         self._ops = _choose_ops(geometry, self.pages, options)
         weights = load_weights(directory, geometry, dtype, device)
@@ -183,22 +184,25 @@ class Runner:
         )
 
     def _segment(self, work: Work, first: int) -> Segment:
-        if work.start == 0:
-            return Segment(first, work.count, 0, None, None)
         end = work.start + work.count
+        mask = None
+        if work.start or 0 < self._window.tokens < end:
+            mask = torch.zeros(work.count, end, dtype=self._dtype)
+            hidden = self._window.hidden(torch.arange(work.start, end), torch.arange(end))
+            mask = mask.masked_fill_(hidden, float("-inf")).to(self._device)
+        if work.start == 0:
+            return Segment(first, work.count, 0, None, mask)
         slots = torch.from_numpy(slots_of(work.sequence.pages)[:end]).to(self._device)
-        mask = torch.zeros(work.count, end, dtype=self._dtype)
-        late = torch.arange(end)[None, :] > torch.arange(work.start, end)[:, None]
-        mask.masked_fill_(late, float("-inf"))
-        return Segment(first, work.count, work.start, slots, mask.to(self._device))
+        return Segment(first, work.count, work.start, slots, mask)
 
 
 def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions) -> StepOps:
+    window = Window(options.window, options.sinks)
     if options.device == "cpu" and options.compiled:
         if find_spec("numba") is not None:
-            return CompiledOps(geometry, pages)
+            return CompiledOps(geometry, pages, window)
         log.warning("cpu_kernels_missing", hint="pip install 'segue[cloud]'; decoding is slow now")
-    return TorchOps(geometry, pages, options.device)
+    return TorchOps(geometry, pages, options.device, window)
 
 
 def _load_kernels(ops: CompiledOps, threads: int) -> None:

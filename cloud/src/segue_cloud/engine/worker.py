@@ -63,12 +63,15 @@ _MIN_RETRY_S = 0.25
 _Delivery: TypeAlias = tuple[str, EngineOutput | SegueError]
 
 
-def own_recipe(manifest: Manifest, dtype: torch.dtype) -> KvRecipe:
-    """The recipe of the KV that this engine computes itself: no codec in between."""
+def own_recipe(manifest: Manifest, dtype: torch.dtype, window: str = "") -> KvRecipe:
+    """The recipe of the KV that this engine computes itself: no codec in between.
+
+    `window`: what a window makes of it; deeper layers' KV depends on what was seen before.
+    """
     return KvRecipe(
         weights_digest=manifest.weights_digest,
         weight_quant=dtype_name(dtype),
-        rope=manifest.edge_recipe.rope,
+        rope=manifest.edge_recipe.rope + window,
         codec="none",
     )
 
@@ -103,9 +106,10 @@ class TorchEngine:
         self._tier: HostTier | None = None
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
+        window = f",window={options.window}+{options.sinks}" if options.window else ""
         self._scheduler = Scheduler(
             self._pool,
-            own_recipe(manifest, self._dtype).digest,
+            own_recipe(manifest, self._dtype, window).digest,
             manifest.edge_recipe.digest,
             SchedulerLimits(
                 max_batch=options.max_batch,
