@@ -286,6 +286,11 @@ class TorchEngine:
     def _run(self) -> None:
         while self._drain():
             self._step()
+            while self._scheduler.idle and self._commands.empty() and self._relieve(1):
+                pass  # nobody waits: down to the target at once
+
+    def _relieve(self, at_most: int) -> int:
+        return self._pool.relieve(TARGET_SHARE, at_most) if self._pool.tier is not None else 0
 
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.
@@ -340,8 +345,7 @@ class TorchEngine:
         outputs = self._scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
-        if self._pool.tier is not None:
-            self._pool.relieve(TARGET_SHARE, BLOCKS_PER_STEP)
+        self._relieve(BLOCKS_PER_STEP)
 
     def _run_ahead(self, model: ThreadPoolExecutor) -> None:
         """The same loop with the model in a thread of its own and the next step planned early."""
