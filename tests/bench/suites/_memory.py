@@ -7,6 +7,7 @@ more is brought back from the host tier or computed anew; both are timed in the 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 import time
@@ -24,6 +25,7 @@ from tests.bench.harness import Report
 from tests.bench.suites._prompts import random_prompts
 
 SEED = 200
+PAUSE_S = 0.05  # between two turns of anybody
 
 
 async def memory_rows(report: Report, directory: Path, quick: bool) -> None:
@@ -52,6 +54,7 @@ async def memory_rows(report: Report, directory: Path, quick: bool) -> None:
             cached = await _ask(engine, prompts[number])
             warm.append(time.perf_counter() - began)
             reused.append(cached / tokens)
+            await asyncio.sleep(PAUSE_S)
             used.append(engine.pool.used_share)
         # The same length, never seen: what the others would cost without the tier.
         cold = []
@@ -69,7 +72,7 @@ async def memory_rows(report: Report, directory: Path, quick: bool) -> None:
         "",
         target=0.7,
         better="lower",
-        note="mean, as turns end",
+        note="mean, between turns",
     )
     report.row("memory_tier_blocks", float(kept), "blocks", note=f"{tier.bytes_kept >> 20} MiB")
     report.row("memory_keep_ms", tier.keep_s * 1000, "ms", note="a block of 64 tokens")

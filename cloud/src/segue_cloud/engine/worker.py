@@ -286,8 +286,6 @@ class TorchEngine:
     def _run(self) -> None:
         while self._drain():
             self._step()
-            while self._scheduler.idle and self._commands.empty() and self._relieve(1):
-                pass  # nobody waits: down to the target at once
 
     def _relieve(self, at_most: int) -> int:
         return self._pool.relieve(TARGET_SHARE, at_most) if self._pool.tier is not None else 0
@@ -313,6 +311,8 @@ class TorchEngine:
         """Take in all waiting commands; wait for one if there is nothing else to do."""
         block = self._scheduler.idle
         while True:
+            while block and self._commands.empty() and self._relieve(1):
+                pass  # nobody waits: down to the target
             try:
                 command = self._commands.get(block=block)
             except queue.Empty:
