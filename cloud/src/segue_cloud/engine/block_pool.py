@@ -80,6 +80,11 @@ class BlockPool:
         return 1.0 - len(self._free) / self.pages_total
 
     @property
+    def blocks_idle(self) -> int:
+        """Cached blocks that nobody references."""
+        return len(self._idle)
+
+    @property
     def blocks_cached(self) -> int:
         return len(self._cached)
 

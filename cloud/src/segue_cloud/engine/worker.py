@@ -345,7 +345,8 @@ class TorchEngine:
         outputs = self._scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
-        self._relieve(BLOCKS_PER_STEP)
+        fresh = sum(work.count for work in step.works) // BLOCK_TOKENS
+        self._relieve(BLOCKS_PER_STEP + 2 * fresh)
 
     def _run_ahead(self, model: ThreadPoolExecutor) -> None:
         """The same loop with the model in a thread of its own and the next step planned early."""
@@ -408,6 +409,8 @@ class TorchEngine:
             self._runner.write_block(pages, block)
             self._pool.enter(block.id, pages, refs=0, kept_as=block.id)
             taken += 1
+        # As many as came, and as many again towards the target; never those that just came.
+        self._relieve(min(2 * len(blocks), self._pool.blocks_idle - len(blocks)))
         return taken
 
     def _publish_stats(self) -> None:
