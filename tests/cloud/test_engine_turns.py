@@ -234,13 +234,14 @@ async def test_a_failing_step_ends_its_turns_and_no_others(
 class DyingRunner(Runner):
     """Takes the engine's thread down."""
 
-    def run(self, step: Step) -> list[int]:
+    def run(self, prepared: Prepared) -> list[int]:
         raise SystemExit("no more")
 
 
-async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest], ahead: bool) -> None:
     build = partial(DyingRunner, model[0], TINY, 128, OPTIONS)
-    engine = TorchEngine(model[1], OPTIONS, 128, build)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
     await engine.start()
     assert not engine.died.is_set()
     with pytest.raises(TurnFailed, match="died"):

@@ -378,8 +378,10 @@ class TorchEngine:
             error = running.exception()  # waits for the step
             if error is None:
                 outputs = scheduler.end(step, running.result())
-            else:
+            elif isinstance(error, Exception):
                 self._fail_step(step, error)
+            else:
+                raise error
             self._observe(step, time.perf_counter() - started)
 
     def _send(self, outputs: list[tuple[str, EngineOutput | None]]) -> None:
@@ -387,7 +389,7 @@ class TorchEngine:
             self._post(self._deliver, [(key, _or_failure(output)) for key, output in outputs])
             outputs.clear()
 
-    def _fail_step(self, step: Step, error: BaseException) -> None:
+    def _fail_step(self, step: Step, error: Exception) -> None:
         log.exception("step_failed", turns=len(step.works), exc_info=error)
         failure = TurnFailed(f"The engine failed in a step: {error}.", hint="Ask again.")
         self._post(self._deliver, [(key, failure) for key in self._scheduler.fail(step)])
