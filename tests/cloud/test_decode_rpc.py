@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from segue_contract.errors import (
 )
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
+from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import decode_turns
 from segue_contract.transport.status import error_from_rpc
@@ -196,6 +198,32 @@ async def test_a_connection_that_breaks(cloud: CloudRpc) -> None:
     call.cancel()
     assert await until_ended(cloud) == list(range(100, 110))
     assert cloud.engine.turns[-1].made == (100, 101)
+
+
+async def test_a_recipe_that_the_manifest_disallows_is_refused_with_its_blocks(
+    valkey: Valkey, model_dir: Path
+) -> None:
+    built = read_manifest(model_dir)
+    recipes = {
+        name: msgspec.structs.replace(entry, allowed=name == "exact")
+        for name, entry in built.recipes.items()
+    }
+    manifest = msgspec.structs.replace(built, recipes=recipes)
+    engine = ScriptedEngine(range(100, 110))
+    async with cloud_rpc(valkey.url, model_dir, engine, manifest=manifest) as cloud:
+        await cloud.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        facts = (await begin(cloud)).facts
+        assert list(facts.recipes) == [recipes["exact"].recipe.digest]
+        call = cloud.decode.Run()
+        await call.write(opening(cloud, 1))
+        assert isinstance(await failure(call), BadRecipe)
+        # and where a stream opens under an allowed recipe, and then sends blocks of the other
+        call = cloud.decode.Run()
+        await call.write(opening(cloud, 1, recipe=recipes["exact"].recipe.digest))
+        await call.write(kv(kv_bytes(cloud)[0]))
+        assert isinstance(await failure(call), BadRecipe)
+        assert not engine.blocks
+        assert await until_ended(cloud) == list(range(100, 110))
 
 
 async def test_a_foreign_recipe_is_refused_by_name(cloud: CloudRpc) -> None:

@@ -2,7 +2,7 @@
 
 A window is `context` tokens and the `scored` ones after them. The edge's graph prefills the
 context, its KV goes through the codec as it would travel, and the exact model reads the scored part
-on it, and once more on its own KV. Both see the same text, so the two are compared position by position:
+on it, and once more on its own KV. Both see the same text, so they are compared by position:
 
     agreement              share of positions where both would choose the same token
     mean_kl                mean over positions of KL(own || with the edge's KV), nats

@@ -83,7 +83,7 @@ def seal(artifact: Path, work: Path, name: str, progress: Callable[[int], None])
         end_tokens=source.end_tokens,
         bos_token=source.bos_token,
         eos_token=source.eos_token,
-        edge_quant=edge.edge_quant,
+        edge_quant=chosen["edge"].recipe.weight_quant,
         recipes=chosen,
         files={
             path.relative_to(artifact).as_posix(): hash_file(path, progress)
