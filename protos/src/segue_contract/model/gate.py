@@ -20,6 +20,7 @@ CODECS = ("k8v8", "k8v4", "k4v4")  # what is measured; from the safest to the sm
 MAX_AGREEMENT_LOSS = 0.03
 EDGE, WEIGHT_ONLY, FLOAT = "edge", "edge-weight-only", "edge-fp32"
 FLOAT_QUANT = "none"
+_ROUNDING = 1e-9  # a loss of exactly the budget is within it
 # the graphs that may stand behind the recipe "edge", the fastest first
 FALLBACKS = (EDGE, WEIGHT_ONLY, FLOAT)
 
@@ -37,7 +38,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.graph}-{self.codec}"
 
     def within(self, max_loss: float) -> bool:
-        return 1.0 - self.quality.agreement <= max_loss
+        return self.quality.agreement >= 1.0 - max_loss - _ROUNDING
 
 
 @dataclass(frozen=True)
