@@ -43,7 +43,7 @@ from segue_contract.model.manifest import (
     read_manifest,
     write_manifest,
 )
-from segue_contract.model.progress import run_step, tell
+from segue_contract.model.progress import Progress, run_step, tell
 from segue_contract.model.seal import EdgeFacts, GateFacts
 from segue_edge.prefill.exact import SCORER, ExactModel
 from segue_edge.prefill.export import read_geometry
@@ -103,9 +103,7 @@ class Bench:
 
         return prefill
 
-    def run(
-        self, sides: dict[str, tuple[str, Path]], low: float = 0.0, high: float = 1.0
-    ) -> list[Measured]:
+    def run(self, sides: dict[str, tuple[str, Path]], progress: Progress) -> list[Measured]:
         """Every codec on each of `sides`: name -> (weight quantisation, graph)."""
         made = {name: self.side(path) for name, (_, path) in sides.items()}
         scores: dict[tuple[str, str], list[Score]] = {}
@@ -113,9 +111,8 @@ class Bench:
         for number, window in enumerate(found, 1):
             for key, score in window.items():
                 scores.setdefault(key, []).append(score)
-            share = number / len(self.windows)
             what = f"Measuring quality: window {number} of {len(self.windows)}"
-            tell(low + (high - low) * share, what)
+            progress(number / len(self.windows), what)
         return [
             Measured(
                 graph=name,
@@ -125,6 +122,11 @@ class Bench:
             )
             for (name, codec), all_scores in scores.items()
         ]
+
+
+def part(low: float, high: float) -> Progress:
+    """Progress of one part of this step's bar."""
+    return lambda done, what: tell(low + (high - low) * done, what)
 
 
 def head_of(graph: Path) -> Floats:
@@ -145,11 +147,11 @@ def build(artifact: Path, work: Path, max_loss: float, windows: int, threads: in
         EDGE: (facts.edge_quant, edge / "prefill.onnx"),
         WEIGHT_ONLY: (facts.decode_quant, edge / "decode.onnx"),
     }
-    measured = bench.run(sides, 0.0, 0.7)
+    measured = bench.run(sides, part(0.0, 0.7))
     choice = choose(measured, geometry.kv, max_loss)
     if choice.edge is None:
         tell(0.7, "Every INT8 recipe loses too much: measuring float32")
-        measured += bench.run({FLOAT: (FLOAT_QUANT, source)}, 0.7, 0.95)
+        measured += bench.run({FLOAT: (FLOAT_QUANT, source)}, part(0.7, 0.95))
         choice = choose(measured, geometry.kv, max_loss)
     _put_graph(choice, source, edge)
     gate = GateFacts(measured=measured, max_agreement_loss=max_loss)
@@ -189,12 +191,9 @@ def report(
     # before anything that takes long
     cut_windows(tokenizer.encode(words, add_special_tokens=False).ids, windows, split)
 
-    def progress(done: float, what: str) -> None:
-        tell(_GRAPH_SHARE * done, what)
-
-    source = float_graph(directory, manifest, progress)
+    source = float_graph(directory, manifest, part(0.0, _GRAPH_SHARE))
     bench = Bench(directory, source, geometry, words, windows, threads)
-    measured = bench.run(sides_of(directory, manifest), _GRAPH_SHARE)
+    measured = bench.run(sides_of(directory, manifest), part(_GRAPH_SHARE, 1.0))
     budget = max_loss
     if budget is None:
         budget = manifest.max_agreement_loss
@@ -206,13 +205,13 @@ def report(
 
 def sides_of(directory: Path, manifest: Manifest) -> dict[str, tuple[str, Path]]:
     """The graphs that the model has, by the name of their recipes."""
-    edge, sides = directory / "edge", {}
-    quant = manifest.edge_recipe.weight_quant
+    edge = directory / "edge"
+    sides: dict[str, tuple[str, Path]] = {}
+    quant = manifest.edge_quant  # of what the build left in prefill.onnx
     weight_only = manifest.recipes.get("edge-weight-only")
     decode_quant = weight_only.recipe.weight_quant if weight_only else ""
     if quant != decode_quant:
-        name = FLOAT if quant == FLOAT_QUANT else EDGE
-        sides[name] = (quant, edge / "prefill.onnx")
+        sides[FLOAT if quant == FLOAT_QUANT else EDGE] = (quant, edge / "prefill.onnx")
     if decode_quant:
         sides[WEIGHT_ONLY] = (decode_quant, edge / "decode.onnx")
     return sides

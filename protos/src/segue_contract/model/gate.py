@@ -90,8 +90,7 @@ def choose(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) 
 def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dict[str, RecipeEntry]:
     """The manifest's recipes; `base` says the weights, RoPE and layout of all of them.
 
-    Where nothing is in the budget, the short names stand for the best that was measured, not
-    allowed.
+    Where nothing is in the budget, the short names stand for the usual graphs, not allowed.
     """
 
     def entry(one: Measured) -> RecipeEntry:
@@ -101,11 +100,11 @@ def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dic
     by_name = {one.name: entry(one) for one in measured}
 
     def best(graphs: Sequence[str]) -> Measured:
-        candidates = [one for one in measured if one.graph in graphs]
+        candidates = [one for one in measured if one.graph in graphs] or list(measured)
         return max(candidates, key=lambda one: one.quality.agreement)
 
     return {
-        "edge": entry(choice.edge or best(FALLBACKS)),
+        "edge": entry(choice.edge or best((EDGE,))),
         "edge-weight-only": entry(choice.weight_only or best((WEIGHT_ONLY,))),
         "exact": RecipeEntry(recipe=msgspec.structs.replace(base, weight_quant=FLOAT_QUANT)),
         **by_name,
