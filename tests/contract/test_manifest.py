@@ -140,6 +140,17 @@ def test_a_manifest_edited_by_hand_is_refused_by_name(
     assert "edge-x" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "change", [{"layers": 0}, {"rope_base": -1.0}, {"heads": 3, "kv_heads": 2}]
+)
+def test_sizes_that_no_model_has(directory: Path, change: dict[str, float]) -> None:
+    manifest = read_manifest(directory)
+    geometry = msgspec.structs.replace(manifest.geometry, **change)
+    write_manifest(directory, msgspec.structs.replace(manifest, geometry=geometry))
+    with pytest.raises(ModelMismatch, match=next(iter(change))):
+        read_manifest(directory)
+
+
 def test_a_manifest_of_before_the_quality_gate_is_still_read(directory: Path) -> None:
     path = directory / MANIFEST_NAME
     raw = msgspec.json.decode(path.read_bytes())

@@ -165,8 +165,21 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if "edge" not in manifest.recipes:
         raise ModelMismatch(f"{path} names no edge recipe.", hint="Build the model again.")
+    _check_geometry(path, manifest.geometry)
     _check_recipes(path, manifest)
     return manifest
+
+
+def _check_geometry(path: Path, geometry: ModelGeometry) -> None:
+    sizes = msgspec.structs.asdict(geometry)
+    for name, value in sizes.items():
+        if not value > 0 and name != "tied_embeddings":
+            raise ModelMismatch(f"{path}: {name} is {value}.", hint="Build the model again.")
+    if geometry.heads % geometry.kv_heads:
+        raise ModelMismatch(
+            f"{path}: {geometry.heads} heads do not share {geometry.kv_heads} KV heads evenly.",
+            hint="Build the model again.",
+        )
 
 
 def _check_recipes(path: Path, manifest: Manifest) -> None:
