@@ -63,14 +63,14 @@ def opening(cloud: CloudRpc, epoch: int, turn: str = "t1", **changes: object) ->
     return dpb.RunRequest(open=dpb.TurnSpec(**(values | changes)))
 
 
-def kv_bytes(cloud: CloudRpc) -> list[bytes]:
-    """The prompt's blocks as an edge sends them."""
+def kv_bytes(cloud: CloudRpc, ids: list[bytes] | None = None) -> list[bytes]:
+    """The prompt's blocks as an edge sends them, under their own ids or others."""
     recipe = cloud.manifest.edge_recipe
     sizes = cloud.manifest.geometry.kv
     shape = (sizes.layers, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim)
     random = np.random.default_rng(7)
     blocks = []
-    for one in block_ids(recipe.digest, PROMPT):
+    for one in ids or block_ids(recipe.digest, PROMPT):
         k, v = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
         blocks.append(encode_frames(KvBlock(one, recipe.digest, k, v), recipe.codec))
     return blocks
@@ -219,8 +219,10 @@ async def test_a_recipe_that_the_manifest_disallows_is_refused_with_its_blocks(
         assert isinstance(await failure(call), BadRecipe)
         # and where a stream opens under an allowed recipe, and then sends blocks of the other
         call = cloud.decode.Run()
-        await call.write(opening(cloud, 1, recipe=recipes["exact"].recipe.digest))
-        await call.write(kv(kv_bytes(cloud)[0]))
+        digest = recipes["exact"].recipe.digest
+        ids = block_ids(digest, PROMPT)
+        await call.write(opening(cloud, 1, recipe=digest, blocks=ids))
+        await call.write(kv(kv_bytes(cloud, ids)[0]))
         assert isinstance(await failure(call), BadRecipe)
         assert not engine.blocks
         assert await until_ended(cloud) == list(range(100, 110))
