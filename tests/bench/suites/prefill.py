@@ -8,9 +8,7 @@ a folder beside the models (half a minute).
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,8 @@ from tokenizers import Tokenizer
 
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.model.manifest import DEFAULT_MODEL, Manifest, model_home, read_manifest
-from segue_edge.prefill.builder import build_float_graph
-from segue_edge.prefill.exact import SCORER, ExactModel, write_scorer
+from segue_edge.prefill.exact import SCORER, ExactModel
+from segue_edge.prefill.float_graph import float_graph
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.kv import PastKv
 from segue_edge.prefill.providers import CPU, Device
@@ -57,19 +55,7 @@ def run(report: Report, quick: bool) -> None:
 
 def peer(directory: Path, manifest: Manifest) -> Path:
     """The fp32 graph, built on first use into `<models>/.bench/<weights digest>/fp32`."""
-    home = model_home() / ".bench" / manifest.weights_digest
-    path = home / "fp32" / "model.onnx"
-    if path.is_file():
-        return path
-    home.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=home.parent))
-    try:
-        built = build_float_graph(directory, work, manifest.geometry.layers, lambda *_: None)
-        write_scorer(Graph.load(built), built.parent)
-        work.rename(home)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return path
+    return float_graph(directory, manifest, lambda *_: None)
 
 
 def _speed(report: Report, model: EdgeModel, graph: Path, tokens: list[int], quick: bool) -> None:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from segue_contract.errors import PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
+from segue_contract.model.gate import FLOAT_QUANT
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import CPU, CUDA, Device, choose_device
@@ -67,10 +68,18 @@ class EdgeModel:
         manifest = read_manifest(directory)
         device = choose_device(providers)
         decode = open_session(directory / "edge" / "decode.onnx", device, threads)
-        if CUDA in decode.get_providers():
+        quant = manifest.edge_recipe.weight_quant
+        if "edge-weight-only" in manifest.recipes:
+            weight_only = manifest.recipes["edge-weight-only"].recipe.weight_quant
+        else:
+            weight_only = ""
+        if CUDA in decode.get_providers() and quant != FLOAT_QUANT:
             # Dynamic W8A8 has no CUDA kernels worth having: every MatMul would go by the host.
             return cls(manifest, decode, decode, device, "edge-weight-only")
-        device = Device("cpu", (CPU,))
+        if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
+            return cls(manifest, decode, decode, device, "edge")
+        if CUDA not in decode.get_providers():
+            device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
         return cls(manifest, prefill, decode, device, "edge")
 
