@@ -183,3 +183,26 @@ def test_windows_are_whole_and_spread() -> None:
     assert [w[0] for w in picked] == [0, 30, 60]
     assert all(len(w) == 10 for w in picked)
     assert windows_of(list(range(25)), 9, size=10) == [list(range(10)), list(range(10, 20))]
+
+
+def test_the_table_of_8_bit_rows_is_near_the_float_one_and_lies_where_it_is_told(
+    tmp_path: Path,
+) -> None:
+    graph = mlp_graph(tmp_path)
+    (gather,) = (n for n in graph.nodes if n.op_type == "Gather")
+    gather.input[0] = quantise.EMBEDDING
+    table = graph.weights[quantise.EMBEDDING] = graph.weights.pop("table")
+    quantise.quantise_embedding(graph)
+    assert quantise.EMBEDDING not in graph.weights
+    names = (quantise.EMBEDDING_Q8, quantise.EMBEDDING_SCALE)
+    files = {name: tmp_path / f"{index}.bin" for index, name in enumerate(names)}
+    exposed = graph.copy()
+    exposed.add_outputs(["x"], [1, None, HIDDEN])
+    exposed.save(tmp_path / "x.onnx", files)
+    session = ort.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(["x"], {"input_ids": np.array([IDS], np.int64)})[0][0]
+    step = np.repeat(np.abs(graph.weights[names[1]]), quantise.BLOCK, axis=1)[IDS]
+    error = np.abs(found - table[IDS])
+    assert (error <= step + 1e-6).all(), "half a step, and one at the range's shorter end"
+    assert error.mean() < 0.3 * step.mean()
+    assert files[names[0]].stat().st_size * 4 == table.nbytes

@@ -50,6 +50,7 @@ class EdgeFacts(msgspec.Struct, kw_only=True):
     decode_quant: str
     quality: Quality | None = None
     decode_quality: Quality | None = None
+    heavier: tuple[str, ...] = ()
     built_with: dict[str, str] = {}
 
 
@@ -74,6 +75,7 @@ def seal(artifact: Path, work: Path, name: str, progress: Callable[[int], None])
         bos_token=source.bos_token,
         eos_token=source.eos_token,
         edge_quant=edge.edge_quant,
+        edge_heavier=edge.heavier,
         recipes=recipes(source, edge),
         files={
             path.relative_to(artifact).as_posix(): hash_file(path, progress)
