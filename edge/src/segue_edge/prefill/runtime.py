@@ -13,7 +13,7 @@ from segue_contract.errors import PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_edge.prefill.kv import Floats, PastKv
-from segue_edge.prefill.providers import CPU, CUDA, Device, choose_device
+from segue_edge.prefill.providers import CPU, Device, choose_device, prefill_graph
 from segue_edge.prefill.runner import GraphRunner, open_session
 
 # Tokens. Measured on two cores, 512-token prompt, tokens/s: 1,890 in chunks of 64, 2,160 of 128,
@@ -67,8 +67,7 @@ class EdgeModel:
         manifest = read_manifest(directory)
         device = choose_device(providers)
         decode = open_session(directory / "edge" / "decode.onnx", device, threads)
-        if CUDA in decode.get_providers():
-            # Dynamic W8A8 has no CUDA kernels worth having: every MatMul would go by the host.
+        if prefill_graph(decode.get_providers()) == "decode":
             return cls(manifest, decode, decode, device, "edge-weight-only")
         device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
