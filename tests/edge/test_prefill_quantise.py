@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from segue_edge.prefill import quantise
+from segue_edge.prefill.export import shared_files
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.quality import compare, summarise, windows_of
 from segue_edge.prefill.smooth import find_sites, smooth
@@ -206,3 +207,12 @@ def test_the_table_of_8_bit_rows_is_near_the_float_one_and_lies_where_it_is_told
     assert (error <= step + 1e-6).all(), "half a step, and one at the range's shorter end"
     assert error.mean() < 0.3 * step.mean()
     assert files[names[0]].stat().st_size * 4 == table.nbytes
+
+
+def test_only_equal_tables_share_a_file(tmp_path: Path) -> None:
+    tied = shared_files("head", tmp_path, tied=True)
+    assert tied["head_b8"] == tied[quantise.EMBEDDING_Q8]
+    assert tied["head_b8_scale"] == tied[quantise.EMBEDDING_SCALE]
+    own = shared_files("head", tmp_path, tied=False)
+    assert len(set(own.values())) == len(own), "every array has a file of its own"
+    assert tied[quantise.EMBEDDING] not in (tied["head_b8"], tied["head_b8_scale"])

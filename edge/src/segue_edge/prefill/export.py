@@ -109,7 +109,7 @@ def shared_files(head: str, edge: Path, *, tied: bool) -> dict[str, Path]:
     """
     own = "embedding" if tied else "head"
     return {
-        quantise.EMBEDDING: edge / "embedding.bin",
+        quantise.EMBEDDING: edge / "embedding_f32.bin",  # where it cannot be cut in blocks
         quantise.EMBEDDING_Q8: edge / "embedding.bin",
         quantise.EMBEDDING_SCALE: edge / "embedding_scale.bin",
         f"{head}_b8": edge / f"{own}.bin",
