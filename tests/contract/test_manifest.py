@@ -98,6 +98,7 @@ def test_another_format_and_a_manifest_without_the_edge(directory: Path) -> None
     write_manifest(directory, msgspec.structs.replace(manifest, format=99))
     with pytest.raises(ModelMismatch, match="99"):
         read_manifest(directory)
+    assert not is_built(directory), "set-up builds it again"
     write_manifest(directory, msgspec.structs.replace(manifest, recipes={}))
     with pytest.raises(ModelMismatch, match="edge recipe"):
         read_manifest(directory)

@@ -7,7 +7,8 @@
               cloud/config.json      Hugging Face's, so that its libraries can load the weights
               edge/prefill.onnx      W8A8, last-position logits, KV out
               edge/decode.onnx       weight-only 8 bit, batch 1
-              edge/*.data, *.bin     the weights of both; .bin files are shared by them
+              edge/*.data, *.bin     the weights of both; .bin files are shared by them (with tied
+                                     embeddings the lookup and the head are one table)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from segue_contract.kv.layout import KvGeometry, KvRecipe
 from segue_contract.kv.steps import codec_named
 from segue_contract.model.home import (
     DEFAULT_MODEL,
+    FORMAT,
     MANIFEST_NAME,
     is_built,
     model_directory,
@@ -47,7 +49,6 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 1
 _HASH_CHUNK = 1 << 20
 
 
@@ -111,6 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bos_token: str = ""
     eos_token: str = ""
     edge_quant: str
+    # groups of matrices that the prefill graph keeps heavier, for their loss was over the target
+    edge_heavier: tuple[str, ...] = ()
     # recipes by name; "edge" is the one under which the edge's KV ships by default
     recipes: dict[str, RecipeEntry]
     files: dict[str, FileEntry]

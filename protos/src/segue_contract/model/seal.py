@@ -57,6 +57,7 @@ class EdgeFacts(msgspec.Struct, kw_only=True):
     decode_quant: str
     quality: Quality | None = None
     decode_quality: Quality | None = None
+    heavier: tuple[str, ...] = ()
     built_with: dict[str, str] = {}
 
 
@@ -84,6 +85,7 @@ def seal(artifact: Path, work: Path, name: str, progress: Callable[[int], None])
         bos_token=source.bos_token,
         eos_token=source.eos_token,
         edge_quant=chosen["edge"].recipe.weight_quant,
+        edge_heavier=edge.heavier,
         recipes=chosen,
         files={
             path.relative_to(artifact).as_posix(): hash_file(path, progress)
