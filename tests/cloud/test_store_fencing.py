@@ -58,25 +58,6 @@ async def test_open_read_and_unknown_sessions(store: RedisStore) -> None:
         await store.check_device(T, "nowhere", "phone")
 
 
-async def test_a_device_in_use_outlives_many_that_open_later(store: RedisStore) -> None:
-    await store.open_session(T, S, device="phone")
-    await store.open_session(T, S, device="a-drawer")
-    for number in range(limits.MAX_SESSION_DEVICES):
-        await store.open_session(T, S, device=f"d{number:03}")
-        await store.check_device(T, S, "phone")
-    with pytest.raises(UnknownDevice):
-        await store.check_device(T, S, "a-drawer")
-
-
-async def test_a_full_store_still_knows_its_devices(store: RedisStore, valkey: Valkey) -> None:
-    await store.open_session(T, S, device="phone")
-    reader, writer = await asyncio.open_connection("127.0.0.1", valkey.port)
-    writer.write(b"CONFIG SET maxmemory 1\r\n")
-    assert await reader.readline() == b"+OK\r\n"
-    writer.close()
-    await store.check_device(T, S, "phone")
-
-
 async def test_offsets_from_one_and_entry_ids(store: RedisStore) -> None:
     first = await store.append(T, S, "phone", 1, 1, [op("a"), op("b")])
     assert (first.status, first.first_offset, first.tail) == (Status.OK, 1, 2)

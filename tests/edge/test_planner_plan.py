@@ -1,4 +1,4 @@
-"""Known cases of the plan, with the numbers of DESIGN.md section 6 (8B on A10 and A100)."""
+"""Known cases of the plan, with the numbers of ARCHITECTURE.md, The costs of a plan."""
 
 from __future__ import annotations
 

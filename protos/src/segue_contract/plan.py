@@ -10,7 +10,7 @@ from segue_contract.errors import UNREADABLE, InvalidArgument
 
 
 class Shape(StrEnum):
-    """Who computes which part of a turn (DESIGN.md, section 6)."""
+    """Who computes which part of a turn (ARCHITECTURE.md, The costs of a plan)."""
 
     EDGE = "edge"  # all of it on the edge
     SHIP = "ship"  # the edge prefills, its KV goes up, the cloud decodes

@@ -13,13 +13,11 @@ from segue_contract.errors import DeadlineExceeded, InvalidArgument
 from segue_contract.limits import (
     KV_FIRST_BYTE_TIMEOUT_S,
     KV_STALL_TIMEOUT_S,
+    READY_POLL_S,
     TURN_EVENT_QUEUE,
 )
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
-
-# How often a full batch is looked at again before the edge is asked to hand over.
-_READY_RETRY_S = 0.02
 
 
 class RunStream:
@@ -156,7 +154,7 @@ class RunStream:
         await self._intake.complete.wait()
         while self._engine.stats().waiting > 0:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_READY_RETRY_S):
+                async with asyncio.timeout(READY_POLL_S):
                     await self._owner.ended.wait()
                     return
         ready = dpb.Ready(

@@ -1,4 +1,4 @@
-"""The life of one turn in the instance that owns it (DESIGN.md, section 3).
+"""The life of one turn in the instance that owns it (ARCHITECTURE.md, The life of a turn).
 
     edge makes tokens ──► edge_tokens ─┐
                                        ├─► writer ─► log ─► feed ─► readers, MQTT

@@ -1,4 +1,4 @@
-"""What each shape of a turn would cost: the formulas of DESIGN.md, section 6.
+"""What each shape of a turn would cost: ARCHITECTURE.md, The costs of a plan.
 
 Notation: R round trip, B goodput, q the cloud's queue, t_edge(x) and t_cloud(x) the time to prefill
 x tokens there, KV(x) the bytes of x tokens' KV on the wire. All times in seconds.

@@ -8,7 +8,7 @@ import time
 import structlog
 
 from segue_contract.errors import NotFound, SegueError, Unreachable
-from segue_contract.limits import UPLINK_RETRY_S
+from segue_contract.limits import RETRY_PAUSE_MAX_S, RETRY_PAUSE_S, UPLINK_RETRY_S
 from segue_contract.plan import Shape
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
@@ -22,9 +22,6 @@ from segue_edge.uplink.sender import KvSender
 from segue_edge.uplink.stream import TurnStream
 
 log = structlog.get_logger("segue.turn")
-
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
 
 
 async def take_over(
@@ -44,7 +41,7 @@ async def take_over(
         SegueError: a cloud was reached and refuses the turn for good.
     """
     deadline = time.monotonic() + UPLINK_RETRY_S
-    pause_s = _FIRST_PAUSE_S
+    pause_s = RETRY_PAUSE_S
     while True:
         for cloud in deps.clouds.ranked(asked.session):
             again = _resumed(deps, cloud, spec, reply)
@@ -62,14 +59,14 @@ async def take_over(
                     )
                     if link.progressed:
                         deadline = time.monotonic() + UPLINK_RETRY_S
-                        pause_s = _FIRST_PAUSE_S
+                        pause_s = RETRY_PAUSE_S
                 finally:
                     shipping.cancel()
                     await asyncio.gather(shipping, return_exceptions=True)
         if time.monotonic() + pause_s > deadline:
             return None
         await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s, RETRY_PAUSE_MAX_S)
 
 
 def _consider(error: SegueError, cause: SegueError) -> None:

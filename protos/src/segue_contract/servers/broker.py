@@ -16,6 +16,7 @@ from types import TracebackType
 from segue_contract.errors import DeadlineExceeded, Internal, MissingExtra
 from segue_contract.limits import (
     BROKER_INFLIGHT,
+    BROKER_PROBE_PAUSE_S,
     BROKER_QUEUED_MESSAGES,
     BROKER_START_TIMEOUT_S,
     MAX_MQTT_PAYLOAD_BYTES,
@@ -74,7 +75,6 @@ broker.check_ports()
 print("starting", flush=True)
 broker.run_forever()
 """
-_PROBE_PAUSE_S = 0.02
 
 # MQTT 5: protocol name and version, clean start, keep-alive 10 s, no properties, a client id.
 _PROBE = b"\x00\x04MQTT\x05\x02\x00\x0a\x00" + b"\x00\x0bsegue-ready"
@@ -210,7 +210,7 @@ async def _until_answering(child: ChildProcess, port: int) -> ChildProcess:
                         hint=child.log_tail(5),
                         log=child.log_tail(),
                     )
-                await asyncio.sleep(_PROBE_PAUSE_S)
+                await asyncio.sleep(BROKER_PROBE_PAUSE_S)
     except BaseException as error:
         await child.stop()
         if isinstance(error, TimeoutError):
