@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segue_contract.model.manifest import MANIFEST_NAME, model_home
+from segue_contract.model.home import is_built, model_home
 from segue_contract.servers import Broker, Valkey
 from tests.support.servers import require_broker, require_valkey
 
@@ -43,12 +43,12 @@ def model_dir() -> Path:
     """The built default model; built once per machine where it is missing (takes a minute)."""
     home = model_home()
     directory = home / DEFAULT_MODEL
-    if (directory / MANIFEST_NAME).is_file():
+    if is_built(directory):
         return directory
     home.mkdir(parents=True, exist_ok=True)
     with (home / ".build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build it once
-        if not (directory / MANIFEST_NAME).is_file():
+        if not is_built(directory):
             build = subprocess.run(
                 [sys.executable, "-m", "segue", "model", "build"],
                 capture_output=True,

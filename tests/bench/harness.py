@@ -71,6 +71,11 @@ class Report:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     on_row: Callable[[Row], None] = lambda row: None
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def missing(self, rows: str, reason: str) -> None:
+        """Say that `rows` were not measured here, and why or what to do about it."""
+        self.left_out.append({"rows": rows, "reason": reason})
 
     def row(
         self,
@@ -95,7 +100,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         rows = [row.as_json() for row in self.rows]
-        return {"suite": self.suite, "machine": self.machine, "rows": rows}
+        found = {"suite": self.suite, "machine": self.machine, "rows": rows}
+        return found | ({"left_out": self.left_out} if self.left_out else {})
 
     def write(self, path: Path) -> None:
         """Write the JSON in one step: readers see the old file or the whole new one."""
@@ -208,6 +214,8 @@ def show(report: Report, console: Console) -> None:
     console.print()
     console.print(table)
     console.print()
+    for one in report.left_out:
+        console.print(Text(f"Not measured: {one['rows']}: {one['reason']}.", style="yellow"))
     console.print(Text(machine_line(report.machine), style="dim"))
     cores, load = report.machine["cores"] or 1, report.machine["load_at_start"]
     if load > 0.5 * cores:

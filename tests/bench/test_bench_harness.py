@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.harness import ROOT, Report, median_of, number, suite_names
+from tests.bench.suites.codec import Rung, pays_below_mbit_s
 
 MEASURED = ("wire_vs_fp16", "encode_mb_per_s", "decode_mb_per_s")
 
@@ -34,6 +35,25 @@ def test_scripts_bench_runs_a_suite_and_writes_its_rows(tmp_path: Path) -> None:
         assert rows[name]["value"] > 0
         assert "target" in rows[name]
     assert rows["wire_vs_fp16"]["value"] <= 0.55  # bytes, not time
+    for step in ("k8v8", "k8v4", "k4v4"):
+        assert rows[f"{step}_pays_below"]["value"] >= 0
+        assert f"{step}_bytes_per_token" in rows
+    assert "The ladder" in done.stdout
+
+
+def test_the_link_speed_below_which_a_step_pays() -> None:
+    before = Rung("a", 1000, encode_s=0.001, decode_s=0.001)
+    step = Rung("b", 500, encode_s=0.002, decode_s=0.002)
+    limit = pays_below_mbit_s(step, before)
+    assert limit == pytest.approx(8 * 64 * 500 / 0.002 / 1e6)
+
+    def whole(rung: Rung, mbit_s: float) -> float:
+        return rung.encode_s + rung.decode_s + 8 * 64 * rung.bytes_per_token / (mbit_s * 1e6)
+
+    assert whole(step, 0.9 * limit) < whole(before, 0.9 * limit)
+    assert whole(step, 1.1 * limit) > whole(before, 1.1 * limit)
+    assert pays_below_mbit_s(Rung("c", 500, 0.001, 0.001), before) == math.inf
+    assert pays_below_mbit_s(Rung("d", 1000, 0.0005, 0.001), before) == 0
 
 
 def test_an_unknown_suite_is_refused_with_those_that_exist() -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from segue_contract.errors import (
 )
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
+from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import decode_turns
 from segue_contract.transport.status import error_from_rpc
@@ -61,14 +63,14 @@ def opening(cloud: CloudRpc, epoch: int, turn: str = "t1", **changes: object) ->
     return dpb.RunRequest(open=dpb.TurnSpec(**(values | changes)))
 
 
-def kv_bytes(cloud: CloudRpc) -> list[bytes]:
-    """The prompt's blocks as an edge sends them."""
+def kv_bytes(cloud: CloudRpc, ids: list[bytes] | None = None) -> list[bytes]:
+    """The prompt's blocks as an edge sends them, under their own ids or others."""
     recipe = cloud.manifest.edge_recipe
     sizes = cloud.manifest.geometry.kv
     shape = (sizes.layers, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim)
     random = np.random.default_rng(7)
     blocks = []
-    for one in block_ids(recipe.digest, PROMPT):
+    for one in ids or block_ids(recipe.digest, PROMPT):
         k, v = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
         blocks.append(encode_frames(KvBlock(one, recipe.digest, k, v), recipe.codec))
     return blocks
@@ -196,6 +198,34 @@ async def test_a_connection_that_breaks(cloud: CloudRpc) -> None:
     call.cancel()
     assert await until_ended(cloud) == list(range(100, 110))
     assert cloud.engine.turns[-1].made == (100, 101)
+
+
+async def test_a_recipe_that_the_manifest_disallows_is_refused_with_its_blocks(
+    valkey: Valkey, model_dir: Path
+) -> None:
+    built = read_manifest(model_dir)
+    recipes = {
+        name: msgspec.structs.replace(entry, allowed=name == "exact")
+        for name, entry in built.recipes.items()
+    }
+    manifest = msgspec.structs.replace(built, recipes=recipes)
+    engine = ScriptedEngine(range(100, 110))
+    async with cloud_rpc(valkey.url, model_dir, engine, manifest=manifest) as cloud:
+        await cloud.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        facts = (await begin(cloud)).facts
+        assert list(facts.recipes) == [recipes["exact"].recipe.digest]
+        call = cloud.decode.Run()
+        await call.write(opening(cloud, 1))
+        assert isinstance(await failure(call), BadRecipe)
+        # and where a stream opens under an allowed recipe, and then sends blocks of the other
+        call = cloud.decode.Run()
+        digest = recipes["exact"].recipe.digest
+        ids = block_ids(digest, PROMPT)
+        await call.write(opening(cloud, 1, recipe=digest, blocks=ids))
+        await call.write(kv(kv_bytes(cloud, ids)[0]))
+        assert isinstance(await failure(call), BadRecipe)
+        assert not engine.blocks
+        assert await until_ended(cloud) == list(range(100, 110))
 
 
 async def test_a_foreign_recipe_is_refused_by_name(cloud: CloudRpc) -> None:

@@ -82,12 +82,19 @@ async def all_replies(engine: TorchEngine, turns: Sequence[EngineTurn]) -> list[
     return [tokens for tokens, _ in await asyncio.gather(*(collect(engine, t) for t in turns))]
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
-async def test_alone_and_batched_equal_hugging_face(tiny: Tiny, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("compiled", "ahead"),
+    [(True, False), (False, False), (True, True)],
+    ids=["kernels", "torch", "ahead"],
+)
+async def test_alone_and_batched_equal_hugging_face(
+    tiny: Tiny, compiled: bool, ahead: bool
+) -> None:
     turns = [tiny.turn(i) for i in range(len(tiny.prompts))]
-    async with engine_of(tiny, replace(FP32, compiled=compiled)) as engine:
+    options = replace(FP32, compiled=compiled, ahead=ahead)
+    async with engine_of(tiny, options) as engine:
         alone = [(await collect(engine, turn))[0] for turn in turns]
-    async with engine_of(tiny, replace(FP32, compiled=compiled)) as engine:
+    async with engine_of(tiny, options) as engine:
         batched = await all_replies(engine, turns)
     assert alone == tiny.replies
     assert batched == tiny.replies
@@ -134,16 +141,24 @@ async def test_a_reply_goes_on_where_another_stopped(tiny: Tiny) -> None:
             assert whole == [reply for reply in tiny.replies if len(reply) > made]
 
 
-async def test_small_chunks_and_a_small_pool_change_nothing(tiny: Tiny) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_small_chunks_and_a_small_pool_change_nothing(tiny: Tiny, ahead: bool) -> None:
     options = replace(
-        FP32, step_tokens=64, mixed_tokens=64, max_batch=6, pool_bytes=1100 * 512, compiled=True
+        FP32,
+        ahead=ahead,
+        step_tokens=64,
+        mixed_tokens=64,
+        max_batch=6,
+        pool_bytes=1100 * 512,
+        compiled=True,
     )
     turns = [tiny.turn(i) for i in range(len(tiny.prompts))]
     async with engine_of(tiny, options) as engine:
         assert await all_replies(engine, turns) == tiny.replies
 
 
-async def test_preempted_turns_give_the_same_tokens(tiny: Tiny) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_preempted_turns_give_the_same_tokens(tiny: Tiny, ahead: bool) -> None:
     # Six turns that each need up to 25 pages share 66: some must give theirs back in mid-reply.
     turns = [
         tiny.turn(i, turn=f"long{i}", max_tokens=300, end_tokens=frozenset()) for i in range(9, 15)
@@ -151,7 +166,7 @@ async def test_preempted_turns_give_the_same_tokens(tiny: Tiny) -> None:
     async with engine_of(tiny, FP32) as engine:
         expected = await all_replies(engine, turns)
         assert engine.preemptions == 0
-    async with engine_of(tiny, replace(FP32, pool_bytes=1056 * 512)) as engine:
+    async with engine_of(tiny, replace(FP32, ahead=ahead, pool_bytes=1056 * 512)) as engine:
         assert await all_replies(engine, turns) == expected
         assert engine.preemptions > 0
 

@@ -14,8 +14,7 @@ import pytest
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.runner import Runner
-from segue_cloud.engine.scheduler import Step
+from segue_cloud.engine.runner import Prepared, Runner
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.errors import (
     BadBlock,
@@ -42,9 +41,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     return directory, build_tiny_llama(directory)
 
 
-@pytest.fixture
-async def engine(model: tuple[Path, Manifest]) -> AsyncIterator[TorchEngine]:
-    engine = await TorchEngine.load(*model, OPTIONS)
+@pytest.fixture(params=[False, True], ids=["in_turn", "ahead"])
+async def engine(
+    model: tuple[Path, Manifest], request: pytest.FixtureRequest
+) -> AsyncIterator[TorchEngine]:
+    engine = await TorchEngine.load(*model, replace(OPTIONS, ahead=request.param))
     yield engine
     await engine.close()
     engine.check_integrity()
@@ -208,16 +209,19 @@ class UnluckyRunner(Runner):
 
     unlucky = True
 
-    def run(self, step: Step) -> list[int]:
+    def run(self, prepared: Prepared) -> list[int]:
         if self.unlucky:
             self.unlucky = False
             raise RuntimeError("out of luck")
-        return super().run(step)
+        return super().run(prepared)
 
 
-async def test_a_failing_step_ends_its_turns_and_no_others(model: tuple[Path, Manifest]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_failing_step_ends_its_turns_and_no_others(
+    model: tuple[Path, Manifest], ahead: bool
+) -> None:
     build = partial(UnluckyRunner, model[0], TINY, 128, OPTIONS)
-    engine = TorchEngine(model[1], OPTIONS, 128, build)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
     await engine.start()
     with pytest.raises(TurnFailed, match="out of luck"):
         await anext(engine.submit(turn()))
@@ -230,13 +234,14 @@ async def test_a_failing_step_ends_its_turns_and_no_others(model: tuple[Path, Ma
 class DyingRunner(Runner):
     """Takes the engine's thread down."""
 
-    def run(self, step: Step) -> list[int]:
+    def run(self, prepared: Prepared) -> list[int]:
         raise SystemExit("no more")
 
 
-async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest], ahead: bool) -> None:
     build = partial(DyingRunner, model[0], TINY, 128, OPTIONS)
-    engine = TorchEngine(model[1], OPTIONS, 128, build)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
     await engine.start()
     assert not engine.died.is_set()
     with pytest.raises(TurnFailed, match="died"):

@@ -52,6 +52,17 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     assert "[128, 64]" in refused.value.message
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_with_bad_numbers_is_named(tmp_path: Path, bad: float) -> None:
+    build_tiny_llama(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[NAME][3, 5] = bad
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ModelMismatch, match=NAME) as refused:
+        load(tmp_path)
+    assert refused.value.fields["tensor"] == NAME
+
+
 @pytest.mark.parametrize("size", [0, 7, 1000])
 def test_a_file_that_was_cut_off(tmp_path: Path, size: int) -> None:
     build_tiny_llama(tmp_path)

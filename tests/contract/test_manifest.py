@@ -14,6 +14,7 @@ from segue_contract.model.manifest import (
     MANIFEST_NAME,
     Manifest,
     ModelGeometry,
+    Quality,
     RecipeEntry,
     hash_file,
     read_manifest,
@@ -97,6 +98,7 @@ def test_another_format_and_a_manifest_without_the_edge(directory: Path) -> None
     write_manifest(directory, msgspec.structs.replace(manifest, format=99))
     with pytest.raises(ModelMismatch, match="99"):
         read_manifest(directory)
+    assert not is_built(directory), "set-up builds it again"
     write_manifest(directory, msgspec.structs.replace(manifest, recipes={}))
     with pytest.raises(ModelMismatch, match="edge recipe"):
         read_manifest(directory)
@@ -106,6 +108,60 @@ def test_recipes_that_are_not_allowed_are_not_offered(directory: Path) -> None:
     manifest = read_manifest(directory)
     entry = RecipeEntry(recipe=RECIPE, allowed=False)
     assert not msgspec.structs.replace(manifest, recipes={"edge": entry}).allowed_recipes()
+
+
+def test_one_name_that_disallows_a_recipe_is_enough(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    entries = {
+        "edge": RecipeEntry(recipe=RECIPE),
+        "edge-k8v8": RecipeEntry(recipe=RECIPE, allowed=False),
+    }
+    assert not msgspec.structs.replace(manifest, recipes=entries).allowed_recipes()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            RecipeEntry(recipe=msgspec.structs.replace(RECIPE, weights_digest="cd" * 16)),
+            "other weights",
+        ),
+        (RecipeEntry(recipe=msgspec.structs.replace(RECIPE, codec="k2v2")), "k2v2"),
+        (RecipeEntry(recipe=RECIPE, quality=Quality(agreement=1.5)), "1.5"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_refused_by_name(
+    directory: Path, entry: RecipeEntry, words: str
+) -> None:
+    manifest = read_manifest(directory)
+    recipes = {"edge": RecipeEntry(recipe=RECIPE), "edge-x": entry}
+    write_manifest(directory, msgspec.structs.replace(manifest, recipes=recipes))
+    with pytest.raises(ModelMismatch, match=words) as caught:
+        read_manifest(directory)
+    assert "edge-x" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 0}, {"rope_base": -1.0}, {"heads": 3, "kv_heads": 2}]
+)
+def test_sizes_that_no_model_has(directory: Path, change: dict[str, float]) -> None:
+    manifest = read_manifest(directory)
+    geometry = msgspec.structs.replace(manifest.geometry, **change)
+    write_manifest(directory, msgspec.structs.replace(manifest, geometry=geometry))
+    with pytest.raises(ModelMismatch, match=next(iter(change))):
+        read_manifest(directory)
+
+
+def test_a_manifest_of_before_the_quality_gate_is_still_read(directory: Path) -> None:
+    path = directory / MANIFEST_NAME
+    raw = msgspec.json.decode(path.read_bytes())
+    del raw["max_agreement_loss"]
+    raw["recipes"]["edge"]["quality"] = {"agreement": 0.98, "windows": 4, "text_sha256": "ab"}
+    path.write_bytes(msgspec.json.encode(raw))
+    quality = read_manifest(directory).recipes["edge"].quality
+    assert quality is not None
+    assert quality.first_token_agreement is None
+    assert read_manifest(directory).max_agreement_loss is None
 
 
 def test_home_and_names(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,13 @@ from segue_contract.errors import (
     Unreachable,
 )
 from segue_contract.kv.layout import block_ids
+from segue_contract.model.manifest import RecipeEntry
 from segue_contract.plan import decode_plan
 from segue_contract.sync.state import TurnState
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.edge_node import Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import scripted_cloud
-from tests.support.tiny_edge import TinyModel, reply_text
+from tests.support.tiny_edge import MANIFEST, RECIPE, TinyModel, reply_text
 
 
 async def test_ship_first_token_from_the_edge_then_the_cloud() -> None:
@@ -306,6 +307,34 @@ async def test_beyond_its_bound_a_node_refuses_with_a_hint() -> None:
 async def test_a_refused_recipe_is_not_shipped() -> None:
     async with serving() as (cloud, _node, device):
         cloud.script.recipes = ("ab" * 16,)
+        told = await device.run(plan="ship")
+    assert told.plan.shape != "ship"
+    assert "recipe" in told.plan.reason
+    assert cloud.seen.blocks == []
+
+
+def tiny_with(entry: RecipeEntry) -> TinyModel:
+    """The tiny model under a manifest whose edge recipe is `entry`."""
+    model = TinyModel()
+    model.recipe = entry.recipe
+    model.manifest = msgspec.structs.replace(MANIFEST, recipes={"edge": entry})
+    return model
+
+
+@pytest.mark.parametrize("codec", ["k8v4", "k4v4", "k4v4-sink4"])
+async def test_the_node_encodes_as_its_recipe_says(codec: str) -> None:
+    recipe = msgspec.structs.replace(RECIPE, codec=codec)
+    async with serving(tiny_with(RecipeEntry(recipe=recipe))) as (cloud, _node, device):
+        cloud.script.recipes, cloud.script.codec = (recipe.digest,), codec
+        told = await device.run(plan="ship")
+    assert told.plan.shape == "ship"
+    assert len(cloud.seen.blocks) == told.plan.shipped_blocks > 1
+    assert {block.recipe for block in cloud.seen.blocks} == {recipe.digest}
+
+
+async def test_a_recipe_that_the_own_manifest_disallows_is_not_shipped() -> None:
+    model = tiny_with(RecipeEntry(recipe=RECIPE, allowed=False))
+    async with serving(model) as (cloud, _node, device):
         told = await device.run(plan="ship")
     assert told.plan.shape != "ship"
     assert "recipe" in told.plan.reason

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from segue_edge.prefill import quantise
+from segue_edge.prefill.export import shared_files
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.quality import compare, summarise, windows_of
 from segue_edge.prefill.smooth import find_sites, smooth
@@ -183,3 +184,35 @@ def test_windows_are_whole_and_spread() -> None:
     assert [w[0] for w in picked] == [0, 30, 60]
     assert all(len(w) == 10 for w in picked)
     assert windows_of(list(range(25)), 9, size=10) == [list(range(10)), list(range(10, 20))]
+
+
+def test_the_table_of_8_bit_rows_is_near_the_float_one_and_lies_where_it_is_told(
+    tmp_path: Path,
+) -> None:
+    graph = mlp_graph(tmp_path)
+    (gather,) = (n for n in graph.nodes if n.op_type == "Gather")
+    gather.input[0] = quantise.EMBEDDING
+    table = graph.weights[quantise.EMBEDDING] = graph.weights.pop("table")
+    quantise.quantise_embedding(graph)
+    assert quantise.EMBEDDING not in graph.weights
+    names = (quantise.EMBEDDING_Q8, quantise.EMBEDDING_SCALE)
+    files = {name: tmp_path / f"{index}.bin" for index, name in enumerate(names)}
+    exposed = graph.copy()
+    exposed.add_outputs(["x"], [1, None, HIDDEN])
+    exposed.save(tmp_path / "x.onnx", files)
+    session = ort.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(["x"], {"input_ids": np.array([IDS], np.int64)})[0][0]
+    step = np.repeat(np.abs(graph.weights[names[1]]), quantise.BLOCK, axis=1)[IDS]
+    error = np.abs(found - table[IDS])
+    assert (error <= step + 1e-6).all(), "half a step, and one at the range's shorter end"
+    assert error.mean() < 0.3 * step.mean()
+    assert files[names[0]].stat().st_size * 4 == table.nbytes
+
+
+def test_only_equal_tables_share_a_file(tmp_path: Path) -> None:
+    tied = shared_files("head", tmp_path, tied=True)
+    assert tied["head_b8"] == tied[quantise.EMBEDDING_Q8]
+    assert tied["head_b8_scale"] == tied[quantise.EMBEDDING_SCALE]
+    own = shared_files("head", tmp_path, tied=False)
+    assert len(set(own.values())) == len(own), "every array has a file of its own"
+    assert tied[quantise.EMBEDDING] not in (tied["head_b8"], tied["head_b8_scale"])

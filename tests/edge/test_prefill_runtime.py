@@ -11,7 +11,7 @@ from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import ModelMismatch, ModelMissing, PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry
 from segue_edge.prefill.kv import PastKv
-from segue_edge.prefill.providers import choose_device
+from segue_edge.prefill.providers import CPU, CUDA, choose_device, prefill_graph
 from segue_edge.prefill.quality import held_out_text
 from segue_edge.prefill.runner import GraphRunner
 from segue_edge.prefill.runtime import EdgeModel, chunk_end
@@ -126,6 +126,23 @@ def test_decode_goes_on_from_prefill_and_the_buffer_grows(
     assert correlation > 0.99, "two quantisations of one model"
 
 
+def test_both_graphs_use_one_kv_buffer_without_a_copy(model: EdgeModel, tokens: list[int]) -> None:
+    kv = model.prefill(tokens[:100], room=50).kv
+    bound = kv.bound()
+    first = kv.k.__array_interface__["data"][0]
+    places = {name: value.data_ptr() for name, value in bound.items()}
+    layer = kv.k[0].nbytes if kv.k[0].flags.c_contiguous else 0
+    assert places["0.key"] == first
+    assert places["1.key"] == first + layer
+    before = kv.k[:, :, :100].copy()
+    kv.k[:, :, 100] = np.nan  # where the next token's key must come to lie
+    model.decode_step(tokens[100], kv)
+    assert kv.bound() is bound, "the decode graph was given the very values of the prefill graph"
+    assert kv.k.__array_interface__["data"][0] == first
+    np.testing.assert_array_equal(kv.k[:, :, :100], before)
+    assert np.isfinite(kv.k[:, :, 100]).all()
+
+
 def test_a_graph_on_another_device_computes_the_same_by_copying(
     model: EdgeModel, tokens: list[int]
 ) -> None:
@@ -158,6 +175,16 @@ def test_recipes_and_devices(model: EdgeModel) -> None:
     assert model.recipe.digest in model.manifest.allowed_recipes()
     with pytest.raises(ValueError, match="no such device"):
         choose_device("tpu")
+
+
+def test_cuda_prefills_with_the_weight_only_graph_and_never_with_dynamic_int8() -> None:
+    assert choose_device("auto", (CUDA, CPU)).providers == (CUDA, CPU)
+    assert choose_device("cpu", (CUDA, CPU)).providers == (CPU,)
+    assert choose_device("auto", (CPU,)).name == "cpu"
+    with pytest.raises(ValueError, match="edge-gpu"):
+        choose_device("cuda", (CPU,))
+    assert prefill_graph((CUDA, CPU)) == "decode"
+    assert prefill_graph((CPU,)) == "prefill", "CUDA was asked for and did not start"
 
 
 def test_directories_that_do_not_load(tmp_path: Path, model_dir: Path) -> None:

@@ -21,7 +21,7 @@ from segue_contract.v1 import decode_pb2_grpc
 from segue_edge.uplink.clouds import Cloud, CloudSet
 from segue_edge.uplink.pacer import Pacer, TokenBucket
 from segue_edge.uplink.rendezvous import rank
-from segue_edge.uplink.sender import KvSender
+from segue_edge.uplink.sender import KvSender, encode_with
 from segue_edge.uplink.stream import TurnStream
 from tests.support.tiny_edge import RECIPE, block_of
 
@@ -176,7 +176,7 @@ async def test_a_slow_link_holds_back_the_encoder_not_the_prefill(
     _, cloud = listener  # which reads nothing
     encoded: list[bytes] = []
 
-    def encode(block: Any) -> bytes:
+    def encode(index: int, block: Any) -> bytes:
         encoded.append(block.id)
         return bytes(64 * KV_PART_BYTES)
 
@@ -204,7 +204,7 @@ async def test_a_block_that_cannot_be_encoded_ends_the_sender(
     ids = block_ids(RECIPE.digest, tokens)
     k, v = block_of(tokens[:64])
     with ThreadPoolExecutor(1) as pool:
-        sender = KvSender(RECIPE.digest, ids, pool)
+        sender = KvSender(RECIPE.digest, ids, pool, encode_with(RECIPE.codec))
         sender.offer(0, k, v)
         sender.offer(1, k * float("nan"), v)
         async with TurnStream(cloud, dpb.TurnSpec(turn="t"), Pacer()) as stream:

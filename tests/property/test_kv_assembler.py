@@ -26,6 +26,7 @@ from segue_contract.kv.assembler import Assembler, decode_encoded
 from segue_contract.kv.frame import HEADER_BYTES, FrameWriter, encode_frames, read_header
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
 from segue_contract.kv.quantize import decode_block, encode_block
+from segue_contract.kv.steps import STEPS, codec_named
 from segue_contract.limits import MAX_OPEN_BLOCKS
 
 TINY = KvGeometry(layers=3, kv_heads=1, head_dim=2)
@@ -117,9 +118,11 @@ def test_layers_of_open_blocks_come_in_any_order(order: list[int]) -> None:
     assert facts(got) == [expected(block(2)), expected(block(1))]
 
 
-def test_every_byte_flipped_raises_and_never_gives_a_wrong_block() -> None:
-    stream = encode_frames(block(1), frame_bytes=700)
-    assert len(frames_of(block(1), frame_bytes=700)) >= 3
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("step", list(STEPS))
+def test_every_byte_flipped_raises_and_never_gives_a_wrong_block(step: str, sinks: int) -> None:
+    stream = encode_frames(block(1), step, frame_bytes=700, sink_tokens=sinks)
+    assert len(assembler(1).feed(stream)) == 1
     for place in range(len(stream)):
         for flip in (0x01, 0x80, 0xFF):
             bad = bytearray(stream)
@@ -241,6 +244,21 @@ def test_a_recipe_stands_for_its_step() -> None:
     assert len(Assembler(TINY, by_step).feed(encode_frames(block(1)))) == 1
     with pytest.raises(BadRecipe):
         Assembler(TINY, by_step).feed(encode_frames(block(1), "k4v4"))
+
+
+def test_sinks_come_only_where_the_recipe_has_them() -> None:
+    by_codec = {RECIPE: "k4v4-sink4"}
+    for sinks in (0, 4):  # the first block of a prompt has them, the others not
+        stream = encode_frames(block(1), "k4v4", sink_tokens=sinks)
+        assert len(Assembler(TINY, by_codec).feed(stream)) == 1
+    for step, sinks in (("k4v4", 2), ("k8v8", 4)):
+        with pytest.raises(BadRecipe):
+            Assembler(TINY, by_codec).feed(encode_frames(block(1), step, sink_tokens=sinks))
+    assert codec_named("k4v4-sink4").sinks_of(0) == 4
+    assert codec_named("k4v4-sink4").sinks_of(1) == 0
+    for name in ("k4v4-sink0", "k4v4-sink9", "k4v4-sink", "k4v4-sink4x", "k2v2-sink4", "k4v4-"):
+        with pytest.raises(BadVersion):
+            codec_named(name)
 
 
 def test_a_scale_out_of_range_behind_right_checksums_breaks_the_stream() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from segue_cloud.engine.block_pool import BlockPool
-from segue_cloud.engine.port import EngineTurn
+from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_contract.kv.layout import block_ids
 
@@ -99,14 +99,36 @@ class SchedulerMachine(RuleBasedStateMachine):
             step = self.scheduler.schedule()
             assert step.tokens <= LIMITS.step_tokens + LIMITS.max_batch
             self.scheduler.check_integrity()
-            for name, output in self.scheduler.postprocess(step, run_step(self.scheduler, step)):
-                assert output is not None
-                expected = self.expected[name]
-                assert output.index == len(expected.turn.made) + len(expected.got)
-                expected.got.extend(output.tokens)
-                if output.finished:
-                    assert (expected.got, output.finished) == expected.reply()
-                    del self.expected[name]
+            self._take(self.scheduler.postprocess(step, run_step(self.scheduler, step)))
+
+    def _take(self, outputs: list[tuple[str, EngineOutput | None]]) -> None:
+        for name, output in outputs:
+            assert output is not None
+            expected = self.expected[name]
+            assert output.index == len(expected.turn.made) + len(expected.got)
+            expected.got.extend(output.tokens)
+            if output.finished:
+                assert (expected.got, output.finished) == expected.reply()
+                del self.expected[name]
+
+    @precondition(lambda self: self.expected)
+    @rule(steps=st.integers(1, 30), leaves=st.booleans())
+    def steps_ahead(self, steps: int, leaves: bool) -> None:
+        """Each step is planned before the tokens of the one before it are known."""
+        scheduler = self.scheduler
+        step = scheduler.schedule()
+        for _ in range(steps):
+            sampled = run_step(scheduler, step)
+            scheduler.begin(step)
+            ahead = scheduler.schedule()
+            scheduler.check_integrity()
+            if leaves and self.expected:
+                name = min(self.expected)
+                assert scheduler.cancel(name)
+                del self.expected[name]
+                leaves = False
+            self._take(scheduler.end(step, sampled))
+            step = scheduler.still_valid(ahead)
 
     @invariant()
     def sound(self) -> None:

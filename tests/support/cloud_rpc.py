@@ -38,9 +38,15 @@ class CloudRpc:
 
 @asynccontextmanager
 async def cloud_rpc(
-    url: str, model_dir: Path, engine: ScriptedEngine, *, max_turns: int = 8
+    url: str,
+    model_dir: Path,
+    engine: ScriptedEngine,
+    *,
+    max_turns: int = 8,
+    manifest: Manifest | None = None,
 ) -> AsyncIterator[CloudRpc]:
-    manifest = read_manifest(model_dir)
+    """`manifest`: in place of the one that lies in `model_dir`."""
+    manifest = manifest or read_manifest(model_dir)
     tokenizer = ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
     async with Hub(store) as hub:

@@ -41,6 +41,7 @@ class Script:
     begin: asyncio.Event = field(default_factory=asyncio.Event)
     have_blocks: int = 0
     recipes: tuple[str, ...] = (RECIPE.digest,)
+    codec: str = RECIPE.codec  # of all of them
     end_after: int = 1_000_000
     break_after_frames: int | None = None  # the stream is aborted then, once
     deaf: bool = False  # what the edge makes never gets into the log
@@ -229,7 +230,8 @@ class _Stream:
     async def _read(self) -> None:
         seen, spec = self._cloud.seen, self._spec
         ship = list(spec.blocks[: spec.ship_blocks])[self._cloud.script.have_blocks :]
-        assembler = Assembler(GEOMETRY.kv, frozenset({RECIPE.digest}), frozenset(ship))
+        codecs = dict.fromkeys(self._cloud.script.recipes, self._cloud.script.codec)
+        assembler = Assembler(GEOMETRY.kv, codecs, frozenset(ship))
         missing = set(ship)
         if not missing:
             self._complete.set()

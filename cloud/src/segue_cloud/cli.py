@@ -30,6 +30,15 @@ def cloud(
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads; 0: one a core.")] = None,
     pool_mb: Annotated[int | None, typer.Option(help="KV pool in MiB; 0: chosen.")] = None,
+    host_mb: Annotated[
+        int | None, typer.Option(help="MiB for KV that the pool gives up, in 8 bits; 0: off.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens that a token sees (sliding window); 0: all.")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens that stay in sight of a window.")
+    ] = None,
     max_turns: Annotated[
         int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
     ] = None,

@@ -23,6 +23,7 @@ from segue_contract.errors import ModelMismatch
 from segue_contract.ids import new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.limits import MIB
+from segue_contract.model.gate import bytes_per_token
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from segue_contract.telemetry import EVENT_PROVIDER
@@ -49,6 +50,7 @@ from segue_edge.turns.run import TurnRun
 from segue_edge.turns.warm import Warmer
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
+from segue_edge.uplink.sender import encode_with
 
 log = structlog.get_logger("segue.edge")
 
@@ -72,9 +74,6 @@ class NodeModel(EdgeModelPort, Protocol):
 
 
 Load = Callable[[EdgeConfig], tuple[NodeModel, ChatTokenizer]]
-
-# Bytes per token on the wire before any block was encoded: int8 with scales, of fp16.
-_WIRE_PRIOR = 0.53
 
 
 class EdgeNode:
@@ -129,7 +128,7 @@ class EdgeNode:
         self._stack.callback(encoder.shutdown, wait=False, cancel_futures=True)
         cache = PrefixCache(config.cache_mb * MIB)
         recipe = model.recipe.digest
-        speeds = EdgeSpeeds(manifest.geometry.kv.fp16_bytes_per_token * _WIRE_PRIOR)
+        speeds = EdgeSpeeds(bytes_per_token(model.recipe.codec, manifest.geometry.kv))
         await _measure_speeds(model, compute, speeds, manifest)
         await probing
         _check_clouds(clouds, manifest)
@@ -143,6 +142,7 @@ class EdgeNode:
             cache=cache,
             compute=compute,
             encoder=encoder,
+            encode=encode_with(model.recipe.codec),
             clouds=clouds,
             histories=HistoryCache(),
             speeds=speeds,

@@ -2,8 +2,9 @@
 
 A turn is a 128-token prompt and 64 new tokens. `tokens_per_s_N` is N * 64 over the time from the
 first submit to the last token: prefill, batching, sampling and the way through the queues
-included. The peer computes the same turns one after another at batch 1, which is what a program
-that calls `generate` per request does.
+included. Hugging Face computes the same turns one after another at batch 1, which is what a program
+that calls `generate` per request does. vLLM and llama.cpp batch them, as we do; they run
+where `scripts/peers` has built them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manifest
 from tests.bench.harness import ROOT, Report
+from tests.bench.suites._memory import memory_rows
+from tests.bench.suites._peer_rows import peer_rows
 from tests.bench.suites._prompts import random_prompts
 
 PROMPT_TOKENS = 128
@@ -30,6 +33,7 @@ def run(report: Report, quick: bool) -> None:
     directory = model_home() / DEFAULT_MODEL
     new_tokens = 8 if quick else 64
     at_32 = asyncio.run(_engine_rows(report, directory, new_tokens, quick))
+    asyncio.run(memory_rows(report, directory, quick))
     peers = {
         dtype: _hf_generate(directory, dtype, 1 if quick else 4, new_tokens)
         for dtype in (("fp32",) if quick else ("fp32", "bf16"))
@@ -64,12 +68,32 @@ async def _engine_rows(report: Report, directory: Path, new_tokens: int, quick: 
             report.row(f"decode_tokens_per_s_{batch}", steps, "tokens/s", note="without prefill")
             share = (engine.busy_s - busy) / seconds
             report.row(f"engine_busy_share_{batch}", share, "", note="rest: queues, delivery")
+        await peer_rows(report, engine, directory, new_tokens, quick)
     finally:
         await engine.close()
+    await _ahead_rows(report, directory, new_tokens, (32,) if quick else (32, 128))
     if not quick:
         rising = all(speeds[a] < speeds[b] for a, b in ((1, 8), (8, 32), (32, 64)))
         report.row("rising_1_8_32_64", float(rising), "", target=1)
     return speeds[32]
+
+
+async def _ahead_rows(
+    report: Report, directory: Path, new_tokens: int, batches: tuple[int, ...]
+) -> None:
+    """The same turns where the next step is planned, and the last one's tokens sent, meanwhile."""
+    manifest = read_manifest(directory)
+    engine = await TorchEngine.load(directory, manifest, EngineOptions(ahead=True))
+    try:
+        for batch in batches:
+            busy = engine.busy_s
+            vocab = manifest.geometry.vocab
+            speed, seconds, _ = await _turns(engine, batch, new_tokens, vocab)
+            share = (engine.busy_s - busy) / seconds
+            report.row(f"ahead_tokens_per_s_{batch}", speed, "tokens/s")
+            report.row(f"ahead_engine_busy_share_{batch}", share, "")
+    finally:
+        await engine.close()
 
 
 async def _prefill(engine: TorchEngine, tokens: int, vocab: int, repeats: int) -> float:

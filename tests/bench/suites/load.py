@@ -16,7 +16,9 @@ import psutil
 import segue
 from segue.testing import LocalStack
 from segue_contract.errors import Overloaded
+from segue_contract.model.manifest import DEFAULT_MODEL, model_home
 from tests.bench.harness import Report
+from tests.bench.suites._mixed import mixed_rows
 
 CONCURRENT = 128
 REFUSED = 64
@@ -181,4 +183,5 @@ async def _run(report: Report, quick: bool) -> None:
 
 
 def run(report: Report, quick: bool) -> None:
+    asyncio.run(mixed_rows(report, model_home() / DEFAULT_MODEL, quick))
     asyncio.run(_run(report, quick))

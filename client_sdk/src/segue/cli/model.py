@@ -1,7 +1,9 @@
-"""`segue model build | list | verify`."""
+"""`segue model build | list | verify | quality`."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from segue.cli import model_build
+from segue.cli.console import Output, OutputOption
+from segue.cli.model_quality import quality_table
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.model.home import DEFAULT_MODEL, is_built, model_directory, model_home
 
 app = typer.Typer(help="Build, list and verify models.", no_args_is_help=True)
 _console = Console(stderr=True)
+_LOSS_HELP = "Share of next tokens that a recipe may change."
 
 
 @app.command()
@@ -27,6 +32,10 @@ def build(
     ] = None,
     name: Annotated[str, typer.Option(help="The model's name on this machine.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Build even if it is there.")] = False,
+    max_agreement_loss: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.99, help=f"{_LOSS_HELP} Default: 0.03."),
+    ] = None,
 ) -> None:
     """Build a model for edge and cloud, once. The default model needs no arguments."""
     if source is not None and not name:
@@ -39,6 +48,7 @@ def build(
         _console.print(f"[green]✓[/] {name} is built already: {home / name}")
         return
     began = time.monotonic()
+    found: list[dict[str, object]] = []
     with _bar() as bar:
         task = bar.add_task(f"Building {name}", total=1.0, what="Starting")
 
@@ -51,6 +61,14 @@ def build(
             home,
             progress=progress,
             wait=lambda: progress(0.0, "Another process builds this model: waiting for it"),
+            answer=found.append,
+            max_loss=max_agreement_loss,
+        )
+    for report in found:
+        _print_quality(report)
+        windows = report["windows"]
+        _console.print(
+            f"[dim]Measured on {windows} windows. For more: segue model quality {name}[/]"
         )
     _console.print(f"[green]✓[/] {name} built in {time.monotonic() - began:.0f} s: {directory}")
 
@@ -94,6 +112,58 @@ def verify(
     _console.print(
         f"[green]✓[/] {directory.name}: {found[0]['files']} files, all as they were built"
     )
+
+
+@app.command()
+def quality(
+    name: Annotated[str, typer.Argument(help="A model's name or directory.")] = DEFAULT_MODEL,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure on this file; none: on our own text.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 + 256 tokens.")] = 20,
+    max_agreement_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=0.99, help=f"{_LOSS_HELP} Given: the recipes are chosen again by it."
+        ),
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Measure what the edge's weights and each KV codec cost the reply, on any text."""
+    directory = model_directory(name)
+    command = ["segue_edge.prefill.ladder", "report", str(directory.resolve())]
+    command += ["--windows", str(windows)]
+    if text is not None:
+        command += ["--text", str(text.resolve())]
+    if max_agreement_loss is not None:
+        command += ["--max-agreement-loss", str(max_agreement_loss)]
+    found: list[dict[str, object]] = []
+    with _bar() as bar:
+        task = bar.add_task(f"Measuring {directory.name}", total=1.0, what="Starting")
+        model_build.run_step(
+            command,
+            lambda done, what: bar.update(task, completed=done, what=what),
+            found.append,
+        )
+        bar.update(task, completed=1.0, what="Done")
+    if not found:
+        raise ModelError(f"{directory} could not be measured.")
+    if output is Output.JSON:
+        answer = {key: value for key, value in found[0].items() if key != "event"}
+        sys.stdout.write(json.dumps({"model": directory.name, **answer}, indent=2) + "\n")
+        return
+    _print_quality(found[0])
+
+
+def _print_quality(report: dict[str, object]) -> None:
+    Console(stderr=False).print(quality_table(report))
+    if report["note"]:
+        _console.print(f"[yellow]{report['note']}[/]")
+    if report["edge"] != report["would_choose"]:
+        _console.print(
+            f"[yellow]The model ships {report['edge']}; on this text the budget chooses "
+            f"{report['would_choose'] or 'none'}.[/] To choose again, add --max-agreement-loss."
+        )
 
 
 def _bar() -> Progress:

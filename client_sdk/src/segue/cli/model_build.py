@@ -34,14 +34,24 @@ _STEP_TIMEOUT_S = 3600.0
 _WORDS_KEPT = 2000  # characters of a step's stderr that an error may quote
 
 Progress = Callable[[float, str], None]
+Answer = Callable[[dict[str, object]], None]
 
 
 def build(
-    name: str, source: Path | None, home: Path, *, progress: Progress, wait: Callable[[], None]
+    name: str,
+    source: Path | None,
+    home: Path,
+    *,
+    progress: Progress,
+    wait: Callable[[], None],
+    answer: Answer = lambda _: None,
+    max_loss: float | None = None,
 ) -> Path:
     """Build `home/name` from `source` (None: the default model's package); returns the directory.
 
     Args:
+        answer: gets the measured quality, as `segue_edge.prefill.ladder` says it.
+        max_loss: the budget by which the recipes are chosen; None: the usual one.
         progress: told the share done in [0, 1] and what happens now.
         wait: called once if another process builds the same model, before waiting for it.
 
@@ -61,7 +71,7 @@ def build(
                 artifact, work = folder / "artifact", folder / "work"
                 artifact.mkdir()
                 work.mkdir()
-                _steps(name, source, artifact, work, progress)
+                _steps(name, source, artifact, work, progress, answer, max_loss)
                 _sync(artifact)
                 _put_in_place(artifact, target)
             finally:
@@ -70,7 +80,15 @@ def build(
     return target
 
 
-def _steps(name: str, source: Path | None, artifact: Path, work: Path, progress: Progress) -> None:
+def _steps(
+    name: str,
+    source: Path | None,
+    artifact: Path,
+    work: Path,
+    progress: Progress,
+    answer: Answer,
+    max_loss: float | None,
+) -> None:
     """Shares of the bar are those of the time that the steps of the default model take."""
 
     def part(low: float, high: float) -> Progress:
@@ -86,14 +104,18 @@ def _steps(name: str, source: Path | None, artifact: Path, work: Path, progress:
     folders = ["--artifact", str(artifact), "--work", str(work)]
     convert = ["segue_cloud.engine.convert", "--source", str(source.resolve()), *folders]
     run_step(convert, part(0.15, 0.4))
-    run_step(["segue_edge.prefill.export", *folders], part(0.4, 0.9))
-    run_step(["segue_contract.model", "seal", *folders, "--name", name], part(0.9, 0.99))
+    run_step(["segue_edge.prefill.export", *folders], part(0.4, 0.7))
+    ladder = ["segue_edge.prefill.ladder", "build", *folders]
+    if max_loss is not None:
+        ladder += ["--max-agreement-loss", str(max_loss)]
+    run_step(ladder, part(0.7, 0.92), answer)
+    run_step(["segue_contract.model", "seal", *folders, "--name", name], part(0.92, 0.99))
 
 
 def run_step(
     arguments: list[str],
     progress: Progress,
-    answer: Callable[[dict[str, object]], None] = lambda _: None,
+    answer: Answer = lambda _: None,
 ) -> None:
     """Run `python -m` arguments to its end, in a process group that dies with us.
 
@@ -132,9 +154,7 @@ def run_step(
             raise _died(arguments[0], status, words)
 
 
-def _read_lines(
-    lines: Iterator[str], progress: Progress, answer: Callable[[dict[str, object]], None]
-) -> SegueError | None:
+def _read_lines(lines: Iterator[str], progress: Progress, answer: Answer) -> SegueError | None:
     error = None
     for line in lines:
         try:

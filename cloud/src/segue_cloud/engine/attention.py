@@ -7,6 +7,7 @@ and as the reference in tests. A long chunk of a prompt goes through torch's own
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,25 @@ from segue_contract.model.manifest import ModelGeometry
 # What lies further below the best has under 2 % of its probability; measured on the default model,
 # refining halves the disagreement of bfloat16 with float32 (top-1: 0.9885 -> 0.994).
 REFINE_MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which earlier tokens a token sees: the last `tokens`, itself among them, and the first
+    `sinks` (arXiv 2309.17453: without them a model that was not trained with a window falls
+    apart). 0 tokens: all.
+    """
+
+    tokens: int = 0
+    sinks: int = 0
+
+    def hidden(self, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """bool `[positions, keys]`: what a token at a position does not see."""
+        late = keys[None, :] > positions[:, None]
+        if not self.tokens:
+            return late
+        early = keys[None, :] <= positions[:, None] - self.tokens
+        return late | (early & (keys >= self.sinks)[None, :])
 
 
 class StepOps(Protocol):
@@ -98,7 +118,10 @@ def attend_segment(
 class TorchOps:
     """The plain form, on any device."""
 
-    def __init__(self, geometry: ModelGeometry, pages: KvPages, device: str) -> None:
+    def __init__(
+        self, geometry: ModelGeometry, pages: KvPages, device: str, window: Window = Window()
+    ) -> None:
+        self._window = window
         self._geometry = geometry
         self._pages = pages
         self._device = device
@@ -135,7 +158,9 @@ class TorchOps:
         g = self._geometry
         width = g.heads * g.head_dim
         for row, table, length in step.rows.tolist():
-            slots = torch.from_numpy(slots_of(step.tables[table])[:length]).to(self._device)
+            hidden = self._window.hidden(torch.tensor([length - 1]), torch.arange(length))[0]
+            seen = slots_of(step.tables[table])[:length][~hidden.numpy()]
+            slots = torch.from_numpy(seen).to(self._device)
             q = qkv[row, :width].view(g.kv_heads, g.heads // g.kv_heads, g.head_dim)
             k = self._pages.k[layer].index_select(1, slots)
             v = self._pages.v[layer].index_select(1, slots)
@@ -155,11 +180,12 @@ class TorchOps:
 class CompiledOps:
     """The fused CPU kernels over the same memory: arrays are views of the tensors."""
 
-    def __init__(self, geometry: ModelGeometry, pages: KvPages) -> None:
+    def __init__(self, geometry: ModelGeometry, pages: KvPages, window: Window = Window()) -> None:
         from segue_cloud.engine.kernels import build_kernels
 
         self._geometry = geometry
         self.kernels = build_kernels(geometry.heads, geometry.kv_heads, geometry.head_dim)
+        self._window = window
         self._k = [_array(k) for k in pages.k]
         self._v = [_array(v) for v in pages.v]
         self._dtype = pages.k[0].dtype
@@ -186,7 +212,7 @@ class CompiledOps:
         kernels.rope_store.load(qkv, one, one, self._cos, self._sin, k, v)
         tables, rows = np.zeros((1, 1), np.int32), np.array([[0, 0, 1]], np.int32)
         out = store(g.heads * g.head_dim)
-        kernels.attend.load(qkv, k, v, tables, rows, self._scale, out)
+        kernels.attend.load(qkv, k, v, tables, rows, self._scale, 0, 0, out)
         kernels.silu_mul.load(store(2 * g.ffn), store(g.ffn))
         if self._dtype == torch.bfloat16:
             logits = np.zeros((1, 1), np.float32)
@@ -232,6 +258,8 @@ class CompiledOps:
             step.tables,
             step.rows,
             self._scale,
+            self._window.tokens,
+            self._window.sinks,
             _array(out),
         )
 

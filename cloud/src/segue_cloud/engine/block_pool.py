@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from segue_contract.limits import KV_BLOCK_TOKENS, KV_PAGE_TOKENS
 
@@ -20,11 +21,29 @@ PAGES_PER_BLOCK = KV_BLOCK_TOKENS // KV_PAGE_TOKENS
 _MAX_CREDIT = 3
 
 
+class Tier(Protocol):
+    """Where evicted blocks may live on, coded smaller, until they are asked for again."""
+
+    def keep(self, name: bytes, pages: Sequence[int], credit: int) -> None:
+        """Copy a block before its pages are given away; `credit`: uses it has left."""
+        ...
+
+    def offers(self, name: bytes) -> bool:
+        """Whether the block is kept, and bringing it back is worth it."""
+        ...
+
+    def bring(self, name: bytes, pages: Sequence[int]) -> None:
+        """Write a block that is kept into four pages."""
+        ...
+
+
 @dataclass(slots=True)
 class _Cached:
     pages: tuple[int, ...]
     refs: int
+    kept_as: bytes | None = None
     credit: int = 0
+    uses: int = 0
     aliases: tuple[bytes, ...] = ()
 
 
@@ -36,10 +55,11 @@ class BlockPool:
     ones. Sequences release their blocks last to first, so leaves go before their parents.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, tier: Tier | None = None) -> None:
         if pages < PAGES_PER_BLOCK:
             raise ValueError(f"a pool has at least {PAGES_PER_BLOCK} pages, not {pages}")
         self.pages_total = pages
+        self.tier = tier
         self._free = list(range(pages - 1, -1, -1))
         self._owned: set[int] = set()
         self._cached: dict[bytes, _Cached] = {}
@@ -55,6 +75,16 @@ class BlockPool:
         return len(self._free) + PAGES_PER_BLOCK * len(self._idle)
 
     @property
+    def used_share(self) -> float:
+        """Share of the pages that hold something, be it only a cached block."""
+        return 1.0 - len(self._free) / self.pages_total
+
+    @property
+    def blocks_idle(self) -> int:
+        """Cached blocks that nobody references."""
+        return len(self._idle)
+
+    @property
     def blocks_cached(self) -> int:
         return len(self._cached)
 
@@ -65,11 +95,14 @@ class BlockPool:
         return self._aliases.get(block)
 
     def count_prefix(self, ids: Sequence[bytes]) -> int:
-        """Length of the longest prefix of `ids` that is cached, under its own name or an alias."""
+        """Length of the longest prefix of `ids` that is cached (or kept in the tier)."""
         for index, block in enumerate(ids):
-            if self.resolve(block) is None:
+            if self.resolve(block) is None and not self.tier_offers(block):
                 return index
         return len(ids)
+
+    def tier_offers(self, name: bytes) -> bool:
+        return self.tier is not None and self.tier.offers(name)
 
     # -- pages of one sequence ----------------------------------------------------------------
 
@@ -105,6 +138,7 @@ class BlockPool:
             del self._idle[block]
         entry.refs += 1
         entry.credit = min(entry.credit + 1, _MAX_CREDIT)
+        entry.uses += 1
         return entry.pages
 
     def release(self, block: bytes) -> None:
@@ -115,8 +149,13 @@ class BlockPool:
         if entry.refs == 0:
             self._idle[block] = None
 
-    def enter(self, block: bytes, pages: Sequence[int], *, refs: int) -> bool:
+    def enter(
+        self, block: bytes, pages: Sequence[int], *, refs: int, kept_as: bytes | None = None
+    ) -> bool:
         """Turn four owned pages into a cached block with `refs` references.
+
+        `kept_as`: the name of its coded copy in the tier; None where there shall be none. A copy
+        is not exact, so that it must not go by the name of what we computed.
 
         Returns False, and changes nothing, where the id is cached already.
         """
@@ -125,7 +164,7 @@ class BlockPool:
             return False
         for page in pages:
             self._owned.remove(page)
-        self._cached[block] = _Cached(tuple(pages), refs)
+        self._cached[block] = _Cached(tuple(pages), refs, kept_as)
         if refs == 0:
             self._idle[block] = None
         return True
@@ -135,6 +174,21 @@ class BlockPool:
         if name not in self._cached and name not in self._aliases:
             self._aliases[name] = block
             self._cached[block].aliases += (name,)
+
+    def bring(self, name: bytes, pages: Sequence[int]) -> None:
+        """Fill four owned pages from the tier and make them a cached block, referenced once."""
+        assert self.tier is not None, "only what the tier offers is brought back"
+        self.tier.bring(name, pages)
+        entered = self.enter(name, pages, refs=1, kept_as=name)
+        assert entered, "a block that is cached is not brought back"
+
+    def relieve(self, target: float, at_most: int) -> int:
+        """Evict idle blocks while more than `target` of the pages are used; returns how many."""
+        evicted = 0
+        while evicted < at_most and self._idle and self.used_share > target:
+            self._evict_one()
+            evicted += 1
+        return evicted
 
     def drop_idle(self) -> int:
         """Empty the cache of everything that nobody references; returns the blocks dropped."""
@@ -149,6 +203,8 @@ class BlockPool:
             entry = self._cached[block]
             self._idle[block] = None
             if entry.credit == 0:
+                if self.tier is not None and entry.kept_as is not None:
+                    self.tier.keep(entry.kept_as, entry.pages, min(entry.uses, _MAX_CREDIT))
                 self._drop(block)
                 self.evicted_blocks += 1
                 return

@@ -175,8 +175,10 @@ class Kernels:
     rope_store(qkv store[T,(Q+2K)*D], positions i64[T], slots i64[T], cos/sin f32[C,D/2],
                k/v store[K,slots,D])
         rotates q and k in place (rotate-half, as Hugging Face's Llama) and writes k, v
-    attend(qkv, k, v, tables i32[S,P], rows i32[R,3] (qkv row, table, length), scale, out)
-        out[row] = softmax(q k^T * scale) v over the first `length` tokens of a page table
+    attend(qkv, k, v, tables i32[S,P], rows i32[R,3] (qkv row, table, length), scale, window, sinks,
+           out)
+        out[row] = softmax(q k^T * scale) v over the first `length` tokens of a page table; where
+        `window` is not 0, over the last `window` of them and the first `sinks`
     silu_mul(gate_up store[T,2F], out store[T,F])   silu(gate) * up
     refine(logits f32[T,V], hidden f32[T,H], head store[V,H], margin)
         logits within `margin` of their row's best are computed anew in float32
@@ -264,45 +266,72 @@ def _build_rope_store(heads: int, kv_heads: int, head_dim: int) -> Kernel:
 
 
 def _build_attend(group: int, kv_heads: int, head_dim: int) -> Kernel:
-    def attend(qkv: Any, k: Any, v: Any, tables: Any, rows: Any, scale: Any, out: Any) -> None:
+    def attend(
+        qkv: Any,
+        k: Any,
+        v: Any,
+        tables: Any,
+        rows: Any,
+        scale: Any,
+        window: Any,
+        sinks: Any,
+        out: Any,
+    ) -> None:
         for task in numba.prange(rows.shape[0] * kv_heads):
             entry = task // kv_heads
             head = task % kv_heads
             row = rows[entry, 0]
             table = tables[rows[entry, 1]]
             length = rows[entry, 2]
+            # Tokens in [dark, lit) are out of the window.
+            lit = length - window if 0 < window < length else 0
+            dark = min(sinks, lit)
             scores = np.empty((group, length), np.float32)
             query = np.empty((group, head_dim), np.float32)
             total = np.zeros((group, head_dim), np.float32)
             for g in range(group):
                 for i in range(head_dim):
                     query[g, i] = _load(qkv[row, (head * group + g) * head_dim + i]) * scale
+            seen = 0
             for page in range((length + _PAGE - 1) // _PAGE):
                 start = table[page] * _PAGE
-                for t in range(min(_PAGE, length - page * _PAGE)):
+                first = page * _PAGE
+                if first >= dark and first + _PAGE <= lit:
+                    continue
+                for t in range(min(_PAGE, length - first)):
+                    if dark <= first + t < lit:
+                        continue
                     for g in range(group):
                         dot = np.float32(0)
                         for i in range(head_dim):
                             dot += query[g, i] * _load(k[head, start + t, i])
-                        scores[g, page * _PAGE + t] = dot
+                        scores[g, seen] = dot
+                    seen += 1
             for g in range(group):
                 largest = scores[g, 0]
-                for t in range(length):
+                for t in range(seen):
                     largest = max(largest, scores[g, t])
                 weight_sum = np.float32(0)
-                for t in range(length):
+                for t in range(seen):
                     scores[g, t] = _exp(scores[g, t] - largest)
                     weight_sum += scores[g, t]
                 inverse = np.float32(1) / weight_sum
-                for t in range(length):
+                for t in range(seen):
                     scores[g, t] *= inverse
+            seen = 0
             for page in range((length + _PAGE - 1) // _PAGE):
                 start = table[page] * _PAGE
-                for t in range(min(_PAGE, length - page * _PAGE)):
+                first = page * _PAGE
+                if first >= dark and first + _PAGE <= lit:
+                    continue
+                for t in range(min(_PAGE, length - first)):
+                    if dark <= first + t < lit:
+                        continue
                     for g in range(group):
-                        weight = scores[g, page * _PAGE + t]
+                        weight = scores[g, seen]
                         for i in range(head_dim):
                             total[g, i] += weight * _load(v[head, start + t, i])
+                    seen += 1
             for g in range(group):
                 for i in range(head_dim):
                     out[row, (head * group + g) * head_dim + i] = _store(total[g, i], out[0, 0])

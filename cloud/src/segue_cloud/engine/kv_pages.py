@@ -33,6 +33,12 @@ class KvPages:
             tensor = _as_tensor(values).to(device=self._all.device, dtype=self._all.dtype)
             self._all[:, part].index_copy_(2, at, tensor)
 
+    def read_block(self, pages: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values of four pages, float32 `[layers, kv_heads, 64, head_dim]` each."""
+        at = torch.from_numpy(slots_of(pages)).to(self._all.device)
+        k, v = (self._all[:, part].index_select(2, at).float().cpu().numpy() for part in (0, 1))
+        return k, v
+
 
 def slots_of(pages: Sequence[int]) -> NDArray[np.int64]:
     """Slot numbers of all tokens of `pages`, in order."""

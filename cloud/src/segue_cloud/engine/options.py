@@ -28,6 +28,9 @@ class EngineOptions:
     `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
     `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
+    `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
+    `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept.
+    `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: all.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -40,12 +43,24 @@ class EngineOptions:
     mixed_tokens: int = 256
     device: str = "cpu"
     compiled: bool = True
+    ahead: bool = False
+    host_bytes: int = 0
+    window: int = 0
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidArgument(
                 f"{self.dtype!r} is no dtype of the engine.",
                 hint=f"Use one of {', '.join(DTYPES)}.",
+            )
+        for name in ("host_bytes", "window", "sinks"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(f"{name} must not be negative.")
+        if self.ahead and self.host_bytes:
+            raise InvalidArgument(
+                "host_bytes and ahead exclude each other.",
+                hint="A block is brought back between two steps; one ahead there is no between.",
             )
         for name in (
             "threads",

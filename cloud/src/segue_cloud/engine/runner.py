@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ import numpy as np
 import structlog
 import torch
 
-from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps
+from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
@@ -24,6 +25,7 @@ from segue_cloud.engine.weights import load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
+from segue_contract.sync.ops import Sampling
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +34,20 @@ _ROW_CHUNK = 16
 _WARM_UP_TOKENS = 128
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step as arrays: nothing in it changes any more when turns go on, end or move."""
+
+    input: StepInput
+    samplings: tuple[Sampling, ...]
+    indexes: tuple[int, ...]
+
+
 class StepRunner(Protocol):
-    """What the engine thread needs of whatever computes its steps. Used by that thread only."""
+    """What the engine needs of whatever computes its steps. One call at a time, except that the
+    next step may be prepared while one runs."""
+
+    pages: KvPages
 
     def warm_up(self, threads: int) -> None:
         """Compile, load and touch what the first step would otherwise wait for.
@@ -42,7 +56,11 @@ class StepRunner(Protocol):
         """
         ...
 
-    def run(self, step: Step) -> list[int]:
+    def prepare(self, step: Step) -> Prepared:
+        """Copy out of the turns what `run` needs."""
+        ...
+
+    def run(self, prepared: Prepared) -> list[int]:
         """Compute a step; one token per work that samples, in order (negative: bad logits)."""
         ...
 
@@ -65,6 +83,7 @@ class Runner:
         dtype = choose_dtype(options.dtype, device)
         self._device = device
         self._geometry = geometry
+        self._window = Window(options.window, options.sinks)
         self.pages = KvPages(geometry.kv, pages, dtype, device)
         self._ops = _choose_ops(geometry, self.pages, options)
         weights = load_weights(directory, geometry, dtype, device)
@@ -73,17 +92,21 @@ class Runner:
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
 
-    def run(self, step: Step) -> list[int]:
+    def prepare(self, step: Step) -> Prepared:
+        sampling = [work.sequence for work in step.sampling]
         with torch.inference_mode():
-            logits = self._model.step(self._build(step.works))
-            sampling = step.sampling
-            if not sampling:
-                return []
-            return sample_rows(
-                logits.cpu().numpy(),
-                [work.sequence.turn.sampling for work in sampling],
-                [work.sequence.reply_index for work in sampling],
+            return Prepared(
+                self._build(step.works),
+                tuple(sequence.turn.sampling for sequence in sampling),
+                tuple(sequence.reply_index for sequence in sampling),
             )
+
+    def run(self, prepared: Prepared) -> list[int]:
+        with torch.inference_mode():
+            logits = self._model.step(prepared.input)
+            if not prepared.samplings:
+                return []
+            return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
 
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         with torch.inference_mode():
@@ -161,22 +184,25 @@ class Runner:
         )
 
     def _segment(self, work: Work, first: int) -> Segment:
-        if work.start == 0:
-            return Segment(first, work.count, 0, None, None)
         end = work.start + work.count
+        mask = None
+        if work.start or 0 < self._window.tokens < end:
+            mask = torch.zeros(work.count, end, dtype=self._dtype)
+            hidden = self._window.hidden(torch.arange(work.start, end), torch.arange(end))
+            mask = mask.masked_fill_(hidden, float("-inf")).to(self._device)
+        if work.start == 0:
+            return Segment(first, work.count, 0, None, mask)
         slots = torch.from_numpy(slots_of(work.sequence.pages)[:end]).to(self._device)
-        mask = torch.zeros(work.count, end, dtype=self._dtype)
-        late = torch.arange(end)[None, :] > torch.arange(work.start, end)[:, None]
-        mask.masked_fill_(late, float("-inf"))
-        return Segment(first, work.count, work.start, slots, mask.to(self._device))
+        return Segment(first, work.count, work.start, slots, mask)
 
 
 def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions) -> StepOps:
+    window = Window(options.window, options.sinks)
     if options.device == "cpu" and options.compiled:
         if find_spec("numba") is not None:
-            return CompiledOps(geometry, pages)
+            return CompiledOps(geometry, pages, window)
         log.warning("cpu_kernels_missing", hint="pip install 'segue[cloud]'; decoding is slow now")
-    return TorchOps(geometry, pages, options.device)
+    return TorchOps(geometry, pages, options.device, window)
 
 
 def _load_kernels(ops: CompiledOps, threads: int) -> None:

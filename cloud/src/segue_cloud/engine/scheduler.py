@@ -6,6 +6,17 @@
     sampled = run(step)                       # one token per work with `samples`
     outputs = scheduler.postprocess(step, sampled)
 
+`begin` and `end` are the two halves of `postprocess`. Between them the step may run elsewhere while
+`schedule` already plans the next one, as if every sampled token were known and ended no turn:
+
+    scheduler.begin(step)                     # the arrays of `step` are built before
+    ahead = scheduler.schedule()              # while `step` runs
+    outputs = scheduler.end(step, sampled)
+    step = scheduler.still_valid(ahead)       # without the turns that have ended meanwhile
+
+Pages may change hands in between: steps run one after another, so whatever the earlier one writes
+is written before the later one's owner writes.
+
 Policy: turns that decode go first, one token each, so that nobody's stream stalls for a new
 prompt; what remains of the token budget is shared by prompts, oldest first. A turn is admitted
 when all its known tokens fit. When pages run out, the youngest turn gives its pages back and
@@ -23,6 +34,8 @@ from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.sequence import Sequence, pages_for
 from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
 
+# Stands for a token that a running step is about to sample.
+PENDING = -1
 # A prompt's smallest share of a step: below it the fixed cost of a step outweighs the fairness.
 _MIN_SHARE = 64
 
@@ -152,20 +165,39 @@ class Scheduler:
         A negative token stands for logits that were no numbers: that turn (output None) is
         forgotten, and what it computed is not shared.
         """
+        self.begin(step)
+        return self.end(step, sampled)
+
+    def begin(self, step: Step) -> None:
+        """Count a step as done, its tokens as `PENDING`; `end` must follow before the next one."""
+        for work in step.works:
+            work.sequence.computed += work.count
+            if work.samples:
+                work.sequence.tokens.append(PENDING)
+
+    def end(self, step: Step, sampled: Seq[int]) -> list[tuple[str, EngineOutput | None]]:
+        """The results of a step that began, as in `postprocess`; turns that left are skipped."""
         outputs: list[tuple[str, EngineOutput | None]] = []
         tokens = iter(sampled)
         for work in step.works:
             sequence = work.sequence
-            token = next(tokens) if work.samples else -1
-            if work.samples and token < 0:
-                self.cancel(sequence.turn.turn)
-                outputs.append((sequence.turn.turn, None))
+            name = sequence.turn.turn
+            token = next(tokens) if work.samples else 0
+            if self._turns.get(name) is not sequence:
+                continue  # cancelled while the step ran
+            if token < 0:
+                self.cancel(name)
+                outputs.append((name, None))
                 continue
-            sequence.computed += work.count
             self._enter_full_blocks(sequence)
             if work.samples:
-                outputs.append((sequence.turn.turn, self._take_token(sequence, token)))
+                outputs.append((name, self._take_token(sequence, token)))
         return outputs
+
+    def still_valid(self, ahead: Step) -> Step:
+        """A step that was planned before the last one's end, without turns that ended with it."""
+        works = ahead.works
+        return Step(tuple(w for w in works if self._turns.get(w.sequence.turn.turn) is w.sequence))
 
     def fail(self, step: Step) -> list[str]:
         """Forget the turns of a step that could not be computed; returns their names."""
@@ -176,32 +208,33 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, token: int) -> EngineOutput:
         turn = sequence.turn
-        index = sequence.reply_index
+        assert sequence.tokens[-1] == PENDING, "a token is taken where one is awaited"
+        index = sequence.reply_index - 1
         cached = 0 if sequence.told_cached else sequence.cached_tokens
         sequence.told_cached = True
         if token in turn.end_tokens:
-            self._finish(sequence)
+            self.cancel(turn.turn)
             return EngineOutput(index, (), "stop", cached)
-        sequence.tokens.append(token)
+        sequence.tokens[-1] = token
         finished = ""
-        if sequence.tokens_left == 0 or len(sequence.tokens) >= self.limits.context:
+        if self._full(sequence):
             finished = "length"
-            self._finish(sequence)
+            self.cancel(turn.turn)
         return EngineOutput(index, (token,), finished, cached)
 
-    def _finish(self, sequence: Sequence) -> None:
-        del self._turns[sequence.turn.turn]
-        self._running.remove(sequence)
-        self._release(sequence)
+    def _full(self, sequence: Sequence) -> bool:
+        return sequence.tokens_left == 0 or len(sequence.tokens) >= self.limits.context
 
     def _enter_full_blocks(self, sequence: Sequence) -> None:
         """Give every block that was just completed to the prefix cache, still referenced."""
         while (len(sequence.chain) + 1) * BLOCK_TOKENS <= sequence.computed:
             index = len(sequence.chain)
             name = block_id(self._recipe, sequence.parent, sequence.block_tokens(index))
-            entered = self.pool.enter(name, sequence.block_pages(index), refs=1)
+            shipped = sequence.shipped_name(self._edge_recipe, index)
+            pages = sequence.block_pages(index)
+            entered = self.pool.enter(name, pages, refs=1, kept_as=shipped)
             if entered:
-                self.pool.alias(name, sequence.shipped_name(self._edge_recipe, index))
+                self.pool.alias(name, shipped)
             sequence.chain.append(name)
             # Somebody else may have computed the same block: keep our own pages then.
             sequence.held.append(name if entered else None)
@@ -210,7 +243,7 @@ class Scheduler:
 
     def _schedule_decodes(self) -> list[Work]:
         works: list[Work] = []
-        for sequence in [s for s in self._running if s.decoding]:
+        for sequence in [s for s in self._running if s.decoding and not self._full(s)]:
             if sequence not in self._running:
                 continue  # preempted for an older one a moment ago
             if self._grow(sequence, len(sequence.tokens)):
@@ -283,6 +316,7 @@ class Scheduler:
         sequence.chain.extend(matched)
         sequence.held.extend(matched)
         sequence.computed = BLOCK_TOKENS * len(matched)
+        self._bring(sequence)
         sequence.table_version += 1
         if not sequence.preempted:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
@@ -290,6 +324,19 @@ class Scheduler:
         self._waiting.popleft()
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
+
+    def _bring(self, sequence: Sequence) -> None:
+        """Fill the blocks after the matched ones from the tier, as far as it goes."""
+        given = sequence.turn.prompt_blocks
+        for index in range(len(sequence.chain), (len(sequence.tokens) - 1) // BLOCK_TOKENS):
+            names = [sequence.shipped_name(self._edge_recipe, index), *given[index : index + 1]]
+            name = next((n for n in names if self.pool.tier_offers(n)), None)
+            if name is None or self.pool.resolve(name) is not None:
+                return
+            self.pool.bring(name, sequence.block_pages(index))
+            sequence.chain.append(name)
+            sequence.held.append(name)
+            sequence.computed += BLOCK_TOKENS
 
     def _match(self, sequence: Sequence) -> list[bytes]:
         """Cached blocks that a waiting sequence may start from, one token left to compute.

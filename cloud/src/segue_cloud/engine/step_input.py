@@ -14,7 +14,8 @@ class Segment:
     """Rows [first, first + count) are consecutive tokens of one turn, from `start` on.
 
     `slots`: where the KV of its tokens [0, start + count) lies; None where `start` is 0, since
-    then all keys are among the rows themselves. `mask`: `[count, start + count]`, added to scores.
+    then all keys are among the rows themselves. `mask`: `[count, start + count]`, added to scores;
+    None: every token sees all before it.
     """
 
     first: int

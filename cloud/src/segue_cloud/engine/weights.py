@@ -50,7 +50,8 @@ def load_weights(
 
     Raises:
         ModelMissing: no such file.
-        ModelMismatch: it cannot be read, or a tensor is missing or has another shape.
+        ModelMismatch: it cannot be read, or a tensor is missing, has another shape or holds NaN
+            or infinity.
     """
     path = directory / WEIGHTS_FILE
     if not path.is_file():
@@ -84,6 +85,13 @@ class _Reader:
             raise ModelMismatch(
                 f"{name} has shape {list(tensor.shape)}; the manifest says {list(shape)}.",
                 hint="Weights and manifest do not belong together. Build the model again.",
+                tensor=name,
+            )
+        # One pass: a sum is finite only if every number is (float64 keeps it from overflowing).
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            raise ModelMismatch(
+                f"{name} holds numbers that are not finite.",
+                hint="The file is damaged. Build the model again.",
                 tensor=name,
             )
         return tensor

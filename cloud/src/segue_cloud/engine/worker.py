@@ -4,7 +4,9 @@
     submit, cancel, offer ── commands ─► drain → schedule → run → postprocess ─┐
     streams  ◄──────────── one call_soon_threadsafe per step ──────────────────┘
 
-The thread waits for commands only when it has nothing to compute, and never for I/O.
+The thread waits for commands only when it has nothing to compute, and never for I/O. With
+`EngineOptions.ahead` a second thread runs the model, and while it does, this one takes in commands
+and plans the next step (`_run_ahead`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +29,8 @@ import torch
 
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.commands import Cancel, Close, Command, Offer, Submit
+from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
     choose_dtype,
@@ -55,37 +60,18 @@ log = structlog.get_logger(__name__)
 _MIN_RETRY_S = 0.25
 
 
-@dataclass(frozen=True)
-class _Submit:
-    turn: EngineTurn
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    key: str
-
-
-@dataclass(frozen=True)
-class _Offer:
-    blocks: tuple[KvBlock, ...]
-    taken: asyncio.Future[int]
-
-
-@dataclass(frozen=True)
-class _Close:
-    pass
-
-
-_Command: TypeAlias = _Submit | _Cancel | _Offer | _Close
 _Delivery: TypeAlias = tuple[str, EngineOutput | SegueError]
 
 
-def own_recipe(manifest: Manifest, dtype: torch.dtype) -> KvRecipe:
-    """The recipe of the KV that this engine computes itself: no codec in between."""
+def own_recipe(manifest: Manifest, dtype: torch.dtype, window: str = "") -> KvRecipe:
+    """The recipe of the KV that this engine computes itself: no codec in between.
+
+    `window`: what a window makes of it; deeper layers' KV depends on what was seen before.
+    """
     return KvRecipe(
         weights_digest=manifest.weights_digest,
         weight_quant=dtype_name(dtype),
-        rope=manifest.edge_recipe.rope,
+        rope=manifest.edge_recipe.rope + window,
         codec="none",
     )
 
@@ -109,18 +95,21 @@ class TorchEngine:
         self._geometry = manifest.geometry
         self._options = options
         self._recipes = manifest.allowed_recipes()
+        self._codecs = frozenset(manifest.allowed_codecs().values())
         self._loop = asyncio.get_running_loop()
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, TurnStream] = {}
         self._numbers = itertools.count(1)
         self._closed = False
         self.died = asyncio.Event()
         self._rates = Rates()
+        self._tier: HostTier | None = None
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
+        window = f",window={options.window}+{options.sinks}" if options.window else ""
         self._scheduler = Scheduler(
             self._pool,
-            own_recipe(manifest, self._dtype).digest,
+            own_recipe(manifest, self._dtype, window).digest,
             manifest.edge_recipe.digest,
             SchedulerLimits(
                 max_batch=options.max_batch,
@@ -182,12 +171,12 @@ class TorchEngine:
         key = f"{turn.turn}#{next(self._numbers)}"
         stream = TurnStream(partial(self._cancel, key))
         self._streams[key] = stream
-        self._commands.put(_Submit(replace(turn, turn=key)))
+        self._commands.put(Submit(replace(turn, turn=key)))
         return stream
 
     def _cancel(self, key: str) -> None:
         if self._streams.pop(key, None) is not None:
-            self._commands.put(_Cancel(key))
+            self._commands.put(Cancel(key))
 
     async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
         """See `port.Engine.offer_blocks`; returns once the blocks can be found."""
@@ -198,7 +187,7 @@ class TorchEngine:
         if self._closed:
             return 0
         taken: asyncio.Future[int] = self._loop.create_future()
-        self._commands.put(_Offer(tuple(blocks), taken))
+        self._commands.put(Offer(tuple(blocks), taken))
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 return await taken
@@ -225,16 +214,28 @@ class TorchEngine:
         """Times that a running turn gave its pages back to an older one."""
         return self._scheduler.preemptions
 
+    @property
+    def pool(self) -> BlockPool:
+        """For reading its counts."""
+        return self._pool
+
+    @property
+    def tier(self) -> HostTier | None:
+        """For reading its counts; None without `EngineOptions.host_bytes`."""
+        return self._tier
+
     def check_integrity(self) -> None:
         """Assert that pages and turns agree. Only while the engine thread rests (or is closed)."""
         self._scheduler.check_integrity()
+        if self._tier is not None:
+            self._tier.check_integrity()
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
         if self._closed:
             return
         self._closed = True
-        self._commands.put(_Close())
+        self._commands.put(Close())
         await asyncio.to_thread(self._thread.join, SHUTDOWN_GRACE_S)
         self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
 
@@ -264,18 +265,30 @@ class TorchEngine:
 
     def _main(self, ready: asyncio.Future[None]) -> None:
         try:
-            self._runner = self._set_up()
+            with contextlib.ExitStack() as stack:
+                if self._options.ahead:
+                    # Built where it runs: the pools of torch and of the kernels are per thread.
+                    model = stack.enter_context(ThreadPoolExecutor(1, "segue-model"))
+                    self._runner = model.submit(self._set_up).result()
+                else:
+                    model = None
+                    self._runner = self._set_up()
+                self._post(_finish_future, ready, None)
+                self._run_ahead(model) if model else self._run()
         except BaseException as error:
-            self._post(_fail_future, ready, error)
-            return
-        self._post(_finish_future, ready, None)
-        try:
-            while self._drain():
-                self._step()
-        except BaseException as error:
+            if not hasattr(self, "_runner"):
+                self._post(_fail_future, ready, error)
+                return
             log.exception("engine_died")
             self._closed = True
             self._post(self._die, TurnFailed(f"The engine died: {error}."))
+
+    def _run(self) -> None:
+        while self._drain():
+            self._step()
+
+    def _relieve(self, at_most: int) -> int:
+        return self._pool.relieve(TARGET_SHARE, at_most) if self._pool.tier is not None else 0
 
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.
@@ -283,27 +296,38 @@ class TorchEngine:
         torch.set_num_threads(threads)
         runner = self._build()
         runner.warm_up(threads)
+        if self._options.host_bytes and STEP not in self._codecs:
+            log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
+        elif self._options.host_bytes:
+            self._tier = HostTier(runner.pages, self._options.host_bytes, self._recompute_s)
+            self._pool.tier = self._tier
         return runner
+
+    def _recompute_s(self) -> float:
+        rate = self._rates.prefill_tokens_per_s
+        return BLOCK_TOKENS / rate if rate else 0.0
 
     def _drain(self) -> bool:
         """Take in all waiting commands; wait for one if there is nothing else to do."""
         block = self._scheduler.idle
         while True:
+            while block and self._commands.empty() and self._relieve(1):
+                pass  # nobody waits: down to the target
             try:
                 command = self._commands.get(block=block)
             except queue.Empty:
                 return True
             block = False
             match command:
-                case _Submit(turn):
+                case Submit(turn):
                     output = self._scheduler.add(turn)
                     if output is not None:
                         self._post(self._deliver, [(turn.turn, output)])
-                case _Cancel(key):
+                case Cancel(key):
                     self._scheduler.cancel(key)
-                case _Offer(blocks, taken):
+                case Offer(blocks, taken):
                     self._post(_finish_future, taken, self._take_blocks(blocks))
-                case _Close():
+                case Close():
                     return False
             self._publish_stats()
             block = self._scheduler.idle and self._commands.empty()
@@ -314,15 +338,61 @@ class TorchEngine:
             return
         started = time.perf_counter()
         try:
-            sampled = self._runner.run(step)
+            sampled = self._runner.run(self._runner.prepare(step))
         except Exception as error:
-            log.exception("step_failed", turns=len(step.works))
-            failure = TurnFailed(f"The engine failed in a step: {error}.", hint="Ask again.")
-            self._post(self._deliver, [(key, failure) for key in self._scheduler.fail(step)])
+            self._fail_step(step, error)
             return
         outputs = self._scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
-        self._post(self._deliver, [(key, _or_failure(output)) for key, output in outputs])
+        self._send(outputs)
+        fresh = sum(work.count for work in step.works) // BLOCK_TOKENS
+        self._relieve(BLOCKS_PER_STEP + 2 * fresh)
+
+    def _run_ahead(self, model: ThreadPoolExecutor) -> None:
+        """The same loop with the model in a thread of its own and the next step planned early."""
+        scheduler = self._scheduler
+        ahead = Step(())
+        outputs: list[tuple[str, EngineOutput | None]] = []
+        while True:
+            news = not self._commands.empty()
+            if scheduler.idle:
+                self._send(outputs)
+            if not self._drain():
+                self._send(outputs)
+                return
+            # New turns belong into the next step at once; those that left or ended, no more.
+            step = Step(()) if news else scheduler.still_valid(ahead)
+            step = step if step.works else scheduler.schedule()
+            ahead = Step(())
+            if not step.works:
+                continue
+            started = time.perf_counter()
+            try:
+                running = model.submit(self._runner.run, self._runner.prepare(step))
+            except Exception as unprepared:
+                self._fail_step(step, unprepared)
+                continue
+            scheduler.begin(step)
+            ahead = scheduler.schedule()
+            self._send(outputs)
+            error = running.exception()  # waits for the step
+            if error is None:
+                outputs = scheduler.end(step, running.result())
+            elif isinstance(error, Exception):
+                self._fail_step(step, error)
+            else:
+                raise error
+            self._observe(step, time.perf_counter() - started)
+
+    def _send(self, outputs: list[tuple[str, EngineOutput | None]]) -> None:
+        if outputs:
+            self._post(self._deliver, [(key, _or_failure(output)) for key, output in outputs])
+            outputs.clear()
+
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        log.exception("step_failed", turns=len(step.works), exc_info=error)
+        failure = TurnFailed(f"The engine failed in a step: {error}.", hint="Ask again.")
+        self._post(self._deliver, [(key, failure) for key in self._scheduler.fail(step)])
 
     def _observe(self, step: Step, seconds: float) -> None:
         decode_rows = sum(work.count == 1 and work.samples for work in step.works)
@@ -339,8 +409,10 @@ class TorchEngine:
             if pages is None:
                 break
             self._runner.write_block(pages, block)
-            self._pool.enter(block.id, pages, refs=0)
+            self._pool.enter(block.id, pages, refs=0, kept_as=block.id)
             taken += 1
+        # As many as came, and as many again towards the target; never those that just came.
+        self._relieve(min(2 * len(blocks), self._pool.blocks_idle - len(blocks)))
         return taken
 
     def _publish_stats(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -36,17 +37,23 @@ from segue_edge.prefill.quality import (
     windows_of,
 )
 from segue_edge.prefill.runner import GraphRunner, open_session
+from segue_edge.prefill.sensitivity import groups_of, search, suffix
 from segue_edge.prefill.smooth import STRENGTH, Floats, find_sites, measure_peaks, smooth
 
-EDGE_QUANT = "w8a8-rows-smooth065"
-DECODE_QUANT = "w8-block32"
+EDGE_QUANT = "w8a8-rows-smooth065-embed8"
+DECODE_QUANT = "w8-block32-embed8"
 CALIBRATION_WINDOW = 512  # tokens
-_BUILT, _CALIBRATED, _QUANTISED = 0.3, 0.45, 0.55  # where on this step's bar each part ends
+TARGET_AGREEMENT = 0.97
+# where on this step's bar each part ends
+_BUILT, _CALIBRATED, _QUANTISED, _MEASURED = 0.3, 0.45, 0.55, 0.8
 QUALITY_WINDOWS = 4  # at every build; the benchmark takes more
 
 
-def export(artifact: Path, work: Path, threads: int) -> None:
-    """Write the edge's part of the artifact; raises ModelError, OSError."""
+def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGREEMENT) -> None:
+    """Write the edge's part of the artifact; raises ModelError, OSError.
+
+    `target`: the agreement under which sensitive matrices are searched and kept heavier.
+    """
     geometry = read_geometry(work)
     source = build_float_graph(
         artifact, work, geometry.layers, lambda done, what: tell(_BUILT * done, what)
@@ -56,33 +63,58 @@ def export(artifact: Path, work: Path, threads: int) -> None:
     quantise.plain_embedding(graph)
     edge = artifact / "edge"
     edge.mkdir(exist_ok=True)
-    head = head_names(graph)
-    shared = {quantise.EMBEDDING: edge / "embedding.bin"}
-    shared |= {f"{n.input[1]}_b8": edge / "head.bin" for n in graph.matmuls() if n.name in head}
+    (head,) = head_names(graph)
+    (head_name,) = {n.input[1] for n in graph.matmuls() if n.name == head}
+    judge = ExactModel(scorer, geometry, np.asarray(graph.weights[head_name]), threads)
     tell(_BUILT, "Measuring activations")
     sites = find_sites(graph)
     peaks = _peaks(artifact, work, graph, geometry.head_dim, threads)
-    (head_name,) = {n.input[1] for n in graph.matmuls() if n.name in head}
-    head_weight = np.asarray(graph.weights[head_name])
+    quantise.quantise_embedding(graph)
+    shared = shared_files(head_name, edge, tied=geometry.tied_embeddings)
     decode = graph.copy()
     smooth(graph, sites, peaks, STRENGTH)
-    tell(_CALIBRATED, "Quantising the prefill graph")
-    quantise.w8a8(graph, head)
-    graph.save(edge / "prefill.onnx", shared)
-    tell(_QUANTISED, "Quantising the decode graph")
+    tell(_CALIBRATED, "Quantising the decode graph")
     quantise.weight_only(decode, accuracy_level=4)
     decode.save(edge / "decode.onnx", shared)
-    judge = ExactModel(scorer, geometry, head_weight, threads)
-    quality = _quality(artifact, geometry, judge, threads)
+    scale = Scale.of(artifact, judge, geometry, threads)
+
+    def measure(heavier: frozenset[str]) -> Quality:
+        candidate = graph.copy()
+        quantise.w8a8(candidate, {head, *heavier})
+        candidate.save(edge / "prefill.onnx", shared)
+        return scale.measure(edge / "prefill.onnx")
+
+    tell(_QUANTISED, "Quantising the prefill graph and measuring its KV")
+    groups = groups_of({n.name for n in graph.matmuls()}, geometry.layers)
+    found = search(groups, measure, target)
+    if found.measured > 1:
+        measure(found.heavier)  # the last one tried need not be the best
+    tell(_MEASURED, "Measuring the decode graph's KV")
     facts = EdgeFacts(
-        edge_quant=EDGE_QUANT,
+        edge_quant=EDGE_QUANT + suffix(found.heavier),
         decode_quant=DECODE_QUANT,
-        quality=quality["prefill"],
-        decode_quality=quality["decode"],
+        quality=found.quality,
+        decode_quality=scale.measure(edge / "decode.onnx"),
+        heavier=found.titles,
         built_with={n: version(n) for n in ("onnxruntime", "onnxruntime-genai")},
     )
     (work / "edge.json").write_bytes(msgspec.json.encode(facts))
     tell(1.0, "The edge's graphs are ready")
+
+
+def shared_files(head: str, edge: Path, *, tied: bool) -> dict[str, Path]:
+    """Where the arrays lie that both graphs read: name -> file. `head`: its weight's name.
+
+    Tied embeddings are one table: the lookup and the head read the same bytes.
+    """
+    own = "embedding" if tied else "head"
+    return {
+        quantise.EMBEDDING: edge / "embedding_f32.bin",  # where it cannot be cut in blocks
+        quantise.EMBEDDING_Q8: edge / "embedding.bin",
+        quantise.EMBEDDING_SCALE: edge / "embedding_scale.bin",
+        f"{head}_b8": edge / f"{own}.bin",
+        f"{head}_b8_scale": edge / f"{own}_scale.bin",
+    }
 
 
 def read_geometry(work: Path) -> ModelGeometry:
@@ -116,23 +148,26 @@ def _peaks(
     return peaks
 
 
-def _quality(
-    artifact: Path, geometry: ModelGeometry, judge: ExactModel, threads: int
-) -> dict[str, Quality]:
-    """What the KV of either graph costs, measured on text that nothing was calibrated on."""
-    text = held_out_text()
-    tokens = Tokenizer.from_file(str(artifact / "tokenizer.json")).encode(text).ids
-    windows = windows_of(tokens, QUALITY_WINDOWS)
-    sides = {
-        name: prefill_with(artifact / "edge" / f"{name}.onnx", geometry, threads)
-        for name in ("prefill", "decode")
-    }
-    scores = []
-    for index, found in enumerate(score_windows(judge, geometry.kv, sides, windows)):
-        share = (index + 1) / len(windows)
-        tell(_QUANTISED + (1 - _QUANTISED) * share, "Measuring the quality of the edge's KV")
-        scores.append(found)
-    return {name: summarise([score[name] for score in scores], text) for name in sides}
+@dataclass(frozen=True)
+class Scale:
+    """Measures what a graph's KV costs, on text that nothing was calibrated on."""
+
+    judge: ExactModel
+    geometry: ModelGeometry
+    threads: int
+    text: str
+    windows: list[list[int]]
+
+    @classmethod
+    def of(cls, artifact: Path, judge: ExactModel, geometry: ModelGeometry, threads: int) -> Scale:
+        text = held_out_text()
+        tokens = Tokenizer.from_file(str(artifact / "tokenizer.json")).encode(text).ids
+        return cls(judge, geometry, threads, text, windows_of(tokens, QUALITY_WINDOWS))
+
+    def measure(self, path: Path) -> Quality:
+        side = {"it": prefill_with(path, self.geometry, self.threads)}
+        scores = score_windows(self.judge, self.geometry.kv, side, self.windows)
+        return summarise([score["it"] for score in scores], self.text)
 
 
 def prefill_with(path: Path, geometry: ModelGeometry, threads: int) -> Prefill:
@@ -152,8 +187,14 @@ def main() -> int:
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
+    parser.add_argument(
+        "--target-agreement",
+        type=float,
+        default=TARGET_AGREEMENT,
+        help="under it, the matrices that lose most are searched and kept heavier",
+    )
     args = parser.parse_args()
-    return run_step(lambda: export(args.artifact, args.work, args.threads))
+    return run_step(lambda: export(args.artifact, args.work, args.threads, args.target_agreement))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ class Graph:
         del model.opset_import[:]
         model.opset_import.extend(operators)
         data_path = path.with_name(path.name + ".data")
+        data_path.unlink(missing_ok=True)  # a session may still have the old file mapped
         with data_path.open("wb") as data:
             for name, weight in self.weights.items():
                 place = (shared or {}).get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnxruntime as ort
@@ -18,20 +19,31 @@ class Device:
     providers: tuple[str, ...]
 
 
-def choose_device(wanted: str = "auto") -> Device:
+def choose_device(wanted: str = "auto", available: Collection[str] | None = None) -> Device:
     """`wanted`: "auto" (CUDA where this onnxruntime has it and it works), "cuda" or "cpu".
+
+    `available`: providers to choose from; None: this onnxruntime's.
 
     Raises:
         ValueError: another word, or CUDA is wanted and this onnxruntime lacks it.
     """
     if wanted not in ("auto", "cuda", "cpu"):
         raise ValueError(f"no such device: {wanted!r}; choose auto, cuda or cpu")
-    available = ort.get_available_providers()
+    available = ort.get_available_providers() if available is None else available
     if wanted == "cuda" and CUDA not in available:
         raise ValueError("this onnxruntime has no CUDA provider; install segue[edge-gpu]")
     if wanted != "cpu" and CUDA in available:
         return Device("cuda", (CUDA, CPU))
     return Device("cpu", (CPU,))
+
+
+def prefill_graph(active: Collection[str]) -> str:
+    """Which graph prefills under the providers that a session really got: "prefill" or "decode".
+
+    On CUDA it is the weight-only one: dynamic INT8 has no CUDA kernels worth having, every MatMul
+    would go by the host.
+    """
+    return "decode" if CUDA in active else "prefill"
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -28,6 +28,7 @@ from segue_edge.prefill.graph import Graph
 MICROSOFT = "com.microsoft"
 BLOCK = 32
 EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_Q8, EMBEDDING_SCALE = f"{EMBEDDING}_b8", f"{EMBEDDING}_b8_scale"
 _MIDDLE = 128  # what zero is as uint8
 # Constants of the nodes below, by name.
 _CONSTANTS: dict[str, NDArray[Any]] = {
@@ -58,8 +59,39 @@ def plain_embedding(graph: Graph) -> None:
         return
 
 
-def w8a8(graph: Graph, head: Collection[str], *, unsigned: bool | None = None) -> None:
-    """Quantise every MatMul; those named in `head` see one token a call and become MatMulNBits.
+def quantise_embedding(graph: Graph) -> None:
+    """Keep the table of `plain_embedding` as 8-bit blocks; a run restores the rows that it reads.
+
+    With tied embeddings table and scales equal the head's, byte for byte, so that both can lie in
+    one file (`Graph.save`). A hidden size that is no multiple of the block stays in float32.
+    """
+    for node in graph.nodes:
+        if node.op_type != "Gather" or node.input[0] != EMBEDDING:
+            continue
+        vocab, hidden = graph.weights[EMBEDDING].shape
+        if hidden % BLOCK:
+            return
+        packed, scales = quantise_blocks(np.asarray(graph.weights[EMBEDDING]).T)
+        graph.weights |= {EMBEDDING_Q8: packed.reshape(vocab, hidden), EMBEDDING_SCALE: scales}
+        gather = helper.make_node(
+            "GatherBlockQuantized",
+            [EMBEDDING_Q8, node.input[1], EMBEDDING_SCALE],
+            list(node.output),
+            node.name,
+            domain=MICROSOFT,
+            bits=8,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        graph.replace_nodes({node.name: [gather]})
+        _declare_domain(graph)
+        return
+
+
+def w8a8(graph: Graph, heavier: Collection[str], *, unsigned: bool | None = None) -> None:
+    """Quantise every MatMul; those named in `heavier` become MatMulNBits: the head, which sees one
+    token a call, and matrices whose activations need a scale per block instead of one per token.
 
     `unsigned`: weights as uint8 around 128 instead of int8: same numbers, other machine code;
     None: what this machine computes exactly.
@@ -68,7 +100,7 @@ def w8a8(graph: Graph, head: Collection[str], *, unsigned: bool | None = None) -
     replacement: dict[str, list[NodeProto]] = {}
     quantised: set[str] = set()
     for node in graph.matmuls():
-        if node.name in head:
+        if node.name in heavier:
             replacement[node.name] = [_nbits(graph, node, accuracy_level=4)]
             continue
         nodes = [] if node.input[0] in quantised else _quantise_rows(node.input[0])

@@ -11,9 +11,10 @@ import onnxruntime as ort
 
 from segue_contract.errors import PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
+from segue_contract.model.gate import FLOAT_QUANT
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_edge.prefill.kv import Floats, PastKv
-from segue_edge.prefill.providers import CPU, CUDA, Device, choose_device
+from segue_edge.prefill.providers import CPU, CUDA, Device, choose_device, prefill_graph
 from segue_edge.prefill.runner import GraphRunner, open_session
 
 # Tokens. Measured on two cores, 512-token prompt, tokens/s: 1,890 in chunks of 64, 2,160 of 128,
@@ -67,10 +68,17 @@ class EdgeModel:
         manifest = read_manifest(directory)
         device = choose_device(providers)
         decode = open_session(directory / "edge" / "decode.onnx", device, threads)
-        if CUDA in decode.get_providers():
-            # Dynamic W8A8 has no CUDA kernels worth having: every MatMul would go by the host.
+        quant = manifest.edge_recipe.weight_quant
+        if "edge-weight-only" in manifest.recipes:
+            weight_only = manifest.recipes["edge-weight-only"].recipe.weight_quant
+        else:
+            weight_only = ""
+        if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
             return cls(manifest, decode, decode, device, "edge-weight-only")
-        device = Device("cpu", (CPU,))
+        if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
+            return cls(manifest, decode, decode, device, "edge")
+        if CUDA not in decode.get_providers():
+            device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
         return cls(manifest, prefill, decode, device, "edge")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -17,11 +17,14 @@ from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
 from segue_edge.turns.outbox import Outbox
 from segue_edge.turns.warm import Warmer
 from segue_edge.uplink.clouds import CloudSet
+from segue_edge.uplink.sender import Encode
 
 
 @dataclass(frozen=True)
 class EdgeDeps:
-    """`force`: the plan shape of `--plan`. `prefill_backlog`: prompt tokens waiting for prefill."""
+    """`force`: the plan shape of `--plan`. `prefill_backlog`: prompt tokens waiting for prefill.
+    `encode`: a block to frames in the codec of `recipe`.
+    """
 
     model: EdgeModelPort
     manifest: Manifest
@@ -30,6 +33,7 @@ class EdgeDeps:
     cache: PrefixCachePort
     compute: ComputeThread
     encoder: Executor
+    encode: Encode
     clouds: CloudSet
     histories: HistoryCache
     speeds: EdgeSpeeds
@@ -39,6 +43,10 @@ class EdgeDeps:
     prefill_backlog: Callable[[], int]
     instance: str
     force: Shape | None = None
+
+    def may_ship(self, accepted: Collection[str]) -> bool:
+        """Whether KV goes to a cloud that accepts these recipes: our manifest must allow it."""
+        return self.recipe in accepted and self.recipe in self.manifest.allowed_recipes()
 
     @property
     def end_tokens(self) -> frozenset[int]:

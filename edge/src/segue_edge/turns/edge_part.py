@@ -62,7 +62,7 @@ class EdgePart:
         self._link: TurnLink | None = None
         self._sender: KvSender | None = None
         if planned.plan.shape is Shape.SHIP:
-            self._sender = KvSender(deps.recipe, planned.ids, deps.encoder)
+            self._sender = KvSender(deps.recipe, planned.ids, deps.encoder, deps.encode)
 
     def start_prefill(self) -> None:
         """Queue the prefill. Raises Overloaded where the compute queue is full."""

@@ -90,7 +90,7 @@ def _inputs(
         link_backlog_bytes=float(cloud.backlog_bytes) if cloud else 0.0,
         kv_bytes_per_token=deps.speeds.kv_bytes_per_token.value,
         cloud_reachable=cloud is not None,
-        recipe_accepted=cloud is not None and deps.recipe in cloud.recipes,
+        recipe_accepted=cloud is not None and deps.may_ship(cloud.recipes),
     )
 
 

@@ -80,7 +80,7 @@ def _resumed(deps: EdgeDeps, cloud: Cloud, spec: dpb.TurnSpec, reply: Reply) -> 
     again.CopyFrom(spec)
     again.takeover = True
     blocks = list(spec.blocks)
-    ships = bool(blocks) and deps.recipe in cloud.recipes and _cached(deps, blocks)
+    ships = bool(blocks) and deps.may_ship(cloud.recipes) and _cached(deps, blocks)
     again.shape = (Shape.SHIP if ships else Shape.TEXT).value
     again.ship_blocks = len(blocks) if ships else 0
     del again.known_tokens[:]
@@ -98,7 +98,7 @@ async def _ship_again(deps: EdgeDeps, spec: dpb.TurnSpec, link: TurnLink, reply:
         return
     opened = await asyncio.shield(link.opened)
     blocks = list(spec.blocks)
-    sender = KvSender(deps.recipe, blocks, deps.encoder)
+    sender = KvSender(deps.recipe, blocks, deps.encoder, deps.encode)
     for index, block in enumerate(blocks):
         kept = deps.cache.get(block)
         if kept is None:  # evicted since: the cloud computes the rest

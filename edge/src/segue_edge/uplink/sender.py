@@ -12,11 +12,26 @@ from numpy.typing import NDArray
 
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import KvBlock
+from segue_contract.kv.steps import codec_named
 from segue_contract.limits import UPLINK_QUEUE_BLOCKS
 from segue_edge.uplink.stream import TurnStream
 
 Array = NDArray[Any]
-Encode = Callable[[KvBlock], bytes]
+Encode = Callable[[int, KvBlock], bytes]
+
+
+def encode_with(codec: str) -> Encode:
+    """Frames of the prompt's block number `index` as a recipe's `codec` asks for.
+
+    Raises:
+        BadVersion: no such codec.
+    """
+    chosen = codec_named(codec)
+
+    def encode(index: int, block: KvBlock) -> bytes:
+        return encode_frames(block, chosen.step.name, sink_tokens=chosen.sinks_of(index))
+
+    return encode
 
 
 class KvSender:
@@ -35,7 +50,7 @@ class KvSender:
         recipe: str,
         ids: list[bytes],
         encoder: Executor,
-        encode: Encode = encode_frames,
+        encode: Encode,
     ) -> None:
         self.sent_blocks = 0
         self.sent_bytes = 0
@@ -78,7 +93,8 @@ class KvSender:
                 if index < have:
                     continue
                 block = KvBlock(self._ids[index], self._recipe, k, v)
-                await encoded.put(await loop.run_in_executor(self._encoder, self._encode, block))
+                data = await loop.run_in_executor(self._encoder, self._encode, index, block)
+                await encoded.put(data)
         except Exception:
             while encoded.full():  # what waits is lost with the stream
                 encoded.get_nowait()

@@ -18,7 +18,7 @@ from segue_contract.errors import BadBlock, BadChecksum, BadRecipe, KvError, Tru
 from segue_contract.kv.frame import HEADER_BYTES, FrameHeader, Kind, commit_crc, read_header
 from segue_contract.kv.layout import KvBlock, KvGeometry
 from segue_contract.kv.quantize import decode_layers, empty_block
-from segue_contract.kv.steps import Step, check_geometry
+from segue_contract.kv.steps import Step, check_geometry, codec_named
 from segue_contract.limits import MAX_OPEN_BLOCKS
 
 
@@ -81,7 +81,7 @@ class Assembler:
     Args:
         geometry: the only one accepted.
         recipes: digests of the accepted recipes; as a mapping, each with the name of the codec
-            step that it stands for, which is then checked as well.
+            that it stands for, which is then checked as well.
         expected: ids of the blocks that may come, each once; None: any block.
         dtype: what `feed` decodes to, float16 or float32.
     """
@@ -228,15 +228,22 @@ class Assembler:
                 hint="Serve the same model on both sides.",
             )
         step = header.step.name
-        if header.recipe not in self._recipes or (
-            isinstance(self._recipes, Mapping) and self._recipes[header.recipe] != step
-        ):
+        if not self._accepts(header):
             raise BadRecipe(
                 f"A KV block has recipe {header.recipe} ({step}), not allowed here.",
                 hint="Serve the same build of the model on both sides.",
             )
         if self._expected is not None and header.block not in self._expected:
             raise BadBlock(f"KV block {header.block.hex()} was not asked for, or came before.")
+
+    def _accepts(self, header: FrameHeader) -> bool:
+        """The recipe is allowed, and the frame is coded as that recipe says."""
+        if header.recipe not in self._recipes:
+            return False
+        if not isinstance(self._recipes, Mapping):
+            return True
+        codec = codec_named(self._recipes[header.recipe])
+        return codec.step == header.step and header.sink_tokens in (0, codec.sink_tokens)
 
     def _begin(self, header: FrameHeader) -> None:
         """Make room for a data frame's payload; its size follows from the geometry."""

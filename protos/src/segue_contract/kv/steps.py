@@ -45,6 +45,7 @@ STEPS = {
     for step in (Step("k8v8", 1, 8, 8), Step("k8v4", 2, 8, 4), Step("k4v4", 3, 4, 4))
 }
 DEFAULT_STEP = "k8v8"
+_SINK_COUNTS = {str(count) for count in range(1, MAX_SINK_TOKENS + 1)}
 _BY_CODE = {step.code: step for step in STEPS.values()}
 
 
@@ -54,6 +55,33 @@ def step_named(name: str) -> Step:
     if step is None:
         raise BadVersion(f"There is no KV codec step {name!r}.", hint=f"Use one of {list(STEPS)}.")
     return step
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What a recipe's `codec` says: a step, and how many of a prompt's first tokens stay float16.
+
+    Written "k8v8", or "k4v4-sink4" with sinks: the first block of a prompt carries them.
+    """
+
+    step: Step
+    sink_tokens: int = 0
+
+    def sinks_of(self, block: int) -> int:
+        """Sink tokens of the prompt's block number `block`."""
+        return self.sink_tokens if block == 0 else 0
+
+
+def codec_named(name: str) -> Codec:
+    """Raises BadVersion where this version has no such codec."""
+    step, mark, count = name.partition("-sink")
+    if not mark:
+        return Codec(step_named(name))
+    if count not in _SINK_COUNTS:
+        raise BadVersion(
+            f"There is no KV codec {name!r}.", hint=f"1 to {MAX_SINK_TOKENS} tokens may be sinks."
+        )
+    return Codec(step_named(step), int(count))
 
 
 def step_of_code(code: int) -> Step:

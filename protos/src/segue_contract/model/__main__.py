@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from segue_contract.errors import ModelError
-from segue_contract.model.home import is_built, model_home
+from segue_contract.model.home import MANIFEST_NAME, model_home
 from segue_contract.model.manifest import Manifest, read_manifest, verify
 from segue_contract.model.progress import run_step, tell
 from segue_contract.model.seal import seal
@@ -53,7 +53,7 @@ def _verify(directory: Path) -> None:
 def _list() -> None:
     home = model_home()
     for directory in sorted(home.iterdir()) if home.is_dir() else []:
-        if not is_built(directory) or directory.name.startswith("."):
+        if not (directory / MANIFEST_NAME).is_file() or directory.name.startswith("."):
             continue
         try:
             _say(_facts(directory, read_manifest(directory)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 MANIFEST_NAME = "manifest.json"
+FORMAT = 2  # 2: the edge's embedding in 8 bits
 DEFAULT_MODEL = "smollm2-135m"
 
 
@@ -31,5 +33,10 @@ def model_directory(name: str) -> Path:
 
 
 def is_built(directory: Path) -> bool:
-    """Whether a finished model lies there (a build writes the manifest last)."""
-    return (directory / MANIFEST_NAME).is_file()
+    """Whether a finished model of this version's format lies there; a build writes the manifest
+    last. One of another format counts as not built, so that it is built again."""
+    try:
+        manifest = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT

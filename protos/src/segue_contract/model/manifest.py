@@ -7,7 +7,8 @@
               cloud/config.json      Hugging Face's, so that its libraries can load the weights
               edge/prefill.onnx      W8A8, last-position logits, KV out
               edge/decode.onnx       weight-only 8 bit, batch 1
-              edge/*.data, *.bin     the weights of both; .bin files are shared by them
+              edge/*.data, *.bin     the weights of both; .bin files are shared by them (with tied
+                                     embeddings the lookup and the head are one table)
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import msgspec
 
-from segue_contract.errors import UNREADABLE, ModelMismatch, ModelMissing
+from segue_contract.errors import UNREADABLE, BadVersion, ModelMismatch, ModelMissing
 from segue_contract.kv.layout import KvGeometry, KvRecipe
+from segue_contract.kv.steps import codec_named
 from segue_contract.model.home import (
     DEFAULT_MODEL,
+    FORMAT,
     MANIFEST_NAME,
     is_built,
     model_directory,
@@ -46,7 +49,6 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 1
 _HASH_CHUNK = 1 << 20
 
 
@@ -83,6 +85,10 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     cross_entropy_change: float = 0.0
     windows: int = 0
     text_sha256: str = ""
+    positions: int = 0
+    # None: measured by a version that did not ask
+    first_token_agreement: float | None = None
+    relative_accuracy: float | None = None
 
 
 class RecipeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,10 +112,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bos_token: str = ""
     eos_token: str = ""
     edge_quant: str
+    # groups of matrices that the prefill graph keeps heavier, for their loss was over the target
+    edge_heavier: tuple[str, ...] = ()
     # recipes by name; "edge" is the one under which the edge's KV ships by default
     recipes: dict[str, RecipeEntry]
     files: dict[str, FileEntry]
     built_with: dict[str, str] = {}
+    # the budget under which the recipes were chosen; None: built before there was one
+    max_agreement_loss: float | None = None
 
     @property
     def edge_recipe(self) -> KvRecipe:
@@ -120,9 +130,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return frozenset(self.allowed_codecs())
 
     def allowed_codecs(self) -> dict[str, str]:
-        """The codec step of each recipe that a decoder may consume, by the recipe's digest."""
-        recipes = (entry.recipe for entry in self.recipes.values() if entry.allowed)
-        return {recipe.digest: recipe.codec for recipe in recipes}
+        """The codec of each recipe that a decoder may consume, by the recipe's digest.
+
+        Two names may stand for one recipe; where one of them is not allowed, it is not.
+        """
+        entries = self.recipes.values()
+        refused = {entry.recipe.digest for entry in entries if not entry.allowed}
+        allowed = {entry.recipe.digest: entry.recipe.codec for entry in entries if entry.allowed}
+        return {digest: codec for digest, codec in allowed.items() if digest not in refused}
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -153,7 +168,40 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if "edge" not in manifest.recipes:
         raise ModelMismatch(f"{path} names no edge recipe.", hint="Build the model again.")
+    _check_geometry(path, manifest.geometry)
+    _check_recipes(path, manifest)
     return manifest
+
+
+def _check_geometry(path: Path, geometry: ModelGeometry) -> None:
+    sizes = msgspec.structs.asdict(geometry)
+    for name, value in sizes.items():
+        if not value > 0 and name != "tied_embeddings":
+            raise ModelMismatch(f"{path}: {name} is {value}.", hint="Build the model again.")
+    if geometry.heads % geometry.kv_heads:
+        raise ModelMismatch(
+            f"{path}: {geometry.heads} heads do not share {geometry.kv_heads} KV heads evenly.",
+            hint="Build the model again.",
+        )
+
+
+def _check_recipes(path: Path, manifest: Manifest) -> None:
+    """A manifest edited by hand: what would only show when the first block arrives."""
+    for name, entry in manifest.recipes.items():
+        wrong = ""
+        if entry.recipe.weights_digest != manifest.weights_digest:
+            wrong = "is of other weights than the model"
+        elif entry.quality is not None and not 0.0 <= entry.quality.agreement <= 1.0:
+            wrong = f"has an agreement of {entry.quality.agreement}, not from 0 to 1"
+        else:
+            try:
+                codec_named(entry.recipe.codec)
+            except BadVersion as error:
+                wrong = f"has a codec unknown here: {error.message}"
+        if wrong:
+            raise ModelMismatch(
+                f"{path}: the recipe {name!r} {wrong}.", hint="Build the model again."
+            )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from segue_contract.errors import ModelMismatch
 from segue_contract.kv.layout import KvRecipe
+from segue_contract.model.gate import Measured, choose, entries
 from segue_contract.model.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -25,7 +26,6 @@ REQUIRED = (
     "chat_template.jinja",
     "cloud/config.json",
     "cloud/model.safetensors",
-    "edge/prefill.onnx",
     "edge/decode.onnx",
 )
 
@@ -43,6 +43,13 @@ class SourceFacts(msgspec.Struct, kw_only=True):
     built_with: dict[str, str]
 
 
+class GateFacts(msgspec.Struct, kw_only=True):
+    """What the third step (`segue_edge.prefill.ladder`) measured, and against which budget."""
+
+    measured: list[Measured]
+    max_agreement_loss: float
+
+
 class EdgeFacts(msgspec.Struct, kw_only=True):
     """What the second step (`segue_edge.prefill.export`) made: names of quantisations, quality."""
 
@@ -50,6 +57,7 @@ class EdgeFacts(msgspec.Struct, kw_only=True):
     decode_quant: str
     quality: Quality | None = None
     decode_quality: Quality | None = None
+    heavier: tuple[str, ...] = ()
     built_with: dict[str, str] = {}
 
 
@@ -60,10 +68,13 @@ def seal(artifact: Path, work: Path, name: str, progress: Callable[[int], None])
         ModelMismatch: an earlier step left something out.
     """
     for required in REQUIRED:
-        if not (artifact / required).is_file():
-            raise ModelMismatch(f"The build did not make {required}.", hint="Build it again.")
+        _require(artifact, required)
     source = _read(work / "facts.json", SourceFacts)
     edge = _read(work / "edge.json", EdgeFacts)
+    gate = _read(work / "gate.json", GateFacts)
+    chosen = recipes(source, gate)
+    if chosen["edge"].recipe.weight_quant != edge.decode_quant:
+        _require(artifact, "edge/prefill.onnx")
     manifest = Manifest(
         name=name,
         source=source.source,
@@ -73,34 +84,32 @@ def seal(artifact: Path, work: Path, name: str, progress: Callable[[int], None])
         end_tokens=source.end_tokens,
         bos_token=source.bos_token,
         eos_token=source.eos_token,
-        edge_quant=edge.edge_quant,
-        recipes=recipes(source, edge),
+        edge_quant=chosen["edge"].recipe.weight_quant,
+        edge_heavier=edge.heavier,
+        recipes=chosen,
         files={
             path.relative_to(artifact).as_posix(): hash_file(path, progress)
             for path in sorted(artifact.rglob("*"))
             if path.is_file() and path.name != MANIFEST_NAME
         },
         built_with=source.built_with | edge.built_with,
+        max_agreement_loss=gate.max_agreement_loss,
     )
     write_manifest(artifact, manifest)
     return manifest
 
 
-def recipes(source: SourceFacts, edge: EdgeFacts) -> dict[str, RecipeEntry]:
-    """`edge`: KV of the prefill graph; `edge-weight-only`: of the decode graph, which also
-    prefills where a GPU runs it; `exact`: of the unquantised weights."""
+def recipes(source: SourceFacts, gate: GateFacts) -> dict[str, RecipeEntry]:
+    """All measured recipes by name, and those that the budget chooses (`model.gate`)."""
     rope = f"base={source.geometry.rope_base:g}"
+    base = KvRecipe(weights_digest=source.weights_digest, weight_quant="", rope=rope)
+    choice = choose(gate.measured, source.geometry.kv, gate.max_agreement_loss)
+    return entries(gate.measured, choice, base)
 
-    def recipe(quant: str) -> KvRecipe:
-        return KvRecipe(weights_digest=source.weights_digest, weight_quant=quant, rope=rope)
 
-    return {
-        "edge": RecipeEntry(recipe=recipe(edge.edge_quant), quality=edge.quality),
-        "edge-weight-only": RecipeEntry(
-            recipe=recipe(edge.decode_quant), quality=edge.decode_quality
-        ),
-        "exact": RecipeEntry(recipe=recipe("none")),
-    }
+def _require(artifact: Path, name: str) -> None:
+    if not (artifact / name).is_file():
+        raise ModelMismatch(f"The build did not make {name}.", hint="Build it again.")
 
 
 def _read(path: Path, kind: type[Any]) -> Any:

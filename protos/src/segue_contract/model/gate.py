@@ -1,0 +1,129 @@
+"""Which KV recipes a model may use: the measured ones against a budget. Pure.
+
+A recipe is named after who computed the KV and the codec it travels in: `edge-k8v8` is the W8A8
+prefill graph's KV in int8. Two short names say what is used: `edge`, by CPU nodes, and
+`edge-weight-only`, by nodes with a GPU, which run the other graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from segue_contract.kv.layout import KvGeometry, KvRecipe
+from segue_contract.kv.steps import codec_named, payload_bytes
+from segue_contract.model.manifest import Quality, RecipeEntry
+
+CODECS = ("k8v8", "k8v4", "k4v4")  # what is measured; from the safest to the smallest
+MAX_AGREEMENT_LOSS = 0.03
+EDGE, WEIGHT_ONLY, FLOAT = "edge", "edge-weight-only", "edge-fp32"
+FLOAT_QUANT = "none"
+_ROUNDING = 1e-9  # a loss of exactly the budget is within it
+# the graphs that may stand behind the recipe "edge", the fastest first
+FALLBACKS = (EDGE, WEIGHT_ONLY, FLOAT)
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """The quality of one graph's KV in one codec; `graph` is one of `FALLBACKS`."""
+
+    graph: str
+    weight_quant: str
+    codec: str
+    quality: Quality
+
+    @property
+    def name(self) -> str:
+        return f"{self.graph}-{self.codec}"
+
+    def within(self, max_loss: float) -> bool:
+        return self.quality.agreement >= 1.0 - max_loss - _ROUNDING
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`edge`, `weight_only`: what the short names stand for, where anything is in the budget."""
+
+    edge: Measured | None
+    weight_only: Measured | None
+    max_loss: float
+
+    @property
+    def note(self) -> str:
+        """What a user must know about it; empty where all is as usual."""
+        if self.edge is None:
+            return (
+                f"No recipe is within the budget of {self.max_loss:.3f}: edges of this model will "
+                "send token ids, never KV."
+            )
+        if self.edge.graph == EDGE:
+            return ""
+        heavier = "8-bit weights only" if self.edge.graph == WEIGHT_ONLY else "float32"
+        return (
+            f"Every INT8 recipe of the fast prefill graph loses more than {self.max_loss:.3f} "
+            f"agreement: edges prefill with {heavier}, which is slower."
+        )
+
+
+def bytes_per_token(codec: str, geometry: KvGeometry) -> float:
+    """On the wire, frames left out."""
+    chosen = codec_named(codec)
+    return payload_bytes(chosen.step, geometry, geometry.layers) / 64
+
+
+def choose(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) -> Choice:
+    """The fastest graph that has a codec within the budget, with its cheapest such codec."""
+
+    def cheapest(graph: str) -> Measured | None:
+        inside = [m for m in measured if m.graph == graph and m.within(max_loss)]
+        return min(inside, key=lambda m: bytes_per_token(m.codec, geometry), default=None)
+
+    best = [cheapest(graph) for graph in FALLBACKS]
+    return Choice(
+        edge=next((one for one in best if one is not None), None),
+        weight_only=best[FALLBACKS.index(WEIGHT_ONLY)],
+        max_loss=max_loss,
+    )
+
+
+def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dict[str, RecipeEntry]:
+    """The manifest's recipes; `base` says the weights, RoPE and layout of all of them.
+
+    Where nothing is in the budget, the short names stand for the usual graphs, not allowed.
+    """
+
+    def entry(one: Measured) -> RecipeEntry:
+        recipe = msgspec.structs.replace(base, weight_quant=one.weight_quant, codec=one.codec)
+        return RecipeEntry(recipe=recipe, allowed=one.within(choice.max_loss), quality=one.quality)
+
+    by_name = {one.name: entry(one) for one in measured}
+
+    def best(graphs: Sequence[str]) -> Measured:
+        candidates = [one for one in measured if one.graph in graphs] or list(measured)
+        return max(candidates, key=lambda one: one.quality.agreement)
+
+    return {
+        "edge": entry(choice.edge or best((EDGE,))),
+        "edge-weight-only": entry(choice.weight_only or best((WEIGHT_ONLY,))),
+        "exact": RecipeEntry(recipe=msgspec.structs.replace(base, weight_quant=FLOAT_QUANT)),
+        **by_name,
+    }
+
+
+def measured_of(recipes: Mapping[str, RecipeEntry]) -> list[Measured]:
+    """What a manifest's recipes say of each graph and codec."""
+    found = []
+    for graph in FALLBACKS:
+        for codec in CODECS:
+            entry = recipes.get(f"{graph}-{codec}")
+            if entry is not None and entry.quality is not None:
+                found.append(
+                    Measured(
+                        graph=graph,
+                        weight_quant=entry.recipe.weight_quant,
+                        codec=codec,
+                        quality=entry.quality,
+                    )
+                )
+    return found

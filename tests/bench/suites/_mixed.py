@@ -1,0 +1,106 @@
+"""Rows of the load suite about the engine alone: 1 to 256 turns at once with mixed prompts.
+
+Prompts of 50 to 3,000 tokens, most of them short, as in chats. Throughput counts prompt tokens and
+new tokens alike: how they mix differs little between the levels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+from segue_cloud.engine.options import EngineOptions
+from segue_cloud.engine.port import EngineTurn
+from segue_cloud.engine.worker import TorchEngine
+from segue_contract.model.manifest import read_manifest
+from tests.bench.harness import Report
+from tests.bench.suites._prompts import random_prompts
+
+SIZES = (50, 120, 300, 80, 600, 200, 50, 3000, 150, 90, 400, 50, 1000, 70, 250, 100)
+DEADLINE_S = 10
+
+
+async def mixed_rows(report: Report, directory: Path, quick: bool) -> None:
+    manifest = read_manifest(directory)
+    engine = await TorchEngine.load(directory, manifest, EngineOptions(max_turns=512))
+    sizes = SIZES[:4] if quick else SIZES
+    speeds: list[float] = []
+    try:
+        for level in (1, 4) if quick else (1, 8, 32, 64, 128, 256):
+            speed = await _level(engine, report, level, sizes, manifest.geometry.vocab)
+            speeds.append(speed)
+        await _abort(engine, report, manifest.geometry.vocab)
+    finally:
+        await engine.close()
+    engine.check_integrity()
+    peak = speeds.index(max(speeds))
+    floor = min(speeds[peak:]) / speeds[peak]
+    report.row(
+        "throughput_floor_share",
+        floor,
+        "",
+        target=None if quick else 0.95,
+        note="lowest level from the peak on, over the peak",
+    )
+
+
+async def _level(
+    engine: TorchEngine, report: Report, turns: int, sizes: tuple[int, ...], vocab: int
+) -> float:
+    """`turns` at once, at least 16 in all; returns tokens/s."""
+    new = 32
+    ttfts: list[float] = []
+    gaps: list[float] = []
+    lost = 0
+    prompts = [
+        random_prompts(1, sizes[number % len(sizes)], vocab, seed=turns * 1000 + number)[0]
+        for number in range(max(turns, len(sizes)))
+    ]
+    waiting = asyncio.Semaphore(turns)
+
+    async def one(number: int) -> None:
+        nonlocal lost
+        async with waiting:
+            last = began = time.perf_counter()
+            seen = 0
+            turn = EngineTurn(turn=f"mixed{number}", prompt=prompts[number], max_tokens=new)
+            async for output in engine.submit(turn):
+                now = time.perf_counter()
+                (gaps if seen else ttfts).append(now - (last if seen else began))
+                seen += len(output.tokens)
+                last = now
+            lost += seen != new
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one(number) for number in range(len(prompts))))
+    seconds = time.perf_counter() - began
+    speed = (sum(map(len, prompts)) + new * len(prompts)) / seconds
+    at = f"at_{turns}"
+    report.row(f"engine_tokens_per_s_{at}", speed, "tokens/s", note="prompts of 50 to 3,000")
+    for name, values in (("ttft", ttfts), ("inter_token", gaps)):
+        ordered = sorted(values)
+        p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+        report.row(f"engine_{name}_ms_p50_{at}", statistics.median(ordered) * 1000, "ms")
+        report.row(f"engine_{name}_ms_p99_{at}", p99 * 1000, "ms")
+    report.row(f"engine_lost_turns_{at}", float(lost), "turns", target=0, better="lower")
+    return speed
+
+
+async def _abort(engine: TorchEngine, report: Report, vocab: int) -> None:
+    """From leaving a turn to its pages being free, beside a long prompt that goes on."""
+    other_prompt, prompt = random_prompts(2, 3000, vocab, seed=9)
+    async with aclosing(engine.submit(EngineTurn("other", other_prompt, max_tokens=64))):
+        stream = engine.submit(EngineTurn("leaves", prompt[:500], max_tokens=400))
+        await anext(stream)
+        await asyncio.sleep(0.05)  # into the middle of a step, where a cancel waits longest
+        running = engine.stats().running
+        began = time.perf_counter()
+        await stream.aclose()
+        async with asyncio.timeout(DEADLINE_S):
+            while engine.stats().running >= running:  # noqa: ASYNC110 - the counts have no event
+                await asyncio.sleep(0.001)
+        seconds = time.perf_counter() - began
+    report.row("engine_abort_ms", seconds * 1000, "ms", target=1000, better="lower")
