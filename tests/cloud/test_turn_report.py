@@ -54,6 +54,16 @@ def test_what_the_edge_saw_itself_stands() -> None:
     assert report.regret_s == pytest.approx(0.65)  # against text's 0.5
 
 
+def test_blocks_that_were_shipped_for_this_turn_are_not_reused_ones() -> None:
+    shipped = PlanReport(shape="ship", predicted=FORESEEN, shipped_blocks=3)
+    times = TurnTimes(began=9.9, first_token=10.0, second_token=10.4, ended=11.0)
+    came = read_note(encode_plan(shipped), 10.0)
+    fresh = final_report(came, times, prompt_tokens=400, cached_tokens=192, why="")
+    assert fresh.cloud_cached_blocks == 0
+    later = final_report(came, times, prompt_tokens=400, cached_tokens=320, why="")
+    assert later.cloud_cached_blocks == 2
+
+
 @pytest.mark.parametrize("data", [b"", b"no report", encode_plan(PlanReport(shape="teleport"))])
 def test_bytes_that_are_no_report(data: bytes) -> None:
     with pytest.raises(InvalidArgument):

@@ -63,9 +63,10 @@ def final_report(
     ttft_s, gap_s = first - began, second - first
     if so_far is not None and report.first_token_by:  # the edge saw it put before the device
         ttft_s, gap_s = so_far.ttft_s, so_far.gap_s or max(0.0, second - began - so_far.ttft_s)
+    reused = cached_blocks - report.shipped_blocks  # what came up for this turn was not cached
     report = msgspec.structs.replace(
         report,
         first_token_by=report.first_token_by or "cloud",
-        cloud_cached_blocks=max(report.cloud_cached_blocks, cached_blocks),
+        cloud_cached_blocks=max(report.cloud_cached_blocks, reused),
     )
     return with_actual(report, Cost(ttft_s=ttft_s, gap_s=gap_s, total_s=times.ended - began))
