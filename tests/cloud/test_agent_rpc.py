@@ -116,6 +116,8 @@ async def test_unknown_sessions_and_models(cloud: CloudRpc) -> None:
     assert isinstance(await refused(lambda: agent.OpenSession(model)), UnknownModel)
     read = pb.ReadRequest(session="nowhere", device="phone")
     assert isinstance(await refused(lambda: agent.Read(read)), UnknownSession)
+    foreign = pb.ReadRequest(session="trip", device="stranger")
+    assert isinstance(await refused(lambda: agent.Read(foreign)), UnknownDevice)
     stop = pb.StopTurnRequest(session="trip", device="stranger")
     assert isinstance(await refused(lambda: agent.StopTurn(stop)), UnknownDevice)
 
