@@ -9,9 +9,7 @@ import pwd
 import shutil
 import sys
 import tempfile
-from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
 
 from segue_contract.errors import DeadlineExceeded, Internal, MissingExtra
 from segue_contract.limits import (
@@ -21,6 +19,7 @@ from segue_contract.limits import (
     BROKER_START_TIMEOUT_S,
     MAX_MQTT_PAYLOAD_BYTES,
 )
+from segue_contract.servers.lifetime import LocalServer
 from segue_contract.servers.process import LOOPBACK, ChildProcess, start_on_port
 
 # NODELAY: Nagle's algorithm alone may hold a frame back for 40 ms.
@@ -101,15 +100,13 @@ def find_broker(kind: str = "") -> tuple[str, str]:
     )
 
 
-class Broker:
+class Broker(LocalServer):
     """`async with Broker.start() as broker:` a fresh broker on loopback, reachable at `url`."""
 
     def __init__(self, *, port: int = 0, kind: str = "") -> None:
-        self.port = port
+        super().__init__(port)
         self.kind = kind
         self._asked = kind
-        self._child: ChildProcess | None = None
-        self._stack = AsyncExitStack()
 
     @classmethod
     def start(cls, *, port: int = 0, kind: str = "") -> Broker:
@@ -119,30 +116,6 @@ class Broker:
     @property
     def url(self) -> str:
         return f"mqtt://{LOOPBACK}:{self.port}"
-
-    @property
-    def process(self) -> ChildProcess:
-        assert self._child is not None, "not started"
-        return self._child
-
-    async def __aenter__(self) -> Broker:
-        await self._begin()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._child is not None:
-            await self._child.stop()
-        await self._stack.aclose()
-
-    async def restart(self) -> None:
-        """Start again on the same port, after the process was stopped or killed."""
-        await self.process.stop()
-        await self._begin()
 
     async def _begin(self) -> None:
         self.kind, program = find_broker(self._asked)

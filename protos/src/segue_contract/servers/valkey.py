@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
 
 from segue_contract.errors import MissingExtra
 from segue_contract.limits import VALKEY_START_TIMEOUT_S
+from segue_contract.servers.lifetime import LocalServer
 from segue_contract.servers.process import LOOPBACK, ChildProcess, start_on_port
 
 
@@ -36,18 +35,15 @@ def find_valkey() -> tuple[str, str]:
     )
 
 
-class Valkey:
+class Valkey(LocalServer):
     """`async with Valkey.start() as valkey:` a fresh server on loopback, ready to use at `url`."""
 
     def __init__(
         self, *, port: int = 0, directory: Path | None = None, options: Sequence[str] = ()
     ) -> None:
-        self.port = port
-        self.kind = ""
+        super().__init__(port)
         self._directory = directory
         self._options = tuple(options)
-        self._child: ChildProcess | None = None
-        self._stack = AsyncExitStack()
 
     @classmethod
     def start(
@@ -62,30 +58,6 @@ class Valkey:
     @property
     def url(self) -> str:
         return f"redis://{LOOPBACK}:{self.port}"
-
-    @property
-    def process(self) -> ChildProcess:
-        assert self._child is not None, "not started"
-        return self._child
-
-    async def __aenter__(self) -> Valkey:
-        await self._begin()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._child is not None:
-            await self._child.stop()
-        await self._stack.aclose()
-
-    async def restart(self) -> None:
-        """Start again on the same port, after the process was stopped or killed."""
-        await self.process.stop()
-        await self._begin()
 
     async def _begin(self) -> None:
         self.kind, program = find_valkey()
