@@ -64,6 +64,8 @@ def build_tiny_llama(
             at + "mlp.up_proj.weight": random(g.ffn, g.hidden),
             at + "mlp.down_proj.weight": random(g.hidden, g.ffn),
         }
+    if not g.tied_embeddings:
+        tensors["lm_head.weight"] = random(g.vocab, g.hidden)
     (directory / WEIGHTS.parent).mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS)
     entry = hash_file(directory / WEIGHTS)

@@ -11,45 +11,18 @@ Compiled code is cached in the user's cache folder, so only the first start pays
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeAlias
+from typing import Any
 
+import numba
 import numpy as np
 
+from segue_cloud.engine.compiled import Function, cached
+from segue_cloud.engine.compiled import exp as _exp
+from segue_cloud.engine.compiled import load as _load
+from segue_cloud.engine.compiled import store as _store
 from segue_contract.limits import KV_PAGE_TOKENS
-
-
-def _cache_folder() -> Path:
-    """The user's cache folder; where it cannot be written, one for this process alone.
-
-    Never a shared folder: what lies in it is run.
-    """
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    return folder if writable else Path(tempfile.mkdtemp(prefix="segue-numba-"))
-
-
-# Read by numba when it is imported.
-if "NUMBA_CACHE_DIR" not in os.environ:
-    os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder())
-
-import numba  # noqa: E402
-from llvmlite import ir  # type: ignore[import-untyped]  # noqa: E402
-from numba import types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
-
-Function: TypeAlias = Callable[..., Any]
-
 
 # Below this many multiply-adds a kernel runs on the calling thread: about 10 microseconds, which
 # is what waking another thread costs.
@@ -88,80 +61,7 @@ def _compile(function: Function, *, parallel: bool) -> Any:
     return numba.njit(parallel=parallel, fastmath=True, nogil=True, cache=True)(twin)
 
 
-def _inline(function: Function) -> Function:
-    compiled: Function = numba.njit(inline="always")(function)
-    return compiled
-
-
-def _intrinsic(function: Function) -> Function:
-    known: Function = intrinsic(function)
-    return known
-
-
 _PAGE = KV_PAGE_TOKENS
-_LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-
-
-_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
-
-
-@_intrinsic
-def _load(typingctx: Any, stored: Any) -> Any:
-    """A stored number as float32: bfloat16 bits are its upper half, float32 is itself."""
-
-    def widen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
-        return builder.bitcast(bits, _F32)
-
-    def keep(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return types.float32(stored), widen if stored == types.uint16 else keep
-
-
-@_intrinsic
-def _store(typingctx: Any, value: Any, like: Any) -> Any:
-    """float32 in the form of `like`: bfloat16 bits rounded to nearest even, or float32."""
-
-    def narrow(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], _I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
-        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
-
-    def keep(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return like(types.float32, like), narrow if like == types.uint16 else keep
-
-
-@_intrinsic
-def _as_float(typingctx: Any, bits: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _F32)
-
-    return types.float32(types.uint32), build
-
-
-@_inline
-def _exp(x: Any) -> Any:
-    """expf after Cephes, which unlike libm's vectorises: relative error under 2e-7.
-
-    Clamped to [-60, 60], so that no weight becomes a (slow) denormal number.
-    """
-    x = min(max(x, np.float32(-60.0)), np.float32(60.0))
-    n = np.floor(x * _LOG2_E + np.float32(0.5))
-    x = x - n * _LN2_HIGH - n * _LN2_LOW
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
-    y = y * x * x + x + np.float32(1.0)
-    return y * _as_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +97,7 @@ class Kernels:
     @property
     def seem_cached(self) -> bool:
         """Whether the cache folder holds kernels of this file (numba checks their freshness)."""
-        return any(Path(os.environ["NUMBA_CACHE_DIR"]).glob("*/kernels.*attend*.nbi"))
+        return cached("kernels._build_attend")
 
     @property
     def compiled(self) -> bool:

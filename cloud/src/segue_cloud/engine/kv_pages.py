@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,20 @@ from numpy.typing import NDArray
 
 from segue_contract.kv.layout import KvBlock, KvGeometry
 from segue_contract.limits import KV_PAGE_TOKENS
+
+
+class Pages(Protocol):
+    """What shipped and evicted blocks need of the memory, however it lies."""
+
+    geometry: KvGeometry
+
+    def write_block(self, pages: Sequence[int], block: KvBlock) -> None:
+        """Put a 64-token block into four pages."""
+        ...
+
+    def read_block(self, pages: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values of four pages, float32 `[layers, kv_heads, 64, head_dim]` each."""
+        ...
 
 
 class KvPages:
@@ -30,7 +44,7 @@ class KvPages:
         slots = slots_of(pages)
         at = torch.from_numpy(slots).to(self._all.device)
         for part, values in ((0, block.k), (1, block.v)):
-            tensor = _as_tensor(values).to(device=self._all.device, dtype=self._all.dtype)
+            tensor = as_tensor(values).to(device=self._all.device, dtype=self._all.dtype)
             self._all[:, part].index_copy_(2, at, tensor)
 
     def read_block(self, pages: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -46,7 +60,7 @@ def slots_of(pages: Sequence[int]) -> NDArray[np.int64]:
     return (starts[:, None] + np.arange(KV_PAGE_TOKENS, dtype=np.int64)).reshape(-1)
 
 
-def _as_tensor(values: NDArray[Any]) -> torch.Tensor:
+def as_tensor(values: NDArray[Any]) -> torch.Tensor:
     """float16 and float32 as they are; uint16 holds the bits of bfloat16."""
     if not values.flags.writeable or not values.flags.c_contiguous:
         values = np.array(values, order="C")

@@ -14,13 +14,14 @@ import structlog
 import torch
 
 from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window
-from segue_cloud.engine.kv_pages import KvPages, slots_of
+from segue_cloud.engine.kv_pages import KvPages, Pages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
+from segue_cloud.engine.page_tables import PageTables
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
-from segue_cloud.engine.sequence import Sequence, pages_for
-from segue_cloud.engine.step_input import Segment, StepInput
+from segue_cloud.engine.sequence import pages_for
+from segue_cloud.engine.step_input import NativeInput, Segment, StepInput
 from segue_cloud.engine.weights import load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
@@ -38,7 +39,7 @@ _WARM_UP_TOKENS = 128
 class Prepared:
     """A step as arrays: nothing in it changes any more when turns go on, end or move."""
 
-    input: StepInput
+    input: StepInput | NativeInput
     samplings: tuple[Sampling, ...]
     indexes: tuple[int, ...]
 
@@ -47,7 +48,10 @@ class StepRunner(Protocol):
     """What the engine needs of whatever computes its steps. One call at a time, except that the
     next step may be prepared while one runs."""
 
-    pages: KvPages
+    @property
+    def pages(self) -> Pages:
+        """The memory that blocks are written to and read from."""
+        ...
 
     def warm_up(self, threads: int) -> None:
         """Compile, load and touch what the first step would otherwise wait for.
@@ -66,6 +70,10 @@ class StepRunner(Protocol):
 
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         """Put a shipped block into four pages."""
+        ...
+
+    def close(self) -> None:
+        """End what computes besides the caller's thread; no step may follow."""
         ...
 
 
@@ -88,7 +96,7 @@ class Runner:
         self._ops = _choose_ops(geometry, self.pages, options)
         weights = load_weights(directory, geometry, dtype, device)
         self._model = LlamaModel(geometry, weights, self.pages, self._ops)
-        self._tables = _Tables(options.max_batch, pages_for(geometry.context))
+        self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
 
@@ -102,6 +110,7 @@ class Runner:
             )
 
     def run(self, prepared: Prepared) -> list[int]:
+        assert isinstance(prepared.input, StepInput)
         with torch.inference_mode():
             logits = self._model.step(prepared.input)
             if not prepared.samplings:
@@ -111,6 +120,9 @@ class Runner:
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         with torch.inference_mode():
             self.pages.write_block(pages, block)
+
+    def close(self) -> None:
+        """Nothing to end: torch's threads are the process's."""
 
     def warm_up(self, threads: int) -> None:
         if isinstance(self._ops, CompiledOps):
@@ -196,6 +208,19 @@ class Runner:
         return Segment(first, work.count, work.start, slots, mask)
 
 
+def build_runner(
+    directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+) -> StepRunner:
+    """The runner that serves this model best on this machine; raises as `Runner` does."""
+    cpu = options.device == "cpu" and options.compiled and find_spec("numba") is not None
+    if cpu and choose_dtype(options.dtype, options.device) == torch.bfloat16:
+        from segue_cloud.engine.native.runner import NativeRunner, serves
+
+        if serves(geometry):
+            return NativeRunner(directory, geometry, pages, options)
+    return Runner(directory, geometry, pages, options)
+
+
 def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions) -> StepOps:
     window = Window(options.window, options.sinks)
     if options.device == "cpu" and options.compiled:
@@ -213,29 +238,3 @@ def _load_kernels(ops: CompiledOps, threads: int) -> None:
     ops.load_kernels()
     if ops.kernels.compiled:
         log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
-
-
-class _Tables:
-    """Page tables of the running sequences in one array, rewritten only where they changed."""
-
-    def __init__(self, sequences: int, pages: int) -> None:
-        self.array = np.zeros((sequences, pages), np.int32)
-        self._free = list(range(sequences - 1, -1, -1))
-        self._known: dict[Sequence, tuple[int, int]] = {}
-
-    def index(self, sequence: Sequence) -> int:
-        return self._known[sequence][0]
-
-    def update(self, sequences: Seq[Sequence]) -> None:
-        if len(sequences) > len(self._free):
-            self._forget(frozenset(sequences))
-        for sequence in sequences:
-            index, version = self._known.get(sequence, (-1, -1))
-            if version != sequence.table_version:
-                index = self._free.pop() if index < 0 else index
-                self.array[index, : len(sequence.pages)] = sequence.pages
-                self._known[sequence] = (index, sequence.table_version)
-
-    def _forget(self, keep: frozenset[Sequence]) -> None:
-        for sequence in [s for s in self._known if s not in keep]:
-            self._free.append(self._known.pop(sequence)[0])

@@ -42,3 +42,19 @@ class StepInput:
     tables: NDArray[np.int32]
     segments: tuple[Segment, ...]
     logit_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class NativeInput:
+    """One step over T rows for the compiled step; its page tables are known to it.
+
+    `tokens`, `positions`, `slots`: int64 `[T]`. `spans`: int32 `[S, 4]` (first row, page table,
+    tokens that the first row sees, rows): up to 8 tokens of a turn at a time. `chosen`: int64
+    `[N]`, the rows whose next token is sampled.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    spans: NDArray[np.int32]
+    chosen: NDArray[np.int64]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,79 @@ class Weights:
     head: torch.Tensor
 
 
-def load_weights(
-    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
-) -> Weights:
-    """Read `<directory>/cloud/model.safetensors` (Hugging Face Llama names) and fuse it.
+@dataclass(frozen=True)
+class LayerTensors:
+    """One layer as read: `qkv` `[(heads + 2 kv_heads) * head_dim, hidden]`, `gate`, `up`
+    `[ffn, hidden]`, in the engine's dtype; norms are float32."""
 
-    Raises:
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    out: torch.Tensor
+    ffn_norm: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class Tensors:
+    """An open weights file, read tensor by tensor; every call reads anew."""
+
+    def __init__(
+        self, read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device: str
+    ) -> None:
+        self._read = read
+        self._geometry = geometry
+        self._dtype = dtype
+        self._device = device
+
+    def layers(self) -> Iterator[LayerTensors]:
+        g = self._geometry
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        for index in range(g.layers):
+            at = f"model.layers.{index}."
+            if at + "self_attn.q_proj.bias" in self._read.names:
+                raise ModelMismatch(
+                    "This model's attention has biases; only plain Llama is served."
+                )
+            qkv = [
+                self._get(at + f"self_attn.{name}_proj.weight", rows, g.hidden)
+                for name, rows in (("q", q), ("k", kv), ("v", kv))
+            ]
+            yield LayerTensors(
+                input_norm=self._norm(at + "input_layernorm.weight"),
+                qkv=torch.cat(qkv),
+                out=self._get(at + "self_attn.o_proj.weight", g.hidden, q),
+                ffn_norm=self._norm(at + "post_attention_layernorm.weight"),
+                gate=self._get(at + "mlp.gate_proj.weight", g.ffn, g.hidden),
+                up=self._get(at + "mlp.up_proj.weight", g.ffn, g.hidden),
+                down=self._get(at + "mlp.down_proj.weight", g.hidden, g.ffn),
+            )
+
+    def final_norm(self) -> torch.Tensor:
+        return self._norm("model.norm.weight")
+
+    def embed(self) -> torch.Tensor:
+        return self._get("model.embed_tokens.weight", self._geometry.vocab, self._geometry.hidden)
+
+    def head(self) -> torch.Tensor:
+        """Of a model whose embeddings are not tied."""
+        return self._get("lm_head.weight", self._geometry.vocab, self._geometry.hidden)
+
+    def _get(self, name: str, *shape: int) -> torch.Tensor:
+        return self._read.get(name, *shape).to(device=self._device, dtype=self._dtype)
+
+    def _norm(self, name: str) -> torch.Tensor:
+        tensor = self._read.get(name, self._geometry.hidden)
+        return tensor.to(device=self._device, dtype=torch.float32)
+
+
+@contextmanager
+def open_tensors(
+    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+) -> Iterator[Tensors]:
+    """`<directory>/cloud/model.safetensors` (Hugging Face Llama names), open for reading.
+
+    Raises, also from the methods of what it gives:
         ModelMissing: no such file.
         ModelMismatch: it cannot be read, or a tensor is missing, has another shape or holds NaN
             or infinity.
@@ -60,11 +128,36 @@ def load_weights(
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return _assemble(_Reader(file, path), geometry, dtype, device)
+            yield Tensors(_Reader(file, path), geometry, dtype, device)
     except SafetensorError as error:
         raise ModelMismatch(
             f"{path} cannot be read: {error}.", hint="Build the model again."
         ) from error
+
+
+def load_weights(
+    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+) -> Weights:
+    """All weights in memory, as linears; raises as `open_tensors` does."""
+    with open_tensors(directory, geometry, dtype, device) as tensors:
+        layers = [
+            Layer(
+                input_norm=layer.input_norm,
+                qkv=make_linear(layer.qkv),
+                out=make_linear(layer.out),
+                ffn_norm=layer.ffn_norm,
+                gate_up=make_linear(torch.cat([layer.gate, layer.up])),
+                down=make_linear(layer.down),
+            )
+            for layer in tensors.layers()
+        ]
+        embed = tensors.embed()
+        return Weights(
+            embed=embed,
+            layers=tuple(layers),
+            final_norm=tensors.final_norm(),
+            head=embed if geometry.tied_embeddings else tensors.head(),
+        )
 
 
 class _Reader:
@@ -95,48 +188,6 @@ class _Reader:
                 tensor=name,
             )
         return tensor
-
-
-def _assemble(read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device: str) -> Weights:
-    g = geometry
-    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-
-    def linear(*parts: torch.Tensor) -> Linear:
-        return make_linear(torch.cat([part.to(device=device, dtype=dtype) for part in parts]))
-
-    def norm(name: str) -> torch.Tensor:
-        return read.get(name, g.hidden).to(device=device, dtype=torch.float32)
-
-    layers = []
-    for index in range(g.layers):
-        at = f"model.layers.{index}."
-        if at + "self_attn.q_proj.bias" in read.names:
-            raise ModelMismatch("This model's attention has biases; only plain Llama is served.")
-        layers.append(
-            Layer(
-                input_norm=norm(at + "input_layernorm.weight"),
-                qkv=linear(
-                    read.get(at + "self_attn.q_proj.weight", q, g.hidden),
-                    read.get(at + "self_attn.k_proj.weight", kv, g.hidden),
-                    read.get(at + "self_attn.v_proj.weight", kv, g.hidden),
-                ),
-                out=linear(read.get(at + "self_attn.o_proj.weight", g.hidden, q)),
-                ffn_norm=norm(at + "post_attention_layernorm.weight"),
-                gate_up=linear(
-                    read.get(at + "mlp.gate_proj.weight", g.ffn, g.hidden),
-                    read.get(at + "mlp.up_proj.weight", g.ffn, g.hidden),
-                ),
-                down=linear(read.get(at + "mlp.down_proj.weight", g.hidden, g.ffn)),
-            )
-        )
-    embed = read.get("model.embed_tokens.weight", g.vocab, g.hidden).to(device=device, dtype=dtype)
-    head = embed if g.tied_embeddings else read.get("lm_head.weight", g.vocab, g.hidden)
-    return Weights(
-        embed=embed,
-        layers=tuple(layers),
-        final_norm=norm("model.norm.weight"),
-        head=head.to(device=device, dtype=dtype),
-    )
 
 
 def plain_linear(weight: torch.Tensor) -> Linear:

@@ -40,7 +40,7 @@ from segue_cloud.engine.options import (
 )
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
-from segue_cloud.engine.runner import Runner, StepRunner
+from segue_cloud.engine.runner import StepRunner, build_runner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_cloud.engine.streams import TurnStream
 from segue_contract.errors import (
@@ -134,7 +134,9 @@ class TorchEngine:
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
+        engine = cls(
+            manifest, options, pages, partial(build_runner, directory, geometry, pages, options)
+        )
         await engine.start()
         return engine
 
@@ -274,6 +276,7 @@ class TorchEngine:
                     model = None
                     self._runner = self._set_up()
                 self._post(_finish_future, ready, None)
+                stack.callback(self._runner.close)
                 self._run_ahead(model) if model else self._run()
         except BaseException as error:
             if not hasattr(self, "_runner"):

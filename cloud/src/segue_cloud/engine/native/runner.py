@@ -1,0 +1,129 @@
+"""The runner over the compiled step: builds its arrays, and samples from its logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+from llvmlite import binding  # type: ignore[import-untyped]
+
+from segue_cloud.engine.attention import Window
+from segue_cloud.engine.compiled import cached
+from segue_cloud.engine.kv_pages import slots_of
+from segue_cloud.engine.native.emit import LANES
+from segue_cloud.engine.native.model import NativeModel
+from segue_cloud.engine.native.pages import NativePages
+from segue_cloud.engine.native.tiles import TILE_ROWS
+from segue_cloud.engine.options import EngineOptions, choose_threads
+from segue_cloud.engine.page_tables import PageTables
+from segue_cloud.engine.runner import Prepared
+from segue_cloud.engine.sampler import sample_rows
+from segue_cloud.engine.scheduler import Step, Work
+from segue_cloud.engine.sequence import pages_for
+from segue_cloud.engine.step_input import NativeInput
+from segue_cloud.engine.weights import open_tensors
+from segue_contract.kv.layout import KvBlock
+from segue_contract.limits import KV_PAGE_TOKENS
+from segue_contract.model.manifest import ModelGeometry
+
+log = structlog.get_logger(__name__)
+
+
+def serves(geometry: ModelGeometry) -> bool:
+    """Whether this CPU has the instruction that the tiles are made of, and the model's heads are
+    whole registers wide."""
+    return geometry.head_dim % LANES == 0 and bool(
+        binding.get_host_cpu_features().get("avx512bf16")
+    )
+
+
+class NativeRunner:
+    """Implements `runner.StepRunner`. Used by one thread only, the one that built it.
+
+    Raises (from the constructor):
+        ModelMissing, ModelMismatch: see `weights.open_tensors`.
+    """
+
+    def __init__(
+        self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+    ) -> None:
+        self.pages = NativePages(geometry.kv, pages)
+        self._tables = PageTables(options.max_batch, pages_for(geometry.context))
+        with open_tensors(directory, geometry, torch.bfloat16, "cpu") as tensors:
+            self._model = NativeModel(
+                geometry,
+                tensors,
+                self.pages,
+                Window(options.window, options.sinks),
+                choose_threads(options.threads),
+                self._tables.array,
+                max_rows=max(options.step_tokens, options.mixed_tokens) + options.max_batch,
+            )
+
+    def warm_up(self, threads: int) -> None:
+        started = time.monotonic()
+        known = cached("step.build_step")
+        if not known:
+            log.info("compiling_cpu_step", note="once on this machine, under a minute")
+        self._model.start()
+        if not known:
+            log.info("compiled_cpu_step", seconds=round(time.monotonic() - started, 1))
+        one = np.zeros(1, np.int64)
+        self._model.step(NativeInput(one, one, one, np.array([[0, 0, 1, 1]], np.int32), one))
+
+    def prepare(self, step: Step) -> Prepared:
+        sampling = [work.sequence for work in step.sampling]
+        return Prepared(
+            self._build(step.works),
+            tuple(sequence.turn.sampling for sequence in sampling),
+            tuple(sequence.reply_index for sequence in sampling),
+        )
+
+    def run(self, prepared: Prepared) -> list[int]:
+        assert isinstance(prepared.input, NativeInput)
+        logits = self._model.step(prepared.input)
+        return sample_rows(logits, prepared.samplings, prepared.indexes)
+
+    def write_block(self, pages: Seq[int], block: KvBlock) -> None:
+        self.pages.write_block(pages, block)
+
+    def close(self) -> None:
+        self._model.close()
+
+    def _build(self, works: Seq[Work]) -> NativeInput:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans: list[tuple[int, int, int, int]] = []
+        chosen: list[int] = []
+        self._tables.update([work.sequence for work in works])
+        for work in works:
+            sequence, start, end = work.sequence, work.start, work.start + work.count
+            first, table = len(tokens), self._tables.index(sequence)
+            if work.count == 1:  # the common case, kept short
+                tokens.append(sequence.tokens[start])
+                positions.append(start)
+                page = sequence.pages[start // KV_PAGE_TOKENS]
+                slots.append(page * KV_PAGE_TOKENS + start % KV_PAGE_TOKENS)
+                spans.append((first, table, start + 1, 1))
+            else:
+                tokens.extend(sequence.tokens[start:end])
+                positions.extend(range(start, end))
+                slots.extend(slots_of(sequence.pages)[start:end].tolist())
+                while start < end:  # to the next multiple of a tile's rows
+                    count = min(TILE_ROWS - start % TILE_ROWS, end - start)
+                    spans.append((len(tokens) - (end - start), table, start + 1, count))
+                    start += count
+            if work.samples:
+                chosen.append(first + work.count - 1)
+        return NativeInput(
+            np.array(tokens, np.int64),
+            np.array(positions, np.int64),
+            np.array(slots, np.int64),
+            np.array(spans, np.int32).reshape(-1, 4),
+            np.array(chosen, np.int64),
+        )

@@ -1,0 +1,329 @@
+"""One step of a Llama over paged KV, all layers in one call, by a team of threads.
+
+    stage 2l        norm | q, k, v | rotate, write k and v | attend         of layer l
+    stage 2l + 1    output | norm | gate and up | down                      of layer l
+    stage 2L        norm | head                                             of the chosen rows
+
+The residual stream and all sums are float32; activations are rounded to bfloat16 where they are
+multiplied with weights, keys and values where they are kept. Rows never touch each other except
+through the KV pages, so a row's numbers do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from segue_cloud.engine.compiled import load, store
+from segue_cloud.engine.native.attend import attend
+from segue_cloud.engine.native.memory import (
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LOGIT_ROWS,
+    ROWS,
+    SPANS,
+    VOCAB,
+    Memory,
+    jit,
+)
+from segue_cloud.engine.native.team import (
+    FIRST,
+    GENERATION,
+    LAST,
+    PARITY,
+    STOP,
+    announce,
+    claim,
+    meet,
+    park,
+)
+from segue_cloud.engine.native.tiles import PANEL, TILE_ROWS, tile
+from segue_cloud.engine.native.vectors import gate
+from segue_contract.limits import KV_PAGE_TOKENS
+
+_PAGE = KV_PAGE_TOKENS
+_HALF = PANEL // 2
+_BLOCK_ROWS = 64  # of a task of a product; more would leave threads without work at the end
+_GRAINS = 12  # tasks a thread takes on average, where there are so many
+PHASES = 4  # of a stage at most
+
+
+Drive = Callable[[Any, Any, Memory, int, int, int], None]
+Serve = Callable[[Any, Any, Memory, int, int], None]
+
+
+def _digest() -> int:
+    """Of the sources that are compiled in: numba's cache looks at this file alone."""
+    here = Path(__file__).parent
+    files = sorted([here.parent / "compiled.py", *here.glob("*.py")])
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
+
+
+@jit
+def product(
+    m: Any,
+    me: Any,
+    threads: Any,
+    counter: Any,
+    phase: Any,
+    gated: Any,
+    add: Any,
+    x: Any,
+    place: Any,
+    inputs: Any,
+    outputs: Any,
+    rows: Any,
+    out: Any,
+) -> None:
+    """A linear layer: sets `out` or adds to it, or, `gated`, makes `act` from gate and up."""
+    pairs = (inputs + 1) // 2
+    panels = (outputs + PANEL - 1) // PANEL
+    blocks = (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    tasks = panels * blocks
+    grain = max(1, tasks // (threads * _GRAINS))
+    weights, sums, act = m.weights, m.scratch[me], m.act
+    wide, out_wide, act_wide = x.shape[1], out.shape[1], act.shape[1]
+    while True:
+        begin = claim(counter, phase, grain)
+        if begin >= tasks:
+            return
+        for task in range(begin, min(begin + grain, tasks)):
+            panel, first = task // blocks, task % blocks * _BLOCK_ROWS
+            w = place + panel * pairs * 2 * PANEL
+            for row in range(first, min(rows, first + _BLOCK_ROWS), TILE_ROWS):
+                count = min(TILE_ROWS, rows - row)
+                at = row * wide
+                if gated:
+                    tile(x, at, wide, weights, w, pairs, count, sums, 0, PANEL, False)
+                    gate(sums, count, act, row * act_wide + panel * _HALF, act_wide)
+                else:
+                    to = row * out_wide + panel * PANEL
+                    tile(x, at, wide, weights, w, pairs, count, out, to, out_wide, add)
+
+
+@jit
+def norm(
+    m: Any,
+    threads: Any,
+    counter: Any,
+    phase: Any,
+    weight: Any,
+    rows: Any,
+    embed: Any,
+    pick: Any,
+) -> None:
+    """x = RMSNorm(residual) * weight; with `embed` the residual is first looked up, with
+    `pick` it is that of the chosen rows."""
+    width = m.sizes[HIDDEN]
+    pairs = (width + 1) // 2
+    epsilon = m.reals[0]
+    factors = m.norms[weight]
+    grain = max(1, rows // (threads * _GRAINS))
+    while True:
+        begin = claim(counter, phase, grain)
+        if begin >= rows:
+            return
+        for row in range(begin, min(rows, begin + grain)):
+            line = m.residual[m.chosen[row] if pick else row]
+            x = m.x[row]
+            if embed:
+                token = m.tokens[row]
+                at = m.ends[0] + (token // PANEL * pairs * PANEL + token % PANEL) * 2
+                for i in range(width):
+                    line[i] = load(m.weights[at + i // 2 * 2 * PANEL + i % 2])
+            square = np.float32(0)
+            for i in range(width):
+                square += line[i] * line[i]
+            scale = np.float32(1) / np.sqrt(square / np.float32(width) + epsilon)
+            for i in range(width):
+                x[i] = store(line[i] * scale * factors[i], x[0])
+
+
+@jit
+def rotate_row(m: Any, layer: Any, row: Any) -> None:
+    k, v, line, queries = m.pages[layer, 0], m.pages[layer, 1], m.qkv[row], m.queries[row]
+    heads, kv_heads, head_dim = m.sizes[HEADS], m.sizes[KV_HEADS], m.sizes[HEAD_DIM]
+    half_dim, rotated = head_dim // 2, heads + kv_heads
+    cos, sin = m.cos[m.positions[row]], m.sin[m.positions[row]]
+    page, token = m.slots[row] // _PAGE, m.slots[row] % _PAGE
+    for head in range(rotated):
+        low = line[head * head_dim : head * head_dim + half_dim]
+        high = line[head * head_dim + half_dim : (head + 1) * head_dim]
+        for i in range(half_dim):
+            a, b = low[i], high[i]
+            low[i] = a * cos[i] - b * sin[i]
+            high[i] = b * cos[i] + a * sin[i]
+    for i in range(heads * head_dim):
+        queries[i] = store(line[i], queries[0])
+    for head in range(kv_heads):
+        keys, values = k[head, page], v[head, page]
+        new_key = line[(heads + head) * head_dim : (heads + head + 1) * head_dim]
+        new_value = line[(rotated + head) * head_dim : (rotated + head + 1) * head_dim]
+        for i in range(head_dim):
+            keys[(i // 2 * _PAGE + token) * 2 + i % 2] = store(new_key[i], keys[0])
+            values[(token // 2 * head_dim + i) * 2 + token % 2] = store(new_value[i], keys[0])
+
+
+@jit
+def rotate(m: Any, counter: Any, phase: Any, layer: Any) -> None:
+    """Shared out by spans: tokens that lie side by side in a page share its cache lines."""
+    while True:
+        span = claim(counter, phase, 1)
+        if span >= m.sizes[SPANS]:
+            return
+        for row in range(m.spans[span, 0], m.spans[span, 0] + m.spans[span, 3]):
+            rotate_row(m, layer, row)
+
+
+@jit
+def run(
+    place: Any,
+    control: Any,
+    m: Any,
+    me: Any,
+    threads: Any,
+    counter: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    rows, hidden, ffn = m.sizes[ROWS], m.sizes[HIDDEN], m.sizes[FFN]
+    layers = m.places.shape[0]
+    head_dim, kv_heads = m.sizes[HEAD_DIM], m.sizes[KV_HEADS]
+    q = m.sizes[HEADS] * head_dim
+    for stage in range(first, last):
+        phase = (stage - first) * PHASES
+        layer = stage // 2
+        if layer == layers:
+            chosen = m.sizes[LOGIT_ROWS]
+            norm(m, threads, counter, phase, 2 * layers, chosen, False, True)
+            meet(place, control, counter, phase, threads)
+            product(
+                m,
+                me,
+                threads,
+                counter,
+                phase + 1,
+                False,
+                False,
+                m.x,
+                m.ends[1],
+                hidden,
+                m.sizes[VOCAB],
+                chosen,
+                m.logits,
+            )
+            meet(place, control, counter, phase + 1, threads)
+        elif stage % 2 == 0:
+            norm(m, threads, counter, phase, 2 * layer, rows, stage == 0, False)
+            meet(place, control, counter, phase, threads)
+            product(
+                m,
+                me,
+                threads,
+                counter,
+                phase + 1,
+                False,
+                False,
+                m.x,
+                m.places[layer, 0],
+                hidden,
+                q + 2 * kv_heads * head_dim,
+                rows,
+                m.qkv,
+            )
+            meet(place, control, counter, phase + 1, threads)
+            rotate(m, counter, phase + 2, layer)
+            meet(place, control, counter, phase + 2, threads)
+            attend(m, me, counter, phase + 3, layer)
+            meet(place, control, counter, phase + 3, threads)
+        else:
+            product(
+                m,
+                me,
+                threads,
+                counter,
+                phase,
+                False,
+                True,
+                m.attended,
+                m.places[layer, 1],
+                q,
+                hidden,
+                rows,
+                m.residual,
+            )
+            meet(place, control, counter, phase, threads)
+            norm(m, threads, counter, phase + 1, 2 * layer + 1, rows, False, False)
+            meet(place, control, counter, phase + 1, threads)
+            product(
+                m,
+                me,
+                threads,
+                counter,
+                phase + 2,
+                True,
+                False,
+                m.x,
+                m.places[layer, 2],
+                hidden,
+                2 * ffn,
+                rows,
+                m.residual,
+            )
+            meet(place, control, counter, phase + 2, threads)
+            product(
+                m,
+                me,
+                threads,
+                counter,
+                phase + 3,
+                False,
+                True,
+                m.act,
+                m.places[layer, 3],
+                ffn,
+                hidden,
+                rows,
+                m.residual,
+            )
+            meet(place, control, counter, phase + 3, threads)
+
+
+@functools.cache
+def build_step() -> tuple[Drive, Serve]:
+    """`drive(place, control, memory, first, last, threads)` computes stages [first, last);
+    `serve(place, control, memory, me, threads)` is the life of each other thread.
+
+    These two are what numba's cache keeps, with all that they call compiled in. It looks at this
+    file alone, and at the numbers that a function closes over: so they close over the sources'.
+    """
+    source = _digest()
+
+    @numba.njit(nogil=True, fastmath=True, cache=True)
+    def drive(place: Any, control: Any, m: Any, first: Any, last: Any, threads: Any) -> None:
+        parity = (control[GENERATION] + source * 0 + 1) % 2
+        control[FIRST], control[LAST], control[PARITY] = first, last, parity
+        m.counters[parity, :] = 0
+        announce(place, control)
+        run(place, control, m, 0, threads, m.counters[parity], first, last)
+
+    @numba.njit(nogil=True, fastmath=True, cache=True)
+    def serve(place: Any, control: Any, m: Any, me: Any, threads: Any) -> None:
+        seen = source * 0
+        while True:
+            seen = park(place, control, seen)
+            if control[STOP]:
+                return
+            counter = m.counters[control[PARITY]]
+            run(place, control, m, me, threads, counter, control[FIRST], control[LAST])
+
+    return drive, serve
