@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from segue_cloud.engine.compiled import inline
 from segue_cloud.engine.native.emit import LANES
 from segue_cloud.engine.native.memory import HEAD_DIM, HEADS, KV_HEADS, SPANS, jit
 from segue_cloud.engine.native.team import claim
@@ -16,7 +17,7 @@ from segue_contract.limits import KV_PAGE_TOKENS
 _PAGE = KV_PAGE_TOKENS
 
 
-@jit
+@inline
 def list_pages(
     m: Any, me: Any, layer: Any, head: Any, table: Any, shortest: Any, longest: Any
 ) -> Any:
@@ -25,8 +26,7 @@ def list_pages(
     The last page of values goes through a copy without the tokens that are not there yet: they
     have weight 0, but 0 times what was left there might be no number.
     """
-    keys, values, firsts = m.listed[me, 0], m.listed[me, 1], m.listed[me, 2]
-    tail = m.tails[me]
+    listed, tails = m.listed, m.tails
     lit = shortest - m.window[0] if 0 < m.window[0] < shortest else 0
     dark = min(m.window[1], lit)  # tokens in [dark, lit) are out of every row's window
     kv_heads, head_dim = m.sizes[KV_HEADS], m.sizes[HEAD_DIM]
@@ -37,80 +37,95 @@ def list_pages(
         first = page * _PAGE
         if first >= dark and first + _PAGE <= lit:
             continue
-        keys[count] = ((layer * 2 * kv_heads + head) * pages + table[page]) * size
-        at = (((layer * 2 + 1) * kv_heads + head) * pages + table[page]) * size
-        values[count] = m.pages.ctypes.data + 2 * at
-        firsts[count] = first
+        entry = np.int64(m.tables[table, page])
+        listed[me, 0, count] = ((layer * 2 * kv_heads + head) * pages + entry) * size
+        at = (((layer * 2 + 1) * kv_heads + head) * pages + entry) * size
+        listed[me, 1, count] = m.flat_pages.ctypes.data + 2 * at
+        listed[me, 2, count] = first
         count += 1
-    missing = firsts[count - 1] + _PAGE - longest
-    if missing:
-        last = m.pages[layer, 1, head, table[firsts[count - 1] // _PAGE]]
-        for pair in range(_PAGE // 2):
-            there = _PAGE - missing - 2 * pair  # of the pair's two tokens, or more
-            base = pair * 2 * head_dim
-            if there > 1:
-                for i in range(2 * head_dim):
-                    tail[base + i] = last[base + i]
-            else:
-                for i in range(2 * head_dim):
-                    tail[base + i] = 0
-                if there == 1:
-                    for i in range(0, 2 * head_dim, 2):
-                        tail[base + i] = last[base + i]
-        values[count - 1] = tail.ctypes.data
+    there = longest - listed[me, 2, count - 1]
+    if there < _PAGE:
+        last = (listed[me, 1, count - 1] - m.flat_pages.ctypes.data) // 2
+        for i in range(size):
+            tails[me, i] = 0
+        for i in range(there // 2 * 2 * head_dim):
+            tails[me, i] = m.flat_pages[last + i]
+        if there % 2:
+            half = there // 2 * 2 * head_dim
+            for i in range(0, 2 * head_dim, 2):
+                tails[me, half + i] = m.flat_pages[last + half + i]
+        listed[me, 1, count - 1] = tails.ctypes.data + 2 * me * tails.shape[1]
     return count
 
 
-@jit
+@inline
 def score_lines(m: Any, me: Any, at: Any, apart: Any, lines: Any, count: Any) -> None:
     """Scores of `lines` queries, the first at `at`, `apart` from one to the next, in the pages."""
-    scores, keys = m.scores[me], m.listed[me, 0]
-    width, pairs = scores.shape[1], m.sizes[HEAD_DIM] // 2
+    scores, listed = m.scores, m.listed
+    width, pairs = scores.shape[2], m.sizes[HEAD_DIM] // 2
+    mine = me * scores.shape[1] * width
     for line in range(0, lines, TILE_ROWS):
         rows = min(TILE_ROWS, lines - line)
         q = at + line * apart
         for c in range(0, count, 2):
-            k, other = keys[c], keys[min(c + 1, count - 1)]
-            to = line * width + c * _PAGE
+            k, other = listed[me, 0, c], listed[me, 0, min(c + 1, count - 1)]
+            to = mine + line * width + c * _PAGE
             score(m.queries, q, apart, m.flat_pages, k, other, pairs, rows, scores, to, width)
 
 
-@jit
+@inline
 def weigh_line(m: Any, me: Any, line: Any, length: Any, count: Any) -> Any:
     """Scores of a query that sees `length` tokens to weights; returns 1 / their sum."""
-    scores, firsts = m.scores[me, line], m.listed[me, 2]
     at = (me * m.scores.shape[1] + line) * m.scores.shape[2]
-    seen = count * _PAGE - (firsts[count - 1] + _PAGE - length)
+    seen = count * _PAGE - (m.listed[me, 2, count - 1] + _PAGE - length)
     window = m.window[0]
     if 0 < window < length:
         lit = length - window
         dark = min(m.window[1], lit)
         for c in range(count):
             for t in range(_PAGE):
-                if dark <= firsts[c] + t < lit:
-                    scores[c * _PAGE + t] = np.float32(-3e38)
+                if dark <= m.listed[me, 2, c] + t < lit:
+                    m.scores[me, line, c * _PAGE + t] = np.float32(-3e38)
     return soften(m.scores, at, seen, count, m.reals[1], m.weigh, at)
 
 
-@jit
+@inline
 def mix_lines(m: Any, me: Any, at: Any, apart: Any, lines: Any, count: Any, factors: Any) -> None:
     """Values by the weights and `factors`, into `attended`, where the queries lie in theirs."""
-    weights, values, head_dim = m.weigh[me], m.listed[me, 1], m.sizes[HEAD_DIM]
-    width = weights.shape[1]
+    weights, listed, head_dim = m.weigh, m.listed, m.sizes[HEAD_DIM]
+    width = weights.shape[2]
+    mine, places = me * weights.shape[1] * width, (me * 3 + 1) * listed.shape[2]
     for line in range(0, lines, MIX_ROWS):
         rows = min(MIX_ROWS, lines - line)
-        p, mine = line * width, factors[line:]
+        p = mine + line * width
         for base in range(0, head_dim, MIX_WIDTH):
             shape = mix_shape(rows, min(MIX_WIDTH, head_dim - base) // LANES)
             to = at + line * apart + base
+            out = m.attended
             mix(
-                weights, p, width, values, base, head_dim, count, shape, mine, m.attended, to, apart
+                weights,
+                p,
+                width,
+                listed,
+                places,
+                base,
+                head_dim,
+                count,
+                shape,
+                factors,
+                line,
+                out,
+                to,
+                apart,
             )
 
 
 @jit
 def attend(m: Any, me: Any, counter: Any, phase: Any, layer: Any) -> None:
-    """All spans, each head by itself."""
+    """All spans, each head by itself.
+
+    In here no array is cut: numba counts the references of each part, hundreds of cycles a time.
+    """
     kv_heads, head_dim, width = m.sizes[KV_HEADS], m.sizes[HEAD_DIM], m.queries.shape[1]
     group = m.sizes[HEADS] // kv_heads
     factors = np.empty(max(TILE_ROWS, group), np.float32)
@@ -120,7 +135,7 @@ def attend(m: Any, me: Any, counter: Any, phase: Any, layer: Any) -> None:
         if task >= tasks:
             return
         span, head = task // kv_heads, task % kv_heads
-        row, table = m.spans[span, 0], m.tables[m.spans[span, 1]]
+        row, table = m.spans[span, 0], m.spans[span, 1]
         length, rows = m.spans[span, 2], m.spans[span, 3]
         count = list_pages(m, me, layer, head, table, length, length + rows - 1)
         # Queries that share their keys: of one row all in the group, of more rows one each.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numba
 
+# Calling a function passes `Memory` as some 300 numbers: what is called per row is made `inline`.
 jit = numba.njit(nogil=True, fastmath=True)
 
 

@@ -108,8 +108,8 @@ class NativeModel:
             logits=zeros(len(tables), wide(g.vocab), dtype=np.float32),
             counters=counters((2 * g.layers + 1) * PHASES),
             scratch=_aligned(threads, TILE_ROWS, PANEL),
-            scores=zeros(threads, lines, context, dtype=np.float32),
-            weigh=zeros(threads, lines, context, dtype=np.uint16),
+            scores=_aligned(threads, lines, context),
+            weigh=_aligned(threads, lines, context // 2).view(np.uint16),
             listed=zeros(threads, 3, tables.shape[1] + 1),
             tails=_aligned(threads, KV_PAGE_TOKENS * g.head_dim // 2).view(np.uint16),
         )

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from segue_cloud.engine.compiled import load, store
+from segue_cloud.engine.compiled import inline, load, store
 from segue_cloud.engine.native.attend import attend
 from segue_cloud.engine.native.memory import (
     FFN,
@@ -148,7 +148,7 @@ def norm(
                 x[i] = store(line[i] * scale * factors[i], x[0])
 
 
-@jit
+@inline
 def rotate_row(m: Any, layer: Any, row: Any) -> None:
     k, v, line, queries = m.pages[layer, 0], m.pages[layer, 1], m.qkv[row], m.queries[row]
     heads, kv_heads, head_dim = m.sizes[HEADS], m.sizes[KV_HEADS], m.sizes[HEAD_DIM]

@@ -135,11 +135,13 @@ def mix(
     p_at: Any,
     p_width: Any,
     places: Any,
+    places_at: Any,
     offset: Any,
     head_dim: Any,
     pages: Any,
     shape: Any,
     factors: Any,
+    factors_at: Any,
     out: Any,
     at: Any,
     width: Any,
@@ -147,24 +149,26 @@ def mix(
     """out[at + r * width + c] = factors[r] * sum over the tokens t of `pages` pages of
     p[r, t] * v[t, offset + c].
 
-    `p`: uint16, rows from `p_at`, `p_width` apart; `places`: int64, the addresses of the pages of
-    values; `shape`: `mix_shape` of the rows, 1 to 4, and the registers of c, 1 to 4; `factors`:
-    float32; `out`: uint16.
+    `p`: uint16, rows from `p_at`, `p_width` apart; `places`: int64, from `places_at`
+    the addresses of the pages of values; `shape`: `mix_shape` of the rows, 1 to 4, and the registers of c, 1 to 4; `factors`:
+    float32, from `factors_at`; `out`: uint16.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        p, p_at, p_width, places, offset, head_dim, pages, shape, factors, out, at, width = args
-        p = pointer(context, builder, signature.args[0], p, p_at, 2)
-        places = pointer(context, builder, signature.args[3], places, integer(0), 8)
-        factors = pointer(context, builder, signature.args[8], factors, integer(0), 4)
-        out = pointer(context, builder, signature.args[9], out, at, 2)
+        p, p_at, p_width, places, places_at, offset, head_dim, *rest = args
+        pages, shape, factors, factors_at, out, at, width = rest
+        kinds = signature.args
+        p = pointer(context, builder, kinds[0], p, p_at, 2)
+        places = pointer(context, builder, kinds[3], places, places_at, 8)
+        factors = pointer(context, builder, kinds[9], factors, factors_at, 4)
+        out = pointer(context, builder, kinds[11], out, at, 2)
         strides = [builder.mul(n, integer(2)) for n in (p_width, width)]
         bytes_ = [builder.mul(n, integer(4)) for n in (offset, head_dim)]
         given = [p, strides[0], places, *bytes_, pages, factors, out, strides[1]]
         return _switch(context, builder, shape, MIX_ROWS * _MIX_VECTORS, _mix_of, given)
 
     i64 = types.int64
-    given = (p, i64, i64, places, i64, i64, i64, i64, factors, out, i64, i64)
+    given = (p, i64, i64, places, i64, i64, i64, i64, i64, factors, i64, out, i64, i64)
     return types.none(*given), build
 
 
