@@ -55,11 +55,13 @@ class BlockPool:
     ones. Sequences release their blocks last to first, so leaves go before their parents.
     """
 
-    def __init__(self, pages: int, tier: Tier | None = None) -> None:
+    def __init__(self, pages: int, tier: Tier | None = None, target: float = 1.0) -> None:
+        """`target`: the share of pages above which idle blocks go, see `allocate`."""
         if pages < PAGES_PER_BLOCK:
             raise ValueError(f"a pool has at least {PAGES_PER_BLOCK} pages, not {pages}")
         self.pages_total = pages
         self.tier = tier
+        self.target = target
         self._free = list(range(pages - 1, -1, -1))
         self._owned: set[int] = set()
         self._cached: dict[bytes, _Cached] = {}
@@ -78,6 +80,10 @@ class BlockPool:
     def used_share(self) -> float:
         """Share of the pages that hold something, be it only a cached block."""
         return 1.0 - len(self._free) / self.pages_total
+
+    @property
+    def target_pages(self) -> int:
+        return int(self.target * self.pages_total)
 
     @property
     def blocks_idle(self) -> int:
@@ -109,11 +115,13 @@ class BlockPool:
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages for one owner, evicting idle blocks as needed; None if there is no room.
 
-        Nothing changes when it returns None.
+        Nothing changes when it returns None. Afterwards no more than the target is used, or no
+        block is idle: what is above it is in use by turns.
         """
         if count > self.pages_free:
             return None
-        while len(self._free) < count:
+        spare = self.pages_total - self.target_pages
+        while len(self._free) < count or (self._idle and len(self._free) < count + spare):
             self._evict_one()
         taken = [self._free.pop() for _ in range(count)]
         self._owned.update(taken)
@@ -182,10 +190,14 @@ class BlockPool:
         entered = self.enter(name, pages, refs=1, kept_as=name)
         assert entered, "a block that is cached is not brought back"
 
-    def relieve(self, target: float, at_most: int) -> int:
-        """Evict idle blocks while more than `target` of the pages are used; returns how many."""
+    def relieve(self, at_most: int) -> int:
+        """Evict idle blocks while more than the target is used; returns how many.
+
+        For between allocations: blocks that turns have released may lie above the target.
+        """
+        spare = self.pages_total - self.target_pages
         evicted = 0
-        while evicted < at_most and self._idle and self.used_share > target:
+        while evicted < at_most and self._idle and len(self._free) < spare:
             self._evict_one()
             evicted += 1
         return evicted

@@ -116,9 +116,6 @@ class EngineThread:
         while self._drain():
             self._step()
 
-    def _relieve(self, at_most: int) -> int:
-        return self._pool.relieve(TARGET_SHARE, at_most) if self._pool.tier is not None else 0
-
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.
         threads = choose_threads(self._options.threads)
@@ -130,6 +127,7 @@ class EngineThread:
         elif self._options.host_bytes:
             self.tier = HostTier(runner.pages, self._options.host_bytes, self._recompute_s)
             self._pool.tier = self.tier
+            self._pool.target = TARGET_SHARE
         return runner
 
     def _recompute_s(self) -> float:
@@ -140,7 +138,7 @@ class EngineThread:
         """Take in all waiting commands; wait for one if there is nothing else to do."""
         block = self.scheduler.idle
         while True:
-            while block and self.commands.empty() and self._relieve(1):
+            while block and self.commands.empty() and self._pool.relieve(1):
                 pass  # nobody waits: down to the target
             try:
                 command = self.commands.get(block=block)
@@ -174,8 +172,7 @@ class EngineThread:
         outputs = self.scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
-        fresh = sum(work.count for work in step.works) // BLOCK_TOKENS
-        self._relieve(BLOCKS_PER_STEP + 2 * fresh)
+        self._pool.relieve(BLOCKS_PER_STEP)
 
     def _run_ahead(self, model: ThreadPoolExecutor) -> None:
         """The same loop with the model in a thread of its own and the next step planned early."""
@@ -242,8 +239,6 @@ class EngineThread:
             self._runner.write_block(pages, block)
             self._pool.enter(block.id, pages, refs=0, kept_as=block.id)
             taken += 1
-        # As many as came, and as many again towards the target; never those that just came.
-        self._relieve(min(2 * len(blocks), self._pool.blocks_idle - len(blocks)))
         return taken
 
     def _publish_stats(self) -> None:

@@ -31,6 +31,7 @@ from segue_cloud.engine.options import (
     choose_threads,
     dtype_name,
 )
+from segue_cloud.engine.placement import Reach, Recipes
 from segue_cloud.engine.port import EngineStats, EngineTurn
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
@@ -87,14 +88,14 @@ class TorchEngine:
         window = f",window={options.window}+{options.sinks}" if options.window else ""
         self._scheduler = Scheduler(
             self._pool,
-            own_recipe(manifest, self._dtype, window).digest,
-            manifest.edge_recipe.digest,
+            Recipes(own_recipe(manifest, self._dtype, window).digest, manifest.edge_recipe.digest),
             SchedulerLimits(
                 max_batch=options.max_batch,
                 step_tokens=options.step_tokens,
                 mixed_tokens=options.mixed_tokens,
                 context=manifest.geometry.context,
             ),
+            Reach(options.window, options.sinks),
         )
         codecs = frozenset(manifest.allowed_codecs().values())
         self._thread = EngineThread(self._scheduler, options, codecs, build, self)
@@ -134,7 +135,7 @@ class TorchEngine:
         """See `port.Engine.submit`; also raises EmptyPrompt and InvalidArgument (token ids)."""
         if self._closed:
             raise TurnFailed("The engine is shutting down.", hint="Another instance goes on.")
-        check_turn(turn, self._geometry, self._pool.pages_total)
+        check_turn(turn, self._geometry, self._pool.pages_total, self._scheduler.peak_pages)
         if len(self._streams) >= self._options.max_turns:
             retry_s = round(max(_MIN_RETRY_S, self._thread.stats.queue_s), 2)
             raise Overloaded(
