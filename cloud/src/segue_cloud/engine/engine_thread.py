@@ -53,6 +53,7 @@ class EngineThread:
     """`start` runs it, a `Close` command ends it after the current step.
 
     Args:
+        host_bytes: for blocks that the pool had to give up; 0: none are kept.
         build: makes the runner, in this thread.
         codecs: codec steps that the model's quality gate allows.
         receiver: must take calls on the event loop that makes this object.
@@ -63,6 +64,7 @@ class EngineThread:
         scheduler: Scheduler,
         options: EngineOptions,
         codecs: frozenset[str],
+        host_bytes: int,
         build: Callable[[], StepRunner],
         receiver: Receiver,
     ) -> None:
@@ -76,6 +78,7 @@ class EngineThread:
         self._pool: BlockPool = scheduler.pool
         self._options = options
         self._codecs = codecs
+        self._host_bytes = host_bytes
         self._build = build
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
@@ -122,10 +125,11 @@ class EngineThread:
         torch.set_num_threads(threads)
         runner = self._build()
         runner.warm_up(threads)
-        if self._options.host_bytes and STEP not in self._codecs:
+        if self._host_bytes and STEP not in self._codecs:
+            # Asked for or not: nobody is to wonder where the memory saving went.
             log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
-        elif self._options.host_bytes:
-            self.tier = HostTier(runner.pages, self._options.host_bytes, self._recompute_s)
+        elif self._host_bytes:
+            self.tier = HostTier(runner.pages, self._host_bytes, self._recompute_s)
             self._pool.tier = self.tier
             self._pool.target = TARGET_SHARE
         return runner
@@ -137,6 +141,8 @@ class EngineThread:
     def _drain(self) -> bool:
         """Take in all waiting commands; wait for one if there is nothing else to do."""
         block = self.scheduler.idle
+        if block and self.tier is not None:
+            self.tier.at_leisure()
         while True:
             while block and self.commands.empty() and self._pool.relieve(1):
                 pass  # nobody waits: down to the target
@@ -225,6 +231,8 @@ class EngineThread:
     def _observe(self, step: Step, seconds: float) -> None:
         decode_rows = sum(work.count == 1 and work.samples for work in step.works)
         self.rates.observe(step.tokens - decode_rows, decode_rows, seconds)
+        if self.tier is not None:
+            self.tier.stepped(seconds)
         self._publish_stats()
 
     def _take_blocks(self, blocks: Sequence[KvBlock]) -> int:

@@ -20,15 +20,17 @@ import structlog
 import torch
 
 from segue_cloud.engine.admission import check_block, check_turn
-from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.commands import Cancel, Close, Offer, Submit
 from segue_cloud.engine.engine_thread import Delivery, EngineThread
 from segue_cloud.engine.host_tier import HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
     choose_dtype,
+    choose_host_bytes,
     choose_pages,
     choose_threads,
+    choose_window,
     dtype_name,
 )
 from segue_cloud.engine.placement import Reach, Recipes
@@ -36,6 +38,7 @@ from segue_cloud.engine.port import EngineStats, EngineTurn
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
 from segue_cloud.engine.streams import TurnStream
+from segue_cloud.engine.weights import check_size
 from segue_contract.errors import DeadlineExceeded, Overloaded, SegueError, TurnFailed
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
 from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
@@ -85,7 +88,9 @@ class TorchEngine:
         self.died = asyncio.Event()
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
-        window = f",window={options.window}+{options.sinks}" if options.window else ""
+        window = ""
+        if options.window and options.window != manifest.geometry.sliding_window:
+            window = f",window={options.window}+{options.sinks}"
         self._scheduler = Scheduler(
             self._pool,
             Recipes(own_recipe(manifest, self._dtype, window).digest, manifest.edge_recipe.digest),
@@ -97,8 +102,16 @@ class TorchEngine:
             ),
             Reach(options.window, options.sinks),
         )
-        codecs = frozenset(manifest.allowed_codecs().values())
-        self._thread = EngineThread(self._scheduler, options, codecs, build, self)
+        kv = manifest.geometry.kv
+        page_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * self._dtype.itemsize * PAGE_TOKENS
+        self._thread = EngineThread(
+            self._scheduler,
+            options,
+            frozenset(manifest.allowed_codecs().values()),
+            choose_host_bytes(options, pages * page_bytes),
+            build,
+            self,
+        )
         self._commands = self._thread.commands
 
     @classmethod
@@ -109,11 +122,12 @@ class TorchEngine:
 
         Raises:
             ModelMissing, ModelMismatch: the weights are not there or do not fit the manifest.
-            ModelError: the KV pool is too small or does not fit into memory.
+            ModelError: the KV pool is too small, or it or the host tier does not fit into memory.
         """
-        options = options or EngineOptions()
+        options = choose_window(options or EngineOptions(), manifest.geometry)
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
+        check_size(directory, manifest)
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
         engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
         await engine.start()
@@ -197,7 +211,7 @@ class TorchEngine:
 
     @property
     def tier(self) -> HostTier | None:
-        """For reading its counts; None without `EngineOptions.host_bytes`."""
+        """For reading its counts; None where blocks that leave the pool are not kept."""
         return self._thread.tier
 
     def check_integrity(self) -> None:
