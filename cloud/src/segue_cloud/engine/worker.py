@@ -64,6 +64,14 @@ def own_recipe(manifest: Manifest, dtype: torch.dtype, window: str = "") -> KvRe
     )
 
 
+def _build_runner(
+    directory: Path, manifest: Manifest, pages: int, options: EngineOptions
+) -> StepRunner:
+    runner = Runner(directory, manifest.geometry, pages, options)
+    check_size(directory, manifest)  # last: what is wrong with a tensor says more
+    return runner
+
+
 class TorchEngine:
     """Implements `port.Engine` for the Llama family. Build it with `load`, end it with `close`."""
 
@@ -127,9 +135,9 @@ class TorchEngine:
         options = choose_window(options or EngineOptions(), manifest.geometry)
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
-        check_size(directory, manifest)
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
+        build = partial(_build_runner, directory, manifest, pages, options)
+        engine = cls(manifest, options, pages, build)
         await engine.start()
         return engine
 
