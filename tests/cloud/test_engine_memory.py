@@ -129,7 +129,8 @@ def test_a_block_comes_back_nearly_as_it_was() -> None:
     tier, pool = tier_of(8, 0.0)
     pages = cache(pool, b"a")
     before = tier.pages.read_block(pages)
-    assert pool.relieve(0.0, 1) == 1
+    pool.target = 0.0
+    assert pool.relieve(1) == 1
     assert pool.resolve(b"a") is None
     other = pool.allocate(PAGES_PER_BLOCK)
     assert other is not None
@@ -149,7 +150,8 @@ def test_the_budget_holds_and_used_blocks_outlive_others() -> None:
     pool.release(b"used")
     for number in range(5):
         cache(pool, b"%d" % number)
-    pool.relieve(0.0, 100)
+    pool.target = 0.0
+    pool.relieve(100)
     tier.check_integrity()
     assert tier.blocks_kept == 3
     assert tier.dropped_blocks == 3
@@ -160,7 +162,8 @@ def test_the_budget_holds_and_used_blocks_outlive_others() -> None:
 def test_what_takes_longer_than_computing_is_computed() -> None:
     tier, pool = tier_of(8, 1e-9)
     cache(pool, b"a")
-    pool.relieve(0.0, 1)
+    pool.target = 0.0
+    pool.relieve(1)
     assert tier.offers(b"a"), "nothing is measured yet"
     pages = pool.allocate(PAGES_PER_BLOCK)
     assert pages is not None
@@ -175,10 +178,11 @@ def test_the_target_is_kept_by_small_steps() -> None:
     for number in range(10):
         cache(pool, b"%d" % number)
     assert pool.used_share == 1.0
-    assert pool.relieve(0.7, 2) == 2
-    assert pool.relieve(0.7, 100) == 1
+    pool.target = 0.7
+    assert pool.relieve(2) == 2
+    assert pool.relieve(100) == 1
     assert pool.used_share == pytest.approx(0.7)
-    assert pool.relieve(0.7, 100) == 0
+    assert pool.relieve(100) == 0
     assert tier.blocks_kept == 3
 
 

@@ -52,7 +52,7 @@ async def test_twenty_prompts_equal_hugging_face(model_dir: Path) -> None:
         EngineTurn(turn=f"q{i}", prompt=prompt, max_tokens=NEW, end_tokens=ends)
         for i, prompt in enumerate(prompts)
     ]
-    options = EngineOptions(dtype="fp32", pool_bytes=512 << 20)
+    options = EngineOptions(dtype="fp32", pool_bytes=512 << 20, host_bytes=0)
 
     async def reply(engine: TorchEngine, turn: EngineTurn) -> tuple[list[int], int]:
         outputs = [output async for output in engine.submit(turn)]

@@ -6,9 +6,11 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -16,8 +18,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from segue_cloud.engine.attention import Window
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
+from segue_cloud.engine.runner import Runner
 from segue_cloud.engine.worker import TorchEngine, own_recipe
-from segue_contract.errors import InvalidArgument
+from segue_contract.errors import InvalidArgument, PromptTooLong
 from segue_contract.model.manifest import Manifest
 from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama
 
@@ -53,6 +56,17 @@ async def replies(
     finally:
         await engine.close()
         engine.check_integrity()
+
+
+async def engine_of_pages(
+    model: tuple[Path, Manifest], options: EngineOptions, pages: int
+) -> TorchEngine:
+    """An engine with a pool smaller than operators may choose."""
+    directory, manifest = model
+    build = partial(Runner, directory, manifest.geometry, pages, options)
+    engine = TorchEngine(manifest, options, pages, build)
+    await engine.start()
+    return engine
 
 
 @torch.inference_mode()
@@ -110,11 +124,41 @@ async def test_a_window_without_sinks_is_that_of_mistral(
                 tokens.append(int(logits[0, -1].argmax()))
             expected.append(tokens[len(prompt) :])
     assert await replies(model, prompts, replace(OPTIONS, window=50, sinks=0)) == expected
+    # A model that says so itself gets the same, under the recipe that its edges have.
+    directory, manifest = model
+    geometry = msgspec.structs.replace(manifest.geometry, sliding_window=50)
+    own = msgspec.structs.replace(manifest, geometry=geometry)
+    assert await replies((directory, own), prompts, OPTIONS) == expected
+
+
+async def test_a_long_windowed_turn_in_a_small_pool(model: tuple[Path, Manifest]) -> None:
+    """What the window has passed is given back: 624 tokens in a pool that holds 240."""
+    print("prompt seed", SEED)
+    rng = random.Random(SEED)
+    prompt = tuple(rng.randrange(4, 512) for _ in range(600))
+    options = replace(OPTIONS, window=64, sinks=4, step_tokens=32, mixed_tokens=32)
+    expected = await replies(model, [prompt], options)
+    engine = await engine_of_pages(model, options, 15)
+    try:
+        turn = EngineTurn(turn="long", prompt=prompt, max_tokens=NEW)
+        reply = [token async for output in engine.submit(turn) for token in output.tokens]
+        assert reply == expected[0]
+    finally:
+        await engine.close()
+    engine.check_integrity()
+    whole = await engine_of_pages(model, replace(options, window=0), 15)
+    try:
+        with pytest.raises(PromptTooLong, match="pool"):
+            whole.submit(turn)
+    finally:
+        await whole.close()
 
 
 def test_what_a_token_does_not_see() -> None:
     hidden = Window(3, 1).hidden(torch.tensor([5]), torch.arange(7))[0]
     assert hidden.tolist() == [False, True, True, False, False, False, True]
+    assert Window(3, 1).keys(5, 7).tolist() == [0, 3, 4, 5, 6]
+    assert Window(3, 3).keys(5, 7).tolist() == list(range(7))
     assert Window().hidden(torch.tensor([1]), torch.arange(3))[0].tolist() == [False, False, True]
 
 

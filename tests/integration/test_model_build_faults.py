@@ -118,6 +118,32 @@ def test_a_built_model_computes_what_its_source_does(built: Home, source: Path) 
     assert text.decode(text.encode_conversation([], "abc")) == "user\nabc"
 
 
+def test_a_window_of_the_model_reaches_edge_and_cloud(home: Home, tmp_path: Path) -> None:
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    folder = write_hf_folder(tmp_path / "windowed", **names, sliding_window=40)
+    code, out = home.run("build", str(folder), "--name", "w", "--max-agreement-loss", "0.5")
+    assert code == 0, out
+    directory = home.folder / "w"
+    assert verify(directory).geometry.sliding_window == 40
+    hf = AutoModelForCausalLM.from_pretrained(directory / "cloud", dtype=torch.float32)
+    assert hf.config.sliding_window == 40
+    ids = [int(i) for i in np.random.default_rng(4).integers(0, 256, 130)]
+    edge = EdgeModel.load(directory, threads=1, providers="cpu")
+    found = edge.prefill(ids)
+    step = edge.decode_step(7, found.kv)
+    with torch.no_grad():
+
+        def last(text: list[int]) -> np.ndarray:
+            return hf(torch.tensor([text]), use_cache=False).logits[0, -1].numpy()
+
+        logits = [last(ids), last([*ids, 7])]
+        hf.config.sliding_window = GEOMETRY.context
+        whole = last(ids)
+    assert np.corrcoef(found.logits, logits[0])[0, 1] > 0.99
+    assert np.corrcoef(step, logits[1])[0, 1] > 0.99
+    assert np.corrcoef(found.logits, whole)[0, 1] < 0.9, "the window has no effect"
+
+
 def test_the_cloud_keeps_every_bit_of_the_source(built: Home, source: Path) -> None:
     made = load_file(built.folder / "tiny" / "cloud" / "model.safetensors")
     given = load_file(source / "model.safetensors")
@@ -214,7 +240,7 @@ def test_a_truncated_or_foreign_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mistral"}, "family 'mistral'"),
+        ({"model_type": "gemma3_text"}, "family 'gemma3_text'"),
         ({"attention_bias": True}, "biases"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
         ({"hidden_act": "gelu"}, "gelu"),

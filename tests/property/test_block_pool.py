@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import OrderedDict
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -16,7 +19,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(PAGES)
+        self.pool = BlockPool(PAGES, target=0.7)
         self.owned: list[list[int]] = []
         self.held: list[bytes] = []
         self.entered: dict[bytes, tuple[int, ...]] = {}
@@ -36,6 +39,8 @@ class PoolMachine(RuleBasedStateMachine):
         pages = self.pool.allocate(count)
         # Idle cached blocks never stand in the way of an owner.
         assert (pages is not None) == (count <= room)
+        if pages is not None:
+            assert self.pool.used_share <= 0.7 or self.pool.blocks_idle == 0
         if pages is not None:
             assert len(set(pages)) == count
             taken = {page for group in self.owned for page in group}
@@ -141,3 +146,33 @@ def test_a_prefix_counts_only_without_gaps() -> None:
     assert pool.count_prefix([b"a", b"other-name-of-c"]) == 2
     pool.drop_idle()
     assert pool.count_prefix([b"a", b"other-name-of-c"]) == 0
+
+
+def test_blocks_in_use_outlive_a_scan_that_would_flush_an_lru() -> None:
+    """Eight blocks asked for now and then, among one-off blocks that would fill the pool."""
+    seed, blocks = 12, 32
+    print("seed", seed)
+    rng = random.Random(seed)
+    asked = [
+        b"hot%d" % rng.randrange(8) if rng.random() < 0.1 else b"once%d" % number
+        for number in range(4000)
+    ]
+    pool, lru = BlockPool(blocks * PAGES_PER_BLOCK), OrderedDict[bytes, None]()
+    hits = lru_hits = 0
+    for name in asked:
+        if pool.resolve(name):
+            hits += 1
+            pool.acquire(name)
+            pool.release(name)
+        else:
+            _cache(pool, name)
+        lru_hits += name in lru
+        lru[name] = None
+        lru.move_to_end(name)
+        if len(lru) > blocks:
+            lru.popitem(last=False)
+    hot = sum(name.startswith(b"hot") for name in asked)
+    print("asked again", hot, "hits", hits, "of an lru", lru_hits)
+    assert hits > 0.9 * hot
+    assert lru_hits < 0.5 * hot
+    pool.check_integrity()

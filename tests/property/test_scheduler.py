@@ -6,15 +6,24 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from segue_cloud.engine.block_pool import BlockPool
+from segue_cloud.engine.placement import ALL, Reach, Recipes
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
+from segue_cloud.engine.sequence import HOLE
 from segue_contract.kv.layout import block_ids
 
 PAGES = 20
-OWN, EDGE = "own-recipe", "edge-recipe"
+EDGE = "edge-recipe"
+RECIPES = Recipes("own-recipe", EDGE)
 LIMITS = SchedulerLimits(max_batch=4, step_tokens=96, mixed_tokens=64, context=4096)
 
 
@@ -23,8 +32,8 @@ def fake_token(known: list[int]) -> int:
     return (sum(known) * 31 + len(known)) % 97 + 1
 
 
-def run_step(scheduler: Scheduler, step: Step) -> list[int]:
-    """What the runner does, with checks: the KV of every earlier token is there."""
+def run_step(scheduler: Scheduler, step: Step, reach: Reach = ALL) -> list[int]:
+    """What the runner does, with checks: the KV of every earlier token in sight is there."""
     pages: list[int] = []
     for work in step.works:
         assert work.count > 0
@@ -33,6 +42,9 @@ def run_step(scheduler: Scheduler, step: Step) -> list[int]:
         assert end <= len(work.sequence.tokens)
         assert work.samples == (end == len(work.sequence.tokens))
         assert len(work.sequence.pages) * 16 >= end
+        for key in range(work.start + 1):
+            if not reach.window or key < reach.sinks or work.start - key < reach.window:
+                assert work.sequence.pages[key // 16] != HOLE
         pages.extend(work.sequence.pages[work.start // 16 : -(-end // 16)])
     assert len(set(pages)) == len(pages), "two turns write one page"
     return [fake_token(work.sequence.tokens) for work in step.sampling]
@@ -59,12 +71,21 @@ class Expected:
 class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(BlockPool(PAGES), OWN, EDGE, LIMITS)
+        self.scheduler = Scheduler(BlockPool(PAGES), RECIPES, LIMITS)
+        self.reach = ALL
         self.expected: dict[str, Expected] = {}
         self.count = 0
 
+    @initialize(
+        share=st.sampled_from([0.4, 0.7, 1.0]),
+        reach=st.sampled_from([ALL, Reach(70, 0), Reach(16, 4), Reach(100, 65)]),
+    )
+    def choose(self, share: float, reach: Reach) -> None:
+        self.reach = reach
+        self.scheduler = Scheduler(BlockPool(PAGES, target=share), RECIPES, LIMITS, reach)
+
     @rule(
-        size=st.integers(1, 200),
+        size=st.integers(1, 500),
         kind=st.integers(1, 3),
         made=st.integers(0, 5),
         more=st.integers(1, 60),
@@ -79,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens=made + more,
             end_tokens=frozenset((1, 5, 9)) if ends else frozenset(),
         )
-        if size + made + more > PAGES * 16:
+        if self.scheduler.peak_pages(size + made + more) > PAGES:
             return  # the engine refuses these on arrival
         assert self.scheduler.add(turn) is None
         self.expected[turn.turn] = Expected(turn)
@@ -99,7 +120,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             step = self.scheduler.schedule()
             assert step.tokens <= LIMITS.step_tokens + LIMITS.max_batch
             self.scheduler.check_integrity()
-            self._take(self.scheduler.postprocess(step, run_step(self.scheduler, step)))
+            self._take(self.scheduler.postprocess(step, self._run(step)))
+
+    def _run(self, step: Step) -> list[int]:
+        working = {work.sequence.turn.turn for work in step.works}
+        assert not self.expected or self.oldest in working, "the oldest turn waits for others"
+        for work in step.works:
+            live = work.sequence.pages_live
+            assert live <= self.scheduler.peak_pages(len(work.sequence.tokens))
+        return run_step(self.scheduler, step, self.reach)
+
+    @property
+    def oldest(self) -> str:
+        return min(self.expected, key=lambda name: int(name[1:]))
 
     def _take(self, outputs: list[tuple[str, EngineOutput | None]]) -> None:
         for name, output in outputs:
@@ -118,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         step = scheduler.schedule()
         for _ in range(steps):
-            sampled = run_step(scheduler, step)
+            sampled = run_step(scheduler, step, self.reach)
             scheduler.begin(step)
             ahead = scheduler.schedule()
             scheduler.check_integrity()
@@ -150,7 +183,7 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=25, deadl
 
 
 def scheduler_of(pages: int, **limits: int) -> Scheduler:
-    return Scheduler(BlockPool(pages), OWN, EDGE, SchedulerLimits(**limits))
+    return Scheduler(BlockPool(pages), RECIPES, SchedulerLimits(**limits))
 
 
 def run_all(scheduler: Scheduler) -> dict[str, list[int]]:
@@ -254,3 +287,82 @@ def test_bad_logits_end_one_turn_and_share_nothing_of_it() -> None:
     assert scheduler.pool.count_prefix(block_ids(EDGE, range(1, 71))) == 1
     assert scheduler.pool.count_prefix(block_ids(EDGE, range(200, 270))) == 0
     scheduler.check_integrity()
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 40)), min_size=1, max_size=6),
+    flood=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 40)), min_size=1, max_size=4),
+    pages=st.integers(30, 120),
+    share=st.sampled_from([0.5, 0.7, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_younger_turns_without_end_delay_nobody_beyond_a_bound(
+    sizes: list[tuple[int, int]], flood: list[tuple[int, int]], pages: int, share: float
+) -> None:
+    """However many come later: a turn ends within the steps that it and the older ones need."""
+    pool = BlockPool(pages, target=share)
+    scheduler = Scheduler(pool, RECIPES, SchedulerLimits(8, step_tokens=128, mixed_tokens=64))
+    for number, (size, new) in enumerate(sizes):
+        prompt = tuple(range(1000 * number, 1000 * number + size))
+        scheduler.add(EngineTurn(turn=f"old{number}", prompt=prompt, max_tokens=new))
+    waiting = {f"old{number}" for number in range(len(sizes))}
+    # One after another, in the smallest chunks; a turn may be computed twice if it is preempted.
+    bound = sum(2 * (-(-(size + new) // 64)) + new for size, new in sizes)
+    began: dict[str, int] = {}
+    for count in range(bound):
+        if not waiting:
+            break
+        size, new = flood[count % len(flood)]
+        prompt = tuple(range(10**6 + 1000 * count, 10**6 + 1000 * count + size))
+        scheduler.add(EngineTurn(turn=f"young{count}", prompt=prompt, max_tokens=new))
+        step = scheduler.schedule()
+        for work in step.works:
+            began.setdefault(work.sequence.turn.turn, count)
+        for name, output in scheduler.postprocess(step, run_step(scheduler, step)):
+            assert output is not None
+            if output.finished:
+                waiting.discard(name)
+    assert not waiting, f"after {bound} steps these still wait"
+    oldest_first = sorted(began, key=lambda name: (name[0] == "y", int(name.strip("oldyung"))))
+    steps = [began[name] for name in oldest_first]
+    assert steps == sorted(steps), "a younger turn began before an older one"
+
+
+def test_running_turns_are_kept_within_the_pool() -> None:
+    """Many short prompts with long replies: hardly anything is computed twice."""
+    scheduler = scheduler_of(300, max_batch=64)
+    turns = [
+        EngineTurn(turn=f"t{i}", prompt=tuple(range(1000 * i, 1000 * i + 40)), max_tokens=200)
+        for i in range(64)
+    ]
+    for turn in turns:
+        scheduler.add(turn)
+    computed = 0
+    while not scheduler.idle:
+        step = scheduler.schedule()
+        computed += step.tokens
+        scheduler.postprocess(step, run_step(scheduler, step))
+    needed = sum(len(turn.prompt) + turn.max_tokens - 1 for turn in turns)
+    # The first replies teach it how long they are; with one page in reserve a turn it was 1.33.
+    assert computed <= 1.2 * needed
+    assert scheduler.preemptions <= len(turns) // 4
+
+
+def test_a_long_windowed_turn_holds_few_pages() -> None:
+    """A prompt of 2,000 tokens in a pool of 640: whatever the window has passed is given back."""
+    reach = Reach(window=128, sinks=4)
+    pool = BlockPool(40)
+    scheduler = Scheduler(pool, RECIPES, SchedulerLimits(step_tokens=64, mixed_tokens=64), reach)
+    turn = EngineTurn(turn="long", prompt=tuple(range(2000)), max_tokens=500)
+    scheduler.add(turn)
+    bound = scheduler.peak_pages(2500)
+    assert bound <= 22  # the window's 8, a chunk's 4, the sinks' 4 and up to a block between
+    made: list[int] = []
+    while not scheduler.idle:
+        step = scheduler.schedule()
+        for _, output in scheduler.postprocess(step, run_step(scheduler, step, reach)):
+            assert output is not None
+            made += output.tokens
+        assert 40 - pool.pages_free <= bound
+        scheduler.check_integrity()
+    assert (made, "length") == Expected(turn).reply()

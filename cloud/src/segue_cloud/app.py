@@ -162,7 +162,7 @@ async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manif
             threads=settings.threads or None,
             pool_bytes=settings.pool_mb << 20 or None,
             max_turns=settings.max_turns,
-            host_bytes=settings.host_mb << 20,
+            host_bytes=None if settings.host_mb is None else settings.host_mb << 20,
             window=settings.window,
             sinks=settings.sinks,
         ),

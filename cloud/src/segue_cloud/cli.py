@@ -31,10 +31,11 @@ def cloud(
     threads: Annotated[int | None, typer.Option(help="Compute threads; 0: one a core.")] = None,
     pool_mb: Annotated[int | None, typer.Option(help="KV pool in MiB; 0: chosen.")] = None,
     host_mb: Annotated[
-        int | None, typer.Option(help="MiB for KV that the pool gives up, in 8 bits; 0: off.")
+        int | None,
+        typer.Option(help="MiB for KV that the pool gives up, in 8 bits; 0: off. [chosen]"),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that a token sees (sliding window); 0: all.")
+        int | None, typer.Option(help="Tokens that a token sees (sliding window); 0: the model's.")
     ] = None,
     sinks: Annotated[
         int | None, typer.Option(help="First tokens that stay in sight of a window.")

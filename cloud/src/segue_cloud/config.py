@@ -35,8 +35,9 @@ class CloudSettings(BaseSettings):
     dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
     pool_mb: int = Field(0, ge=0)  # 0: a bounded share of memory
-    host_mb: int = Field(0, ge=0)  # for KV that the pool gave up; 0: none is kept
-    window: int = Field(0, ge=0)  # tokens that a token sees; 0: all
+    # for KV that the pool gave up; None: a bounded share of memory, 0: none is kept
+    host_mb: int | None = Field(None, ge=0)
+    window: int = Field(0, ge=0)  # tokens that a token sees; 0: as the model says
     sinks: int = Field(4, ge=0)  # first tokens that stay in sight of a window
     max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener

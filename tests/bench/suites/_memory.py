@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segue_cloud.engine.options import EngineOptions, choose_dtype
+from segue_cloud.engine.options import EngineOptions, available_memory_bytes, choose_dtype
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.kv.layout import KvBlock, block_ids
@@ -34,7 +34,9 @@ async def memory_rows(report: Report, directory: Path, quick: bool) -> None:
     kv, options = manifest.geometry.kv, EngineOptions()
     itemsize = choose_dtype(options.dtype, options.device).itemsize
     token_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * itemsize
-    options = replace(options, pool_bytes=fitting * (tokens + 64) * token_bytes, host_bytes=6 << 30)
+    pool_bytes = fitting * (tokens + 64) * token_bytes
+    host_bytes = min(6 << 30, max(0, available_memory_bytes() - 2 * pool_bytes) // 2)
+    options = replace(options, pool_bytes=pool_bytes, host_bytes=host_bytes)
     prompts = random_prompts(sessions, tokens, manifest.geometry.vocab, seed=SEED)
     engine = await TorchEngine.load(directory, manifest, options)
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 import numpy as np
 
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.sequence import pages_for
 from segue_contract.errors import (
     BadBlock,
     BadRecipe,
@@ -20,8 +19,17 @@ from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
 from segue_contract.model.manifest import ModelGeometry
 
 
-def check_turn(turn: EngineTurn, geometry: ModelGeometry, pages_total: int) -> None:
-    """Raises EmptyPrompt, InvalidArgument (a token id of no vocabulary) or PromptTooLong."""
+def check_turn(
+    turn: EngineTurn,
+    geometry: ModelGeometry,
+    pages_total: int,
+    peak_pages: Callable[[int], int],
+) -> None:
+    """Raises EmptyPrompt, InvalidArgument (a token id of no vocabulary) or PromptTooLong.
+
+    Args:
+        peak_pages: most pages that a turn of so many tokens holds at once.
+    """
     if not turn.prompt:
         raise EmptyPrompt("The prompt has no tokens.")
     vocab = geometry.vocab
@@ -39,7 +47,7 @@ def check_turn(turn: EngineTurn, geometry: ModelGeometry, pages_total: int) -> N
             hint="Shorten the conversation or ask for fewer tokens.",
             context=geometry.context,
         )
-    if pages_for(total) > pages_total:
+    if peak_pages(total) > pages_total:
         raise PromptTooLong(
             f"A turn of {total} tokens does not fit this engine's KV pool.",
             hint="Shorten it, or start the cloud with a larger --pool-mb.",

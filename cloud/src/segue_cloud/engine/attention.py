@@ -41,6 +41,13 @@ class Window:
         early = keys[None, :] <= positions[:, None] - self.tokens
         return late | (early & (keys >= self.sinks)[None, :])
 
+    def keys(self, start: int, end: int) -> torch.Tensor:
+        """int64: what at least one of the tokens [start, end) sees, in order."""
+        lit = start - self.tokens + 1 if self.tokens else 0
+        if lit <= self.sinks:
+            return torch.arange(end)
+        return torch.cat([torch.arange(self.sinks), torch.arange(lit, end)])
+
 
 class StepOps(Protocol):
     """`residual` is float32 `[T, hidden]` and updated in place; the rest has the engine's dtype."""

@@ -19,6 +19,8 @@ PAGE_TOKENS = KV_PAGE_TOKENS
 PAGES_PER_BLOCK = KV_BLOCK_TOKENS // KV_PAGE_TOKENS
 # A block that was used often survives at most this many rounds of eviction without a new use.
 _MAX_CREDIT = 3
+# Blocks that were never found again are kept to one part in so many of the idle ones.
+_ONCE_PART = 10
 
 
 class Tier(Protocol):
@@ -50,20 +52,27 @@ class _Cached:
 class BlockPool:
     """Pages, reference counts and the prefix cache.
 
-    Eviction takes the least recently released block first; one that was found again since it was
-    entered is passed over once per use (the clock rule), so that common prefixes outlive one-off
-    ones. Sequences release their blocks last to first, so leaves go before their parents.
+    Eviction is by frequency (after S3-FIFO, SOSP 2023): blocks that nobody found again go first,
+    the least recently released of them, as long as they are a tenth of the idle ones; so no number
+    of one-off prompts pushes out what is asked for again and again. Of the others, one is passed
+    over once per use. A block that comes again soon after it went counts as found again.
+    Sequences release their blocks last to first, so leaves go before their parents.
     """
 
-    def __init__(self, pages: int, tier: Tier | None = None) -> None:
+    def __init__(self, pages: int, tier: Tier | None = None, target: float = 1.0) -> None:
+        """`target`: the share of pages above which idle blocks go, see `allocate`."""
         if pages < PAGES_PER_BLOCK:
             raise ValueError(f"a pool has at least {PAGES_PER_BLOCK} pages, not {pages}")
         self.pages_total = pages
         self.tier = tier
+        self.target = target
         self._free = list(range(pages - 1, -1, -1))
         self._owned: set[int] = set()
         self._cached: dict[bytes, _Cached] = {}
-        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        # Idle blocks that were never found again, and those that were.
+        self._once: OrderedDict[bytes, None] = OrderedDict()
+        self._often: OrderedDict[bytes, None] = OrderedDict()
+        self._gone: OrderedDict[bytes, None] = OrderedDict()  # names that left `_once` lately
         self._aliases: dict[bytes, bytes] = {}
         self.evicted_blocks = 0
 
@@ -72,7 +81,7 @@ class BlockPool:
     @property
     def pages_free(self) -> int:
         """Pages that an allocation could get now: free ones and those of idle cached blocks."""
-        return len(self._free) + PAGES_PER_BLOCK * len(self._idle)
+        return len(self._free) + PAGES_PER_BLOCK * self.blocks_idle
 
     @property
     def used_share(self) -> float:
@@ -80,9 +89,13 @@ class BlockPool:
         return 1.0 - len(self._free) / self.pages_total
 
     @property
+    def target_pages(self) -> int:
+        return int(self.target * self.pages_total)
+
+    @property
     def blocks_idle(self) -> int:
         """Cached blocks that nobody references."""
-        return len(self._idle)
+        return len(self._once) + len(self._often)
 
     @property
     def blocks_cached(self) -> int:
@@ -109,11 +122,13 @@ class BlockPool:
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages for one owner, evicting idle blocks as needed; None if there is no room.
 
-        Nothing changes when it returns None.
+        Nothing changes when it returns None. Afterwards no more than the target is used, or no
+        block is idle: what is above it is in use by turns.
         """
         if count > self.pages_free:
             return None
-        while len(self._free) < count:
+        spare = self.pages_total - self.target_pages
+        while len(self._free) < count or (self.blocks_idle and len(self._free) < count + spare):
             self._evict_one()
         taken = [self._free.pop() for _ in range(count)]
         self._owned.update(taken)
@@ -129,13 +144,13 @@ class BlockPool:
 
     def is_idle(self, block: bytes) -> bool:
         """Cached, and referenced by nobody."""
-        return block in self._idle
+        return block in self._once or block in self._often
 
     def acquire(self, block: bytes) -> tuple[int, ...]:
         """Reference a block that is cached and return its pages."""
         entry = self._cached[block]
         if entry.refs == 0:
-            del self._idle[block]
+            del self._queue(entry)[block]
         entry.refs += 1
         entry.credit = min(entry.credit + 1, _MAX_CREDIT)
         entry.uses += 1
@@ -147,7 +162,7 @@ class BlockPool:
         assert entry.refs > 0, "a block was released more often than acquired"
         entry.refs -= 1
         if entry.refs == 0:
-            self._idle[block] = None
+            self._queue(entry)[block] = None
 
     def enter(
         self, block: bytes, pages: Sequence[int], *, refs: int, kept_as: bytes | None = None
@@ -164,9 +179,11 @@ class BlockPool:
             return False
         for page in pages:
             self._owned.remove(page)
-        self._cached[block] = _Cached(tuple(pages), refs, kept_as)
+        entry = self._cached[block] = _Cached(tuple(pages), refs, kept_as)
+        if self._gone.pop(kept_as or block, self) is None:
+            entry.uses = 1
         if refs == 0:
-            self._idle[block] = None
+            self._queue(entry)[block] = None
         return True
 
     def alias(self, block: bytes, name: bytes) -> None:
@@ -182,36 +199,50 @@ class BlockPool:
         entered = self.enter(name, pages, refs=1, kept_as=name)
         assert entered, "a block that is cached is not brought back"
 
-    def relieve(self, target: float, at_most: int) -> int:
-        """Evict idle blocks while more than `target` of the pages are used; returns how many."""
+    def relieve(self, at_most: int) -> int:
+        """Evict idle blocks while more than the target is used; returns how many.
+
+        For between allocations: blocks that turns have released may lie above the target.
+        """
+        spare = self.pages_total - self.target_pages
         evicted = 0
-        while evicted < at_most and self._idle and self.used_share > target:
+        while evicted < at_most and self.blocks_idle and len(self._free) < spare:
             self._evict_one()
             evicted += 1
         return evicted
 
     def drop_idle(self) -> int:
         """Empty the cache of everything that nobody references; returns the blocks dropped."""
-        dropped = len(self._idle)
-        while self._idle:
-            self._drop(next(iter(self._idle)))
+        dropped = self.blocks_idle
+        for queue in (self._once, self._often):
+            while queue:
+                self._drop(queue.popitem(last=False)[0])
         return dropped
+
+    def _queue(self, entry: _Cached) -> OrderedDict[bytes, None]:
+        return self._often if entry.uses else self._once
 
     def _evict_one(self) -> None:
         while True:
-            block, _ = self._idle.popitem(last=False)
+            some_once = _ONCE_PART * len(self._once) >= self.blocks_idle
+            queue = self._once if some_once else self._often
+            block, _ = queue.popitem(last=False)
             entry = self._cached[block]
-            self._idle[block] = None
             if entry.credit == 0:
-                if self.tier is not None and entry.kept_as is not None:
-                    self.tier.keep(entry.kept_as, entry.pages, min(entry.uses, _MAX_CREDIT))
-                self._drop(block)
-                self.evicted_blocks += 1
-                return
+                break
             entry.credit -= 1
+            queue[block] = None
+        if self.tier is not None and entry.kept_as is not None:
+            self.tier.keep(entry.kept_as, entry.pages, min(entry.uses, _MAX_CREDIT))
+        if not entry.uses:
+            self._gone[entry.kept_as or block] = None
+            if len(self._gone) > self.pages_total // PAGES_PER_BLOCK:
+                self._gone.popitem(last=False)
+        self._drop(block)
+        self.evicted_blocks += 1
 
     def _drop(self, block: bytes) -> None:
-        del self._idle[block]
+        """Forget a block that was just taken out of its queue."""
         entry = self._cached.pop(block)
         for name in entry.aliases:
             del self._aliases[name]
@@ -224,7 +255,9 @@ class BlockPool:
         assert len(everything) == self.pages_total, "a page was lost or doubled"
         assert set(everything) == set(range(self.pages_total)), "a page is in two places"
         idle = {block for block, entry in self._cached.items() if entry.refs == 0}
-        assert idle == set(self._idle), "idle blocks and reference counts disagree"
+        assert idle == {*self._once, *self._often}, "idle blocks and reference counts disagree"
+        assert not any(self._cached[block].uses for block in self._once)
+        assert all(self._cached[block].uses for block in self._often)
         for name, block in self._aliases.items():
             assert name in self._cached[block].aliases, "an alias of a block that is gone"
         assert sum(len(e.aliases) for e in self._cached.values()) == len(self._aliases)

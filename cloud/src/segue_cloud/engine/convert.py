@@ -115,9 +115,18 @@ def check_room(folder: Path, weights: int, dtype: torch.dtype) -> None:
 def hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """The `config.json` with which Hugging Face and the graph builder load the weights."""
     g = checkpoint.geometry
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    # The same model; only Mistral's code and graphs know a window.
+    name = "Mistral" if g.sliding_window else "Llama"
+    window: dict[str, Any] = {}
+    if g.sliding_window:
+        # The graph builder wants to be told for each layer.
+        window = {
+            "sliding_window": g.sliding_window,
+            "layer_types": ["sliding_attention"] * g.layers,
+        }
+    return window | {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
         "hidden_act": "silu",
         "hidden_size": g.hidden,
         "intermediate_size": g.ffn,

@@ -5,6 +5,7 @@ Used by the engine thread; `offers` also by others (one look-up in a dictionary)
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ STEP = "k8v8"
 TARGET_SHARE = 0.7
 # Blocks coded between two steps; about 2 ms each for the default model.
 BLOCKS_PER_STEP = 4
+# Share of a step's time that may go into coding blocks while turns wait for the next one, and the
+# most that may be saved up: a prompt's worth. Beyond it a block that nobody used twice just goes.
+_CODING_SHARE, _SAVED_UP_S = 0.03, 0.1
 # Weight of the newest measurement, and every how many refusals one is brought back all the same:
 # without a new measurement a refusal would be for ever.
 _NEW = 0.2
@@ -48,6 +52,8 @@ class HostTier:
         self.recompute_s = recompute_s
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._refused = 0
+        self._allowance_s = math.inf
+        self.skipped_blocks = 0
         self.bytes_kept = 0
         self.brought_blocks = 0
         self.dropped_blocks = 0
@@ -62,6 +68,9 @@ class HostTier:
         if name in self._kept:
             self._kept.move_to_end(name)
             return
+        if self._allowance_s <= 0 and not credit:
+            self.skipped_blocks += 1
+            return
         began = time.perf_counter()
         k, v = self.pages.read_block(pages)
         try:
@@ -73,7 +82,18 @@ class HostTier:
         if len(payload) <= self._budget:
             self._kept[name] = _Kept(payload, credit)
             self.bytes_kept += len(payload)
-        self.keep_s = _mean(self.keep_s, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._allowance_s -= seconds
+        self.keep_s = _mean(self.keep_s, seconds)
+
+    def at_leisure(self) -> None:
+        """Nobody waits: coding may take its time until the next step."""
+        self._allowance_s = math.inf
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long: coding may take its share of it."""
+        saved = self._allowance_s if self._allowance_s < math.inf else _SAVED_UP_S
+        self._allowance_s = min(_SAVED_UP_S, saved + _CODING_SHARE * seconds)
 
     def offers(self, name: bytes) -> bool:
         if name not in self._kept:

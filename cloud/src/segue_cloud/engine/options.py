@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,17 @@ from segue_cloud.engine.sequence import pages_for
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.kv.layout import KvGeometry
 from segue_contract.limits import KV_PAGE_TOKENS, MAX_TURNS_PER_CLOUD, MIB
+from segue_contract.model.manifest import ModelGeometry
 
 DTYPES = ("auto", "bf16", "fp32")
 # The pool takes a quarter of the machine's memory and no more than this: 45,000 tokens of the
 # default model, five full contexts. More is for operators who ask for it.
 _POOL_SHARE = 0.25
 _POOL_MAX_BYTES = 2048 * MIB
+# What the pool gives up takes as many bytes again as twice the pool at most: some four times its
+# tokens, and memory that is only taken as blocks come.
+_HOST_SHARE = 0.25
+_HOST_TO_POOL = 2
 _POOL_MIN_TOKENS = 1024  # below it a single ordinary chat does not fit
 
 
@@ -29,8 +34,10 @@ class EngineOptions:
     `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
     `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
-    `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept.
-    `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: all.
+    `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept; None:
+    a share of the machine's memory, see `choose_host_bytes`.
+    `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: what the
+    model says, usually all.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -44,7 +51,7 @@ class EngineOptions:
     device: str = "cpu"
     compiled: bool = True
     ahead: bool = False
-    host_bytes: int = 0
+    host_bytes: int | None = None
     window: int = 0
     sinks: int = 4
 
@@ -55,7 +62,7 @@ class EngineOptions:
                 hint=f"Use one of {', '.join(DTYPES)}.",
             )
         for name in ("host_bytes", "window", "sinks"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InvalidArgument(f"{name} must not be negative.")
         if self.ahead and self.host_bytes:
             raise InvalidArgument(
@@ -73,6 +80,13 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, not {value}.")
+
+
+def choose_window(options: EngineOptions, geometry: ModelGeometry) -> EngineOptions:
+    """Options with the model's own window, which has no sinks, where the user asks for none."""
+    if options.window or not geometry.sliding_window:
+        return options
+    return replace(options, window=geometry.sliding_window, sinks=0)
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -126,6 +140,27 @@ def choose_pages(options: EngineOptions, kv: KvGeometry, itemsize: int, context:
             needed_mib=pool // MIB,
         )
     return pages
+
+
+def choose_host_bytes(options: EngineOptions, pool_bytes: int) -> int:
+    """Bytes for blocks that the pool had to give up.
+
+    Raises:
+        ModelError: that many were asked for and are not there.
+    """
+    available = available_memory_bytes() - (pool_bytes if options.device == "cpu" else 0)
+    if options.host_bytes is None:
+        if options.ahead:
+            return 0
+        return max(0, min(int(available * _HOST_SHARE), _HOST_TO_POOL * pool_bytes))
+    if options.host_bytes > available:
+        raise ModelError(
+            f"{options.host_bytes // MIB} MiB for KV that the pool gives up do not fit the"
+            f" {max(0, available) // MIB} MiB of memory that are free beside the pool.",
+            hint="Choose less with --host-mb (or SEGUE_CLOUD_HOST_MB); 0 turns it off.",
+            needed_mib=options.host_bytes // MIB,
+        )
+    return options.host_bytes
 
 
 def available_memory_bytes() -> int:

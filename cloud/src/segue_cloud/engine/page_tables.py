@@ -27,7 +27,8 @@ class PageTables:
             index, version = self._known.get(sequence, (-1, -1))
             if version != sequence.table_version:
                 index = self._free.pop() if index < 0 else index
-                self.array[index, : len(sequence.pages)] = sequence.pages
+                # A hole is never read; page 0 keeps whoever prefetches inside the memory.
+                self.array[index, : len(sequence.pages)] = np.maximum(sequence.pages, 0)
                 self._known[sequence] = (index, sequence.table_version)
 
     def _forget(self, keep: frozenset[Sequence]) -> None:

@@ -198,13 +198,15 @@ class Runner:
     def _segment(self, work: Work, first: int) -> Segment:
         end = work.start + work.count
         mask = None
+        keys = self._window.keys(work.start, end)
         if work.start or 0 < self._window.tokens < end:
-            mask = torch.zeros(work.count, end, dtype=self._dtype)
-            hidden = self._window.hidden(torch.arange(work.start, end), torch.arange(end))
+            mask = torch.zeros(work.count, len(keys), dtype=self._dtype)
+            hidden = self._window.hidden(torch.arange(work.start, end), keys)
             mask = mask.masked_fill_(hidden, float("-inf")).to(self._device)
         if work.start == 0:
             return Segment(first, work.count, 0, None, mask)
-        slots = torch.from_numpy(slots_of(work.sequence.pages)[:end]).to(self._device)
+        # Pages that the window has passed may be somebody else's by now.
+        slots = torch.from_numpy(slots_of(work.sequence.pages)[keys.numpy()]).to(self._device)
         return Segment(first, work.count, work.start, slots, mask)
 
 

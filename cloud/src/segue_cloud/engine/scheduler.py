@@ -18,26 +18,32 @@ Pages may change hands in between: steps run one after another, so whatever the 
 is written before the later one's owner writes.
 
 Policy: turns that decode go first, one token each, so that nobody's stream stalls for a new
-prompt; what remains of the token budget is shared by prompts, oldest first. A turn is admitted
-when all its known tokens fit. When pages run out, the youngest turn gives its pages back and
-computes them again later; the cache usually still holds most of them.
+prompt; what remains of the token budget is shared by prompts, oldest first. Turns are admitted in
+order of arrival, while the pool has room for all that running turns know, under its target, and for
+what their replies will probably add. Where they add more, the youngest turn gives its pages back
+and computes them again later; the cache usually still holds most of them. The oldest turn never
+waits for another one.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.placement import ALL, Placement, Reach, Recipes
 from segue_cloud.engine.port import EngineOutput, EngineTurn
-from segue_cloud.engine.sequence import Sequence, pages_for
-from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
+from segue_cloud.engine.sequence import Sequence
 
 # Stands for a token that a running step is about to sample.
 PENDING = -1
 # A prompt's smallest share of a step: below it the fixed cost of a step outweighs the fairness.
 _MIN_SHARE = 64
+# Share of its allowed tokens that a reply is taken to use: the first guess, the weight of the
+# newest reply, and what a preemption adds, since it shows that the guess was too low.
+_REPLY_SHARE, _NEW, _RAISE = 0.5, 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -80,22 +86,20 @@ class Scheduler:
     """Turns waiting and running, over one block pool.
 
     Args:
-        recipe: digest of the engine's own KV recipe; names the blocks it computes.
-        edge_recipe: digest of the recipe under which edges ship; a block that we computed is
-            found under that name too, so that an edge need not ship what we have.
+        reach: how far back a token sees; pages beyond it are given back.
     """
 
     def __init__(
-        self, pool: BlockPool, recipe: str, edge_recipe: str, limits: SchedulerLimits
+        self, pool: BlockPool, recipes: Recipes, limits: SchedulerLimits, reach: Reach = ALL
     ) -> None:
         self.pool = pool
+        self._place = Placement(pool, recipes, reach)
         self.limits = limits
-        self._recipe = recipe
-        self._edge_recipe = edge_recipe
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._turns: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._reply_share = _REPLY_SHARE
         self.prefix_hit_tokens = 0
         self.preemptions = 0
 
@@ -124,6 +128,10 @@ class Scheduler:
         """Reply tokens that each running turn may still make."""
         return [s.tokens_left for s in self._running]
 
+    def peak_pages(self, tokens: int) -> int:
+        """Most pages that a turn of `tokens` tokens, its reply included, holds at once."""
+        return self._place.peak_pages(tokens, self.limits.step_tokens)
+
     def add(self, turn: EngineTurn) -> EngineOutput | None:
         """Queue a turn. Where nothing is left to make, the output that ends it, at once."""
         assert turn.turn not in self._turns, "a turn is added once"
@@ -146,18 +154,30 @@ class Scheduler:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._release(sequence)
+        self._place.release(sequence)
         return True
 
     # -- one step -----------------------------------------------------------------------------
 
     def schedule(self) -> Step:
         """Plan the next step and reserve its pages; an empty step means there is nothing to do."""
-        works = self._schedule_decodes()
-        budget = self.limits.mixed_tokens if works else self.limits.step_tokens
+        limits = self.limits
+        decodes = any(s.decoding and not self._full(s) for s in self._running)
+        budget = limits.mixed_tokens if decodes else limits.step_tokens
         self._admit(budget)
-        works.extend(self._schedule_prefills(budget))
-        return Step(tuple(works))
+        counts = self._share([s for s in self._running if not s.decoding], budget)
+        works: list[Work] = []
+        prompts: list[Work] = []
+        # Oldest first: whoever is preempted comes later in this list, so that no work is undone.
+        for sequence in list(self._running):
+            count = counts.get(sequence, 0)
+            if sequence.decoding:
+                count = 0 if self._full(sequence) else 1
+            if count and self._grow(sequence, sequence.computed + count):
+                done = sequence.computed + count == len(sequence.tokens)
+                work = Work(sequence, sequence.computed, count, done)
+                (works if sequence.decoding else prompts).append(work)
+        return Step((*works, *prompts))
 
     def postprocess(self, step: Step, sampled: Seq[int]) -> list[tuple[str, EngineOutput | None]]:
         """Take in the results of a step: one sampled token per work that samples, in order.
@@ -189,7 +209,7 @@ class Scheduler:
                 self.cancel(name)
                 outputs.append((name, None))
                 continue
-            self._enter_full_blocks(sequence)
+            self._place.enter_full_blocks(sequence)
             if work.samples:
                 outputs.append((name, self._take_token(sequence, token)))
         return outputs
@@ -213,52 +233,31 @@ class Scheduler:
         cached = 0 if sequence.told_cached else sequence.cached_tokens
         sequence.told_cached = True
         if token in turn.end_tokens:
+            self._learn(sequence)
             self.cancel(turn.turn)
             return EngineOutput(index, (), "stop", cached)
         sequence.tokens[-1] = token
         finished = ""
         if self._full(sequence):
             finished = "length"
+            self._learn(sequence)
             self.cancel(turn.turn)
         return EngineOutput(index, (token,), finished, cached)
+
+    def _learn(self, sequence: Sequence) -> None:
+        used = min(1.0, sequence.reply_index / sequence.turn.max_tokens)
+        self._reply_share += _NEW * (used - self._reply_share)
 
     def _full(self, sequence: Sequence) -> bool:
         return sequence.tokens_left == 0 or len(sequence.tokens) >= self.limits.context
 
-    def _enter_full_blocks(self, sequence: Sequence) -> None:
-        """Give every block that was just completed to the prefix cache, still referenced."""
-        while (len(sequence.chain) + 1) * BLOCK_TOKENS <= sequence.computed:
-            index = len(sequence.chain)
-            name = block_id(self._recipe, sequence.parent, sequence.block_tokens(index))
-            shipped = sequence.shipped_name(self._edge_recipe, index)
-            pages = sequence.block_pages(index)
-            entered = self.pool.enter(name, pages, refs=1, kept_as=shipped)
-            if entered:
-                self.pool.alias(name, shipped)
-            sequence.chain.append(name)
-            # Somebody else may have computed the same block: keep our own pages then.
-            sequence.held.append(name if entered else None)
-
-    # -- decode -------------------------------------------------------------------------------
-
-    def _schedule_decodes(self) -> list[Work]:
-        works: list[Work] = []
-        for sequence in [s for s in self._running if s.decoding and not self._full(s)]:
-            if sequence not in self._running:
-                continue  # preempted for an older one a moment ago
-            if self._grow(sequence, len(sequence.tokens)):
-                works.append(Work(sequence, sequence.computed, 1, True))
-        return works
+    # -- pages --------------------------------------------------------------------------------
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens, at the cost of the youngest; False: that was itself."""
-        missing = pages_for(tokens) - len(sequence.pages)
-        while missing > 0:
-            pages = self.pool.allocate(missing)
-            if pages is not None:
-                sequence.pages.extend(pages)
-                sequence.table_version += 1
-                return True
+        if sequence not in self._running:
+            return False  # preempted for an older one a moment ago
+        while not self._place.grow(sequence, tokens):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -267,57 +266,50 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._release(sequence)
+        self._place.release(sequence)
         sequence.preempted += 1
         self.preemptions += 1
+        self._reply_share = min(1.0, self._reply_share + _RAISE)
         self._waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Give all pages back: cached blocks stay in the cache, the rest is free at once."""
-        for index in range(len(sequence.held) - 1, -1, -1):
-            held = sequence.held[index]
-            if held is not None:
-                self.pool.release(held)
-        own = [
-            page
-            for index, page in enumerate(sequence.pages)
-            if index // PAGES_PER_BLOCK >= len(sequence.held)
-            or sequence.held[index // PAGES_PER_BLOCK] is None
-        ]
-        self.pool.free(own)
-        sequence.pages.clear()
-        sequence.chain.clear()
-        sequence.held.clear()
-        sequence.computed = 0
-        sequence.table_version += 1
-
-    # -- prefill ------------------------------------------------------------------------------
 
     def _admit(self, budget: int) -> None:
         """Move turns from waiting to running, in order, while each gets its smallest share."""
+        if not self._waiting:
+            return
         wanted = sum(min(s.uncomputed, _MIN_SHARE) for s in self._running if not s.decoding)
+        pages = [self._pages_of(s, s.shared_pages) for s in self._running]
+        known = self._place.pages_pinned + sum(map(self._to_come, self._running))
         while self._waiting and len(self._running) < self.limits.max_batch and wanted < budget:
             sequence = self._waiting[0]
-            matched = self._match(sequence)
-            fresh = pages_for(len(sequence.tokens)) - PAGES_PER_BLOCK * len(matched)
-            woken = PAGES_PER_BLOCK * sum(self.pool.is_idle(block) for block in matched)
-            # One page in reserve for each running turn, or decoding would preempt at once.
-            if fresh + woken + len(self._running) > self.pool.pages_free and self._running:
+            matched = self._place.match(sequence)
+            shared = PAGES_PER_BLOCK * sum(not self.pool.is_idle(block) for block in matched)
+            pages.append(self._pages_of(sequence, shared))
+            known += pages[-1][0]
+            # Pages that nobody brought along as his own: a prefix whose first owner has left.
+            common = max(0, known - sum(own for own, _ in pages))
+            fits = common + peak_demand(pages) <= self.pool.pages_total
+            if self._running and not (fits and known <= self.pool.target_pages):
                 return
-            self._start(sequence, matched, fresh)
+            sequence.shared_pages = shared
+            self._start(sequence, matched)
             wanted += min(sequence.uncomputed, _MIN_SHARE)
 
-    def _start(self, sequence: Sequence, matched: list[bytes], fresh: int) -> None:
-        for block in matched:
-            sequence.pages.extend(self.pool.acquire(block))
-        pages = self.pool.allocate(fresh)
-        assert pages is not None, "a turn that cannot fit was not refused on arrival"
-        sequence.pages.extend(pages)
-        sequence.chain.extend(matched)
-        sequence.held.extend(matched)
-        sequence.computed = BLOCK_TOKENS * len(matched)
-        self._bring(sequence)
-        sequence.table_version += 1
+    def _known_pages(self, sequence: Sequence) -> int:
+        return self.peak_pages(len(sequence.tokens))
+
+    def _to_come(self, sequence: Sequence) -> int:
+        """Pages that a running turn has yet to take for the tokens it has."""
+        return max(0, self._known_pages(sequence) - sequence.pages_live)
+
+    def _pages_of(self, sequence: Sequence, shared: int) -> tuple[int, int]:
+        """Pages for what is known, without shared ones, and for what a reply will probably add."""
+        tokens = len(sequence.tokens)
+        known = self.peak_pages(tokens)
+        more = int(sequence.tokens_left * self._reply_share) + 1
+        return max(0, known - shared), self.peak_pages(tokens + more) - known
+
+    def _start(self, sequence: Sequence, matched: list[bytes]) -> None:
+        self._place.start(sequence, matched)
         if not sequence.preempted:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
             self.prefix_hit_tokens += sequence.cached_tokens
@@ -325,68 +317,42 @@ class Scheduler:
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
 
-    def _bring(self, sequence: Sequence) -> None:
-        """Fill the blocks after the matched ones from the tier, as far as it goes."""
-        given = sequence.turn.prompt_blocks
-        for index in range(len(sequence.chain), (len(sequence.tokens) - 1) // BLOCK_TOKENS):
-            names = [sequence.shipped_name(self._edge_recipe, index), *given[index : index + 1]]
-            name = next((n for n in names if self.pool.tier_offers(n)), None)
-            if name is None or self.pool.resolve(name) is not None:
-                return
-            self.pool.bring(name, sequence.block_pages(index))
-            sequence.chain.append(name)
-            sequence.held.append(name)
-            sequence.computed += BLOCK_TOKENS
-
-    def _match(self, sequence: Sequence) -> list[bytes]:
-        """Cached blocks that a waiting sequence may start from, one token left to compute.
-
-        A chain may change hands at any block: ours where we computed it, the edge's where it was
-        shipped. Ours wins, because it has no codec loss.
-        """
-        matched: list[bytes] = []
-        given = sequence.turn.prompt_blocks
-        for index in range((len(sequence.tokens) - 1) // BLOCK_TOKENS):
-            parent = matched[-1] if matched else ROOT_PARENT
-            ours = block_id(self._recipe, parent, sequence.block_tokens(index))
-            found = self.pool.resolve(ours) or self.pool.resolve(
-                sequence.shipped_name(self._edge_recipe, index)
-            )
-            if found is None and index < len(given):
-                found = self.pool.resolve(given[index])  # shipped under another allowed recipe
-            if found is None:
-                break
-            matched.append(found)
-        return matched
-
-    def _schedule_prefills(self, budget: int) -> list[Work]:
-        """Share `budget` tokens among the prompts: an equal part each, the rest to the oldest."""
-        prompts = [s for s in self._running if not s.decoding]
-        if not prompts:
-            return []
-        share = max(_MIN_SHARE, budget // len(prompts))
-        counts: list[int] = []
+    def _share(self, prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
+        """Share `budget` tokens among prompts: an equal part each, the rest to the oldest."""
+        share = max(_MIN_SHARE, budget // max(1, len(prompts)))
+        counts: dict[Sequence, int] = {}
         left = budget
         for sequence in prompts:
-            count = min(sequence.uncomputed, share, left)
-            counts.append(count)
-            left -= count
-        works = []
-        for sequence, count in zip(prompts, counts, strict=True):
-            more = min(sequence.uncomputed - count, left)
+            counts[sequence] = min(sequence.uncomputed, share, left)
+            left -= counts[sequence]
+        for sequence in prompts:
+            more = min(sequence.uncomputed - counts[sequence], left)
+            counts[sequence] += more
             left -= more
-            count += more
-            if count:
-                done = sequence.computed + count == len(sequence.tokens)
-                works.append(Work(sequence, sequence.computed, count, done))
-        return works
+        return counts
 
     def check_integrity(self) -> None:
         """Assert that pages, references and queues agree with each other."""
         self.pool.check_integrity()
         assert len(self._turns) == len(self._running) + len(self._waiting)
+        held = sum(s.pages_live for s in self._running)
+        assert held >= self._place.pages_pinned, "somebody else holds pages"
         arrivals = [s.arrival for s in self._running]
         assert arrivals == sorted(arrivals), "running turns are kept in order of arrival"
         for sequence in self._turns.values():
             sequence.check_integrity()
         assert all(not s.pages for s in self._waiting), "a waiting turn holds no pages"
+
+
+def peak_demand(pages: Iterable[tuple[int, int]]) -> int:
+    """Most pages in use from now until all turns have ended, each given as (known, to be added).
+
+    Turns grow alike, and one that has added all gives everything back. So the demand is highest
+    just before some turn ends: what it and all that end later have by then (after the "Past-Future
+    Scheduler for LLM Serving", ASPLOS 2025).
+    """
+    most = before = 0
+    for number, (known, added) in enumerate(sorted(pages, key=lambda p: -p[1]), 1):
+        before += known
+        most = max(most, before + number * added)
+    return most

@@ -8,6 +8,9 @@ from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK
 from segue_cloud.engine.port import EngineTurn
 from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
 
+# Stands in a page table for a page that was given back: a window has passed it, nobody reads it.
+HOLE = -1
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -16,6 +19,8 @@ class Sequence:
     `chain` names the full 64-token blocks of [0, computed) in order, `held` those among them whose
     pages are cached blocks that this sequence references (None: the pages are its own).
     `shipped_names`: what the edge calls the blocks of `tokens`, as far as they were asked for.
+    Blocks before `trimmed`, sinks excepted, were given back: their pages are `HOLE`.
+    `shared_pages`: pages that others held when it began, so that it took none for them.
     `table_version` changes whenever `pages` does, so that readers can keep copies.
     """
 
@@ -28,6 +33,8 @@ class Sequence:
     held: list[bytes | None] = field(default_factory=list)
     shipped_names: list[bytes] = field(default_factory=list)
     table_version: int = 0
+    trimmed: int = 0
+    shared_pages: int = 0
     cached_tokens: int = 0
     preempted: int = 0
     told_cached: bool = False
@@ -63,6 +70,11 @@ class Sequence:
         """Reply tokens that may still be sampled."""
         return max(0, self.turn.max_tokens - self.reply_index)
 
+    @property
+    def pages_live(self) -> int:
+        """Pages it holds or shares now."""
+        return len(self.pages) - self.pages.count(HOLE)
+
     def block_tokens(self, index: int) -> list[int]:
         return self.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
 
@@ -82,7 +94,13 @@ class Sequence:
         assert len(self.pages) * PAGE_TOKENS >= self.computed
         assert len(self.chain) == len(self.held)
         assert len(self.chain) * BLOCK_TOKENS <= self.computed
-        assert len(set(self.pages)) == len(self.pages)
+        live = [page for page in self.pages if page != HOLE]
+        assert len(set(live)) == len(live)
+        for index, held in enumerate(self.held):
+            holes = self.block_pages(index).count(HOLE)
+            assert holes in (0, PAGES_PER_BLOCK), "a block is given back as a whole"
+            assert not holes or (held is None and index < self.trimmed)
+        assert HOLE not in self.pages[len(self.held) * PAGES_PER_BLOCK :]
 
 
 def pages_for(tokens: int) -> int:

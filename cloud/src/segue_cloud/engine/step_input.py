@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 class Segment:
     """Rows [first, first + count) are consecutive tokens of one turn, from `start` on.
 
-    `slots`: where the KV of its tokens [0, start + count) lies; None where `start` is 0, since
-    then all keys are among the rows themselves. `mask`: `[count, start + count]`, added to scores;
-    None: every token sees all before it.
+    `slots`: where the KV of what these rows see lies, in order (all tokens [0, start + count), or
+    less with a window); None where `start` is 0, since then all keys are among the rows
+    themselves. `mask`: `[count, keys]`, added to scores; None: every token sees all before it.
     """
 
     first: int

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from segue_contract.errors import ModelMismatch, ModelMissing
-from segue_contract.model.manifest import ModelGeometry
+from segue_contract.model.manifest import Manifest, ModelGeometry
 
 WEIGHTS_FILE = Path("cloud") / "model.safetensors"
 
@@ -42,6 +42,21 @@ class Weights:
     layers: tuple[Layer, ...]
     final_norm: torch.Tensor
     head: torch.Tensor
+
+
+def check_size(directory: Path, manifest: Manifest) -> None:
+    """The weights have the size that the manifest lists; their hash is for `segue model verify`.
+
+    Raises:
+        ModelMismatch: another size, so one of the two was changed. A missing file is no business
+            of this check.
+    """
+    entry, path = manifest.files.get(str(WEIGHTS_FILE)), directory / WEIGHTS_FILE
+    if entry is not None and path.is_file() and path.stat().st_size != entry.bytes:
+        raise ModelMismatch(
+            f"{path} has {path.stat().st_size} bytes; the manifest says {entry.bytes}.",
+            hint="One of them was changed (`segue model verify`). Build the model again.",
+        )
 
 
 @dataclass(frozen=True)

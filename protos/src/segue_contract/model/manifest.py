@@ -53,7 +53,10 @@ _HASH_CHUNK = 1 << 20
 
 
 class ModelGeometry(msgspec.Struct, frozen=True, kw_only=True):
-    """The Llama family's sizes. Context in tokens."""
+    """The Llama family's sizes. Context in tokens.
+
+    `sliding_window`: a token sees that many tokens, itself among them; 0: all before it.
+    """
 
     layers: int
     hidden: int
@@ -66,6 +69,7 @@ class ModelGeometry(msgspec.Struct, frozen=True, kw_only=True):
     rope_base: float
     norm_eps: float
     tied_embeddings: bool = True
+    sliding_window: int = 0
 
     @property
     def kv(self) -> KvGeometry:
@@ -176,7 +180,8 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_geometry(path: Path, geometry: ModelGeometry) -> None:
     sizes = msgspec.structs.asdict(geometry)
     for name, value in sizes.items():
-        if not value > 0 and name != "tied_embeddings":
+        may_be_zero = name in ("tied_embeddings", "sliding_window")
+        if value < 0 or (value == 0 and not may_be_zero) or value != value:
             raise ModelMismatch(f"{path}: {name} is {value}.", hint="Build the model again.")
     if geometry.heads % geometry.kv_heads:
         raise ModelMismatch(

@@ -70,6 +70,7 @@ class NativeRunner:
         if not known:
             log.info("compiling_cpu_step", note="once on this machine, under a minute")
         self._model.start()
+        torch.set_num_threads(1)  # it only moves blocks from now on: waking threads costs more
         if not known:
             log.info("compiled_cpu_step", seconds=round(time.monotonic() - started, 1))
         one = np.zeros(1, np.int64)

@@ -149,9 +149,9 @@ def mix(
     """out[at + r * width + c] = factors[r] * sum over the tokens t of `pages` pages of
     p[r, t] * v[t, offset + c].
 
-    `p`: uint16, rows from `p_at`, `p_width` apart; `places`: int64, from `places_at`
-    the addresses of the pages of values; `shape`: `mix_shape` of the rows, 1 to 4, and the registers of c, 1 to 4; `factors`:
-    float32, from `factors_at`; `out`: uint16.
+    `p`: uint16, rows from `p_at`, `p_width` apart; `places`: int64, from `places_at` the addresses
+    of the pages of values; `shape`: `mix_shape` of the rows, 1 to 4, and the registers of c, 1 to
+    4; `factors`: float32, from `factors_at`; `out`: uint16.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:

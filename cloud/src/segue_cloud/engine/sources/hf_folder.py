@@ -15,6 +15,9 @@ from segue_contract.errors import ModelError, ModelMismatch
 from segue_contract.model.manifest import ModelGeometry
 from segue_contract.model.progress import Progress
 
+# Mistral is a Llama, most of them with a sliding window.
+_FAMILIES = ("llama", "mistral")
+
 
 def read_folder(path: Path, progress: Progress) -> Checkpoint:
     """Read the folder at `path`.
@@ -68,9 +71,9 @@ def _json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def _geometry(config: dict[str, Any]) -> ModelGeometry:
     family = config.get("model_type")
-    if family != "llama":
+    if family not in _FAMILIES:
         raise ModelError(
-            f"This model is of the family {family!r}; only 'llama' can be built.",
+            f"This model is of the family {family!r}; only 'llama' and 'mistral' can be built.",
             hint="Use a Llama-family model, such as SmolLM2.",
             family=str(family),
         )
@@ -88,6 +91,7 @@ def _geometry(config: dict[str, Any]) -> ModelGeometry:
             )
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        context, window = int(config["max_position_embeddings"]), _window(config)
         return ModelGeometry(
             layers=int(config["num_hidden_layers"]),
             hidden=hidden,
@@ -96,13 +100,19 @@ def _geometry(config: dict[str, Any]) -> ModelGeometry:
             head_dim=int(config.get("head_dim") or hidden // heads),
             ffn=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
-            context=int(config["max_position_embeddings"]),
+            context=context,
             rope_base=float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
             norm_eps=float(config["rms_norm_eps"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=window if 0 < window < context else 0,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelMismatch(f"config.json lacks or garbles an entry: {error}.") from error
+
+
+def _window(config: dict[str, Any]) -> int:
+    """Mistral's `sliding_window`; Llama's own code ignores such an entry, so we do."""
+    return int(config.get("sliding_window") or 0) if config["model_type"] == "mistral" else 0
 
 
 def _tensors(path: Path, progress: Progress) -> dict[str, torch.Tensor]:
