@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,20 @@ from numpy.typing import NDArray
 
 from segue_contract.kv.layout import KvBlock, KvGeometry
 from segue_contract.limits import KV_PAGE_TOKENS
+
+
+class BlockPages(Protocol):
+    """Whole blocks in and out of pages, wherever their parts lie."""
+
+    geometry: KvGeometry
+
+    def write_block(self, pages: Sequence[int], block: KvBlock) -> None:
+        """Put a 64-token block into four pages, converted to the pool's dtype."""
+        ...
+
+    def read_block(self, pages: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values of four pages, float32 `[layers, kv_heads, 64, head_dim]` each."""
+        ...
 
 
 class KvPages:

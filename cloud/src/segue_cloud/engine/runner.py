@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,15 +14,15 @@ import numpy as np
 import structlog
 import torch
 
-from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window
-from segue_cloud.engine.kv_pages import KvPages, slots_of
+from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window, chunk_mask
+from segue_cloud.engine.kv_pages import BlockPages, KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
 from segue_cloud.engine.sequence import Sequence, pages_for
 from segue_cloud.engine.step_input import Segment, StepInput
-from segue_cloud.engine.weights import load_weights
+from segue_cloud.engine.weights import Weights, load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
@@ -47,7 +48,7 @@ class StepRunner(Protocol):
     """What the engine needs of whatever computes its steps. One call at a time, except that the
     next step may be prepared while one runs."""
 
-    pages: KvPages
+    pages: BlockPages
 
     def warm_up(self, threads: int) -> None:
         """Compile, load and touch what the first step would otherwise wait for.
@@ -77,17 +78,23 @@ class Runner:
     """
 
     def __init__(
-        self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+        self,
+        directory: Path,
+        geometry: ModelGeometry,
+        pages: int,
+        options: EngineOptions,
+        load: Callable[[Path, ModelGeometry, torch.dtype, str], Weights] = load_weights,
     ) -> None:
         device = options.device
         dtype = choose_dtype(options.dtype, device)
         self._device = device
         self._geometry = geometry
         self._window = Window(options.window, options.sinks)
-        self.pages = KvPages(geometry.kv, pages, dtype, device)
-        self._ops = _choose_ops(geometry, self.pages, options)
-        weights = load_weights(directory, geometry, dtype, device)
-        self._model = LlamaModel(geometry, weights, self.pages, self._ops)
+        store = KvPages(geometry.kv, pages, dtype, device)
+        self.pages: BlockPages = store
+        self._ops = _choose_ops(geometry, store, options)
+        weights = load(directory, geometry, dtype, device)
+        self._model = LlamaModel(geometry, weights, store, self._ops)
         self._tables = _Tables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
@@ -102,19 +109,27 @@ class Runner:
             )
 
     def run(self, prepared: Prepared) -> list[int]:
+        logits = self.compute(prepared.input)
+        if not prepared.samplings:
+            return []
+        return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
+
+    def compute(self, step: StepInput) -> torch.Tensor:
+        """See `LlamaModel.step`."""
         with torch.inference_mode():
-            logits = self._model.step(prepared.input)
-            if not prepared.samplings:
-                return []
-            return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
+            return self._model.step(step)
 
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         with torch.inference_mode():
             self.pages.write_block(pages, block)
 
-    def warm_up(self, threads: int) -> None:
+    def load_kernels(self, threads: int) -> None:
+        """The part of `warm_up` that may take a while and needs no other rank."""
         if isinstance(self._ops, CompiledOps):
             _load_kernels(self._ops, threads)
+
+    def warm_up(self, threads: int) -> None:
+        self.load_kernels(threads)
         tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
@@ -185,11 +200,7 @@ class Runner:
 
     def _segment(self, work: Work, first: int) -> Segment:
         end = work.start + work.count
-        mask = None
-        if work.start or 0 < self._window.tokens < end:
-            mask = torch.zeros(work.count, end, dtype=self._dtype)
-            hidden = self._window.hidden(torch.arange(work.start, end), torch.arange(end))
-            mask = mask.masked_fill_(hidden, float("-inf")).to(self._device)
+        mask = chunk_mask(self._window, work.start, work.count, self._dtype, self._device)
         if work.start == 0:
             return Segment(first, work.count, 0, None, mask)
         slots = torch.from_numpy(slots_of(work.sequence.pages)[:end]).to(self._device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from segue_cloud.engine.tensor_parallel.split import Shard, split
 from segue_contract.errors import ModelMismatch, ModelMissing
 from segue_contract.model.manifest import ModelGeometry
 
@@ -35,7 +36,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """`embed`, `head`: `[vocab, hidden]` in the engine's dtype; norms are float32."""
+    """`embed`, `head`: `[vocab, hidden]` in the engine's dtype (of a shard, the head is its rows);
+    norms are float32."""
 
     embed: torch.Tensor
     layers: tuple[Layer, ...]
@@ -44,9 +46,16 @@ class Weights:
 
 
 def load_weights(
-    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+    directory: Path,
+    geometry: ModelGeometry,
+    dtype: torch.dtype,
+    device: str,
+    shard: Shard | None = None,
 ) -> Weights:
     """Read `<directory>/cloud/model.safetensors` (Hugging Face Llama names) and fuse it.
+
+    `geometry` is the whole model's. With a `shard`, the linears and the head are that rank's part;
+    `out` and `down` then give partial products, to be summed over the ranks.
 
     Raises:
         ModelMissing: no such file.
@@ -60,7 +69,8 @@ def load_weights(
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return _assemble(_Reader(file, path), geometry, dtype, device)
+            part = shard or split(geometry, 1)[0]
+            return _assemble(_Reader(file, path), geometry, part, dtype, device)
     except SafetensorError as error:
         raise ModelMismatch(
             f"{path} cannot be read: {error}.", hint="Build the model again."
@@ -97,9 +107,14 @@ class _Reader:
         return tensor
 
 
-def _assemble(read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device: str) -> Weights:
+def _assemble(
+    read: _Reader, geometry: ModelGeometry, part: Shard, dtype: torch.dtype, device: str
+) -> Weights:
     g = geometry
     q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    kv_cut = part.kv_heads.times(g.head_dim).cut
+    q_cut = part.kv_heads.times(g.head_dim * (g.heads // g.kv_heads)).cut
+    ffn_cut = part.ffn.cut
 
     def linear(*parts: torch.Tensor) -> Linear:
         return make_linear(torch.cat([part.to(device=device, dtype=dtype) for part in parts]))
@@ -116,17 +131,17 @@ def _assemble(read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device
             Layer(
                 input_norm=norm(at + "input_layernorm.weight"),
                 qkv=linear(
-                    read.get(at + "self_attn.q_proj.weight", q, g.hidden),
-                    read.get(at + "self_attn.k_proj.weight", kv, g.hidden),
-                    read.get(at + "self_attn.v_proj.weight", kv, g.hidden),
+                    read.get(at + "self_attn.q_proj.weight", q, g.hidden)[q_cut],
+                    read.get(at + "self_attn.k_proj.weight", kv, g.hidden)[kv_cut],
+                    read.get(at + "self_attn.v_proj.weight", kv, g.hidden)[kv_cut],
                 ),
-                out=linear(read.get(at + "self_attn.o_proj.weight", g.hidden, q)),
+                out=linear(read.get(at + "self_attn.o_proj.weight", g.hidden, q)[:, q_cut]),
                 ffn_norm=norm(at + "post_attention_layernorm.weight"),
                 gate_up=linear(
-                    read.get(at + "mlp.gate_proj.weight", g.ffn, g.hidden),
-                    read.get(at + "mlp.up_proj.weight", g.ffn, g.hidden),
+                    read.get(at + "mlp.gate_proj.weight", g.ffn, g.hidden)[ffn_cut],
+                    read.get(at + "mlp.up_proj.weight", g.ffn, g.hidden)[ffn_cut],
                 ),
-                down=linear(read.get(at + "mlp.down_proj.weight", g.hidden, g.ffn)),
+                down=linear(read.get(at + "mlp.down_proj.weight", g.hidden, g.ffn)[:, ffn_cut]),
             )
         )
     embed = read.get("model.embed_tokens.weight", g.vocab, g.hidden).to(device=device, dtype=dtype)
@@ -135,7 +150,7 @@ def _assemble(read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device
         embed=embed,
         layers=tuple(layers),
         final_norm=norm("model.norm.weight"),
-        head=head.to(device=device, dtype=dtype),
+        head=head[part.vocab.cut].to(device=device, dtype=dtype),
     )
 
 

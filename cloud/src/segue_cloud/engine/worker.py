@@ -29,7 +29,7 @@ import torch
 
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
-from segue_cloud.engine.commands import Cancel, Close, Command, Offer, Submit
+from segue_cloud.engine.commands import Cancel, Close, Command, Die, Offer, Submit
 from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
@@ -37,15 +37,21 @@ from segue_cloud.engine.options import (
     choose_pages,
     choose_threads,
     dtype_name,
+    rank_threads,
 )
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_cloud.engine.streams import TurnStream
+from segue_cloud.engine.tensor_parallel.group import check_devices
+from segue_cloud.engine.tensor_parallel.lead import LeadRunner
+from segue_cloud.engine.tensor_parallel.ranks import Ranks
+from segue_cloud.engine.tensor_parallel.split import split
 from segue_contract.errors import (
     DeadlineExceeded,
     Overloaded,
+    RankLost,
     SegueError,
     TurnFailed,
 )
@@ -85,6 +91,7 @@ class TorchEngine:
         options: EngineOptions,
         pages: int,
         build: Callable[[], StepRunner],
+        ranks: Ranks | None = None,
     ) -> None:
         """For `load`, and for whoever brings another runner; `start` comes next.
 
@@ -118,6 +125,7 @@ class TorchEngine:
                 context=manifest.geometry.context,
             ),
         )
+        self._ranks = ranks
         self._stats = EngineStats(0, 0, pages, pages, 0.0, 0.0, 0.0, 0, 0)
 
     @classmethod
@@ -129,12 +137,32 @@ class TorchEngine:
         Raises:
             ModelMissing, ModelMismatch: the weights are not there or do not fit the manifest.
             ModelError: the KV pool is too small or does not fit into memory.
+            InvalidArgument: the model or the machine has no room for so many ranks.
+            RankLost: a rank ended while it loaded.
         """
         options = options or EngineOptions()
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
+        if options.tensor_parallel == 1:
+            build = partial(Runner, directory, geometry, pages, options)
+            engine = cls(manifest, options, pages, build)
+        else:
+            shards = split(geometry, options.tensor_parallel)
+            check_devices(options.device, len(shards))
+            ranks = await Ranks.start(len(shards), options.device)
+            lead = partial(
+                LeadRunner,
+                directory,
+                geometry,
+                pages,
+                options,
+                shards=shards,
+                controls=ranks.controls,
+                group=ranks.group,
+                folder=ranks.folder,
+            )
+            engine = cls(manifest, options, pages, lead, ranks)
         await engine.start()
         return engine
 
@@ -145,10 +173,17 @@ class TorchEngine:
             target=self._main, args=(ready,), name="segue-engine", daemon=True
         )
         self._thread.start()
-        await ready
+        try:
+            await ready
+        except BaseException:
+            await self._stop_ranks()
+            raise
+        if self._ranks is not None:
+            self._ranks.watch(self._lose)
         log.info(
             "engine_ready",
             dtype=dtype_name(self._dtype),
+            tensor_parallel=self._options.tensor_parallel,
             threads=choose_threads(self._options.threads),
             kv_tokens=self._pool.pages_total * BLOCK_TOKENS // PAGES_PER_BLOCK,
         )
@@ -232,12 +267,22 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
-        if self._closed:
-            return
-        self._closed = True
-        self._commands.put(Close())
+        if not self._closed:
+            self._closed = True
+            self._commands.put(Close())
         await asyncio.to_thread(self._thread.join, SHUTDOWN_GRACE_S)
         self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
+        await self._stop_ranks()
+
+    async def _stop_ranks(self) -> None:
+        if self._ranks is not None:
+            await self._ranks.stop()
+
+    def _lose(self, error: RankLost) -> None:
+        # The thread may be idle, or stuck on a device: whoever waits for it is told first.
+        self._closed = True
+        self._die(TurnFailed(f"The engine died: {error}"))
+        self._commands.put(Die(error))
 
     def _die(self, error: SegueError) -> None:
         self.died.set()
@@ -292,7 +337,7 @@ class TorchEngine:
 
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.
-        threads = choose_threads(self._options.threads)
+        threads = rank_threads(self._options, 0)
         torch.set_num_threads(threads)
         runner = self._build()
         runner.warm_up(threads)
@@ -327,6 +372,8 @@ class TorchEngine:
                     self._scheduler.cancel(key)
                 case Offer(blocks, taken):
                     self._post(_finish_future, taken, self._take_blocks(blocks))
+                case Die(error):
+                    raise error
                 case Close():
                     return False
             self._publish_stats()
@@ -339,6 +386,8 @@ class TorchEngine:
         started = time.perf_counter()
         try:
             sampled = self._runner.run(self._runner.prepare(step))
+        except RankLost:
+            raise
         except Exception as error:
             self._fail_step(step, error)
             return
@@ -378,7 +427,7 @@ class TorchEngine:
             error = running.exception()  # waits for the step
             if error is None:
                 outputs = scheduler.end(step, running.result())
-            elif isinstance(error, Exception):
+            elif isinstance(error, Exception) and not isinstance(error, RankLost):
                 self._fail_step(step, error)
             else:
                 raise error

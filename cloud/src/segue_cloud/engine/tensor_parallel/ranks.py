@@ -1,0 +1,120 @@
+"""The processes of the ranks above the first: started, watched and stopped with the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from segue_cloud.engine.tensor_parallel.group import Group
+from segue_cloud.engine.tensor_parallel.messages import Control, Hello
+from segue_cloud.engine.tensor_parallel.rank import CONNECTED
+from segue_contract.errors import RankLost
+from segue_contract.limits import START_TIMEOUT_S
+from segue_contract.servers.process import ChildProcess
+
+log = structlog.get_logger(__name__)
+
+_MODULE = "segue_cloud.engine.tensor_parallel.rank"
+
+
+class Ranks:
+    """Ranks 1 to N-1. Made with `start`; `stop` ends every one of them.
+
+    Attributes:
+        controls: their sockets in order, for the engine thread.
+        group: the first rank's place among them.
+        folder: private to this user; socket and meeting place lie in it.
+    """
+
+    def __init__(self, folder: Path, group: Group) -> None:
+        self.folder = folder
+        self.group = group
+        self.controls: list[Control] = []
+        self._children: list[ChildProcess] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @classmethod
+    async def start(cls, ranks: int, device: str) -> Ranks:
+        """Start the processes and wait until each has connected; they load in `LeadRunner`.
+
+        From the thread of the event loop: the system ends them with that thread.
+
+        Raises:
+            Internal, DeadlineExceeded: see `ChildProcess.start`.
+            RankLost: one did not introduce itself.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="segue-ranks-"))
+        made = cls(folder, Group(0, ranks, device))
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(folder / "control"))
+                listener.listen(ranks)
+                listener.settimeout(START_TIMEOUT_S)
+                for rank in range(1, ranks):
+                    await made._start_one(rank)
+                made.controls = await asyncio.to_thread(_accept, listener, ranks)
+        except BaseException:
+            await made.stop()
+            raise
+        return made
+
+    async def _start_one(self, rank: int) -> None:
+        self._children.append(
+            await ChildProcess.start(
+                f"rank {rank}",
+                [sys.executable, "-m", _MODULE, str(self.folder / "control"), str(rank)],
+                ready=CONNECTED.__eq__,
+            )
+        )
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._children]
+
+    def watch(self, on_loss: Callable[[RankLost], None]) -> None:
+        """Call `on_loss` when a rank ends that was not stopped."""
+        self._watchers = [
+            asyncio.create_task(self._watch_one(rank, child, on_loss), name=f"watch rank {rank}")
+            for rank, child in enumerate(self._children, 1)
+        ]
+
+    async def _watch_one(
+        self, rank: int, child: ChildProcess, on_loss: Callable[[RankLost], None]
+    ) -> None:
+        status = await child.wait()
+        if self._stopping:
+            return
+        log.error("rank_ended", rank=rank, status=status, log=child.log_tail())
+        on_loss(RankLost(f"Rank {rank} ended with status {status}.", hint=child.log_tail(3)))
+
+    async def stop(self) -> None:
+        """Close the sockets, end the processes, remove the folder; safe to call twice."""
+        self._stopping = True
+        for watcher in self._watchers:
+            watcher.cancel()
+        for control in self.controls:
+            control.close()
+        await asyncio.gather(*(child.stop() for child in self._children))
+        self.group.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _accept(listener: socket.socket, ranks: int) -> list[Control]:
+    """The ranks' connections in order. Each has connected already, in an order of its own."""
+    known: dict[int, Control] = {}
+    for _ in range(1, ranks):
+        control = Control(0, listener.accept()[0])
+        hello = control.receive(START_TIMEOUT_S)
+        if not isinstance(hello, Hello) or hello.rank in known:
+            raise RankLost(f"A rank introduced itself with {hello!r}.")
+        control.rank = hello.rank
+        known[hello.rank] = control
+    return [known[rank] for rank in range(1, ranks)]
