@@ -15,17 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from segue_cloud.engine.options import EngineOptions
+from segue_cloud.cli import load_settings
+from segue_cloud.engine.options import EngineOptions, rank_threads
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.tensor_parallel.group import Group
+from segue_cloud.engine.tensor_parallel.lead import LeadRunner
+from segue_cloud.engine.tensor_parallel.ranks import Ranks
+from segue_cloud.engine.tensor_parallel.split import split
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.chat.tokenizer import ChatTokenizer
 from segue_contract.errors import InvalidArgument, ModelMismatch, RankLost, TurnFailed
-from segue_contract.kv.layout import block_ids
+from segue_contract.kv.layout import KvBlock, block_ids
 from segue_contract.model.manifest import Manifest, ModelGeometry, read_manifest
 from segue_contract.sync.ops import Sampling
 from tests.support.tiny_llama import TINY, WEIGHTS, HfReference, build_tiny_llama
@@ -160,16 +165,15 @@ async def test_shipped_blocks_reach_every_rank(uneven: Tiny) -> None:
 
 async def test_wrong_shipped_numbers_are_really_used(uneven: Tiny) -> None:
     """What the test above relies on: each rank attends over what was shipped to it."""
-    prompt = uneven.prompts[8]
-    blocks = uneven.reference.blocks(prompt, uneven.manifest.edge_recipe)
-    for head in range(UNEVEN.kv_heads):
-        async with engine_of(uneven, 3) as engine:
+    async with engine_of(uneven, 3) as engine:
+        for head, index in enumerate((7, 8, 9)):
+            blocks = uneven.reference.blocks(uneven.prompts[index], uneven.manifest.edge_recipe)
             for block in blocks:
                 spoilt = block.v.copy()
                 spoilt[:, head] *= -3.0
                 await engine.offer_blocks([replace(block, v=spoilt)])
-            turn = uneven.turn(8, prompt_blocks=tuple(block.id for block in blocks))
-            assert (await collect(engine, turn))[0] != uneven.replies[8]
+            turn = uneven.turn(index, prompt_blocks=tuple(block.id for block in blocks))
+            assert (await collect(engine, turn))[0] != uneven.replies[index]
 
 
 async def test_a_follow_up_reuses_prompt_and_reply(uneven: Tiny) -> None:
@@ -183,14 +187,109 @@ async def test_a_follow_up_reuses_prompt_and_reply(uneven: Tiny) -> None:
     assert outputs[0].cached_tokens == (len(prompt) + len(reply) - 1) // 64 * 64 > 0
 
 
+async def test_blocks_come_back_from_the_host_tier(uneven: Tiny) -> None:
+    rng = random.Random(SEED + 1)
+    prompts = [tuple(rng.randrange(4, 512) for _ in range(300)) for _ in range(16)]
+    turns = [EngineTurn(f"h{i}", prompt, max_tokens=8) for i, prompt in enumerate(prompts)]
+    # A pool of some 1,200 tokens: a quarter of what is asked for.
+    small = {"pool_bytes": 1200 * 768, "host_bytes": 32 << 20}
+    replies = []
+    for ranks in (1, 2):
+        async with engine_of(uneven, ranks, **small) as engine:
+            first = await asyncio.gather(*(collect(engine, turn) for turn in turns))
+            tier = engine.tier
+            assert tier is not None
+            tier.recompute_s = lambda: 0.0  # about what comes back, not about when it pays
+            again = [await collect(engine, turn) for turn in turns]
+            assert tier.brought_blocks > 0
+            assert all(outputs[0].cached_tokens == 256 for _, outputs in again)
+        replies.append([tokens for tokens, _ in [*first, *again]])
+    assert replies[0] == replies[1]
+
+
+async def test_a_block_is_read_as_it_was_written(uneven: Tiny) -> None:
+    g = UNEVEN.kv
+    numbers = np.random.default_rng(SEED)
+    shape = (2, 2, g.layers, g.kv_heads, 64, g.head_dim)
+    (k, v), (k2, v2) = numbers.standard_normal(shape, np.float32)
+    options = replace(FP32, tensor_parallel=3, compiled=False)
+    shards = split(UNEVEN, 3)
+    ranks = await Ranks.start(3, "cpu")
+    try:
+        lead = LeadRunner(
+            uneven.directory,
+            UNEVEN,
+            64,
+            options,
+            shards=shards,
+            controls=ranks.controls,
+            group=ranks.group,
+            folder=ranks.folder,
+        )
+        lead.warm_up(1)
+        lead.write_block([9, 3, 20, 7], KvBlock(b"a", "", k, v))
+        lead.write_block([1, 2, 4, 40], KvBlock(b"b", "", k2, v2))
+        for pages, expected in (([9, 3, 20, 7], (k, v)), ([1, 2, 4, 40], (k2, v2))):
+            read = lead.pages.read_block(pages)
+            assert np.array_equal(read[0], expected[0])
+            assert np.array_equal(read[1], expected[1])
+    finally:
+        await ranks.stop()
+
+
+# -- how a model is cut ---------------------------------------------------------------------------
+
+
+def test_every_head_column_and_row_belongs_to_one_rank() -> None:
+    print("split seed", SEED)
+    rng = random.Random(SEED)
+    for _ in range(300):
+        kv_heads = rng.randint(1, 16)
+        geometry = msgspec.structs.replace(
+            TINY,
+            kv_heads=kv_heads,
+            heads=kv_heads * rng.randint(1, 5),
+            ffn=rng.randint(64, 20_000),
+            vocab=rng.randint(64, 200_000),
+        )
+        ranks = rng.randint(1, kv_heads)
+        shards = split(geometry, ranks)
+        for name in ("kv_heads", "ffn", "vocab"):
+            spans = [getattr(shard, name) for shard in shards]
+            assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+            assert spans[-1].end == getattr(geometry, name)
+            sizes = [span.size for span in spans]
+            assert min(sizes) > 0
+            if name != "kv_heads":
+                assert max(sizes) <= 1.25 * min(sizes) or max(sizes) - min(sizes) == 1
+        parts = [shard.geometry(geometry) for shard in shards]
+        assert sum(part.heads for part in parts) == geometry.heads
+        assert {part.heads // part.kv_heads for part in parts} == {geometry.heads // kv_heads}
+
+
+def test_the_default_models_shapes_are_cut_in_wide_units() -> None:
+    smollm2 = msgspec.structs.replace(TINY, heads=9, kv_heads=3, ffn=1536, vocab=49152)
+    two = split(smollm2, 2)
+    assert [shard.kv_heads.size for shard in two] == [1, 2]
+    assert [shard.ffn.size for shard in two] == [768, 768]
+    assert [shard.vocab.size for shard in two] == [24576, 24576]
+    assert [shard.ffn.size for shard in split(smollm2, 3)] == [512, 512, 512]
+
+
+@pytest.mark.parametrize(
+    ("threads", "ranks", "expected"), [(2, 2, [1, 1]), (7, 3, [2, 2, 3]), (1, 3, [1, 1, 1])]
+)
+def test_threads_are_divided(threads: int, ranks: int, expected: list[int]) -> None:
+    options = EngineOptions(threads=threads, tensor_parallel=ranks)
+    assert [rank_threads(options, rank) for rank in range(ranks)] == expected
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
 async def test_more_ranks_than_kv_heads_are_refused(uneven: Tiny) -> None:
     with pytest.raises(InvalidArgument, match="from 1 to 3") as caught:
-        await TorchEngine.load(
-            uneven.directory, uneven.manifest, replace(FP32, tensor_parallel=4)
-        )
+        await TorchEngine.load(uneven.directory, uneven.manifest, replace(FP32, tensor_parallel=4))
     assert caught.value.fields["most"] == 3
     assert rank_processes() == []
 
@@ -211,6 +310,15 @@ async def test_bad_weights_are_named_and_leave_no_process(tmp_path: Path) -> Non
     assert rank_processes() == []
 
 
+def test_the_command_line_and_the_environment_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings({}).tensor_parallel == 1
+    monkeypatch.setenv("SEGUE_CLOUD_TENSOR_PARALLEL", "3")
+    assert load_settings({}).tensor_parallel == 3
+    assert load_settings({"tensor_parallel": 2}).tensor_parallel == 2
+    with pytest.raises(InvalidArgument, match="tensor_parallel"):
+        load_settings({"tensor_parallel": 0})
+
+
 # -- ends -----------------------------------------------------------------------------------------
 
 
@@ -218,8 +326,7 @@ async def test_a_rank_killed_in_mid_turn_fails_the_turns(even: Tiny) -> None:
     async with engine_of(even, 2) as engine:
         (child,) = rank_processes()
         turns = [
-            even.turn(i, turn=f"long{i}", max_tokens=500, end_tokens=frozenset())
-            for i in range(4)
+            even.turn(i, turn=f"long{i}", max_tokens=500, end_tokens=frozenset()) for i in range(4)
         ]
         streams = [engine.submit(turn) for turn in turns]
         for stream in streams:

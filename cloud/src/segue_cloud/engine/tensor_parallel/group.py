@@ -47,7 +47,7 @@ class Group:
         """
         timeout = timedelta(seconds=timeout_s)
         try:
-            store = dist.FileStore(str(folder / _STORE), self.ranks)
+            store: Any = dist.FileStore(str(folder / _STORE), self.ranks)  # type: ignore[attr-defined]
             store.set_timeout(timeout)
             make = _nccl if self._nccl else _gloo
             self._backend = make(store, self.rank, self.ranks, timeout)
@@ -116,7 +116,7 @@ def check_devices(device: str, ranks: int) -> None:
         raise InvalidArgument("This build of torch has no NCCL, which CUDA ranks need.")
 
 
-def _gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+def _gloo(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()
     # Named, for gloo's own choice is the address of the host's name.
@@ -126,7 +126,7 @@ def _gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
     return kind(store, rank, ranks, options)
 
 
-def _nccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+def _nccl(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()

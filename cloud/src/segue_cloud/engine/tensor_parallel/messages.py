@@ -50,12 +50,6 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
         return values.reshape(self.shape).copy()
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A rank's first word."""
-
-    rank: int
-
-
 class SetUp(msgspec.Struct, frozen=True, tag="set_up"):
     """`options` are the whole engine's; `pages` are what each rank's pool holds."""
 
@@ -116,7 +110,7 @@ class BlockRead(msgspec.Struct, frozen=True, tag="was_read"):
 
 
 Message: TypeAlias = (
-    Hello | SetUp | Loaded | Failed | WarmUp | ComputeStep | WriteBlock | ReadBlock | BlockRead
+    SetUp | Loaded | Failed | WarmUp | ComputeStep | WriteBlock | ReadBlock | BlockRead
 )
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -13,10 +13,9 @@ from pathlib import Path
 import structlog
 
 from segue_cloud.engine.tensor_parallel.group import Group
-from segue_cloud.engine.tensor_parallel.messages import Control, Hello
+from segue_cloud.engine.tensor_parallel.messages import Control
 from segue_cloud.engine.tensor_parallel.rank import CONNECTED
 from segue_contract.errors import RankLost
-from segue_contract.limits import START_TIMEOUT_S
 from segue_contract.servers.process import ChildProcess
 
 log = structlog.get_logger(__name__)
@@ -49,7 +48,6 @@ class Ranks:
 
         Raises:
             Internal, DeadlineExceeded: see `ChildProcess.start`.
-            RankLost: one did not introduce itself.
         """
         folder = Path(tempfile.mkdtemp(prefix="segue-ranks-"))
         made = cls(folder, Group(0, ranks, device))
@@ -57,16 +55,15 @@ class Ranks:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(folder / "control"))
                 listener.listen(ranks)
-                listener.settimeout(START_TIMEOUT_S)
+                listener.setblocking(False)
                 for rank in range(1, ranks):
-                    await made._start_one(rank)
-                made.controls = await asyncio.to_thread(_accept, listener, ranks)
+                    await made._start_one(rank, listener)
         except BaseException:
             await made.stop()
             raise
         return made
 
-    async def _start_one(self, rank: int) -> None:
+    async def _start_one(self, rank: int, listener: socket.socket) -> None:
         self._children.append(
             await ChildProcess.start(
                 f"rank {rank}",
@@ -74,10 +71,8 @@ class Ranks:
                 ready=CONNECTED.__eq__,
             )
         )
-
-    @property
-    def pids(self) -> list[int]:
-        return [child.pid for child in self._children]
+        # It said that it has connected, and nobody else was asked to.
+        self.controls.append(Control(rank, listener.accept()[0]))
 
     def watch(self, on_loss: Callable[[RankLost], None]) -> None:
         """Call `on_loss` when a rank ends that was not stopped."""
@@ -105,16 +100,3 @@ class Ranks:
         await asyncio.gather(*(child.stop() for child in self._children))
         self.group.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _accept(listener: socket.socket, ranks: int) -> list[Control]:
-    """The ranks' connections in order. Each has connected already, in an order of its own."""
-    known: dict[int, Control] = {}
-    for _ in range(1, ranks):
-        control = Control(0, listener.accept()[0])
-        hello = control.receive(START_TIMEOUT_S)
-        if not isinstance(hello, Hello) or hello.rank in known:
-            raise RankLost(f"A rank introduced itself with {hello!r}.")
-        control.rank = hello.rank
-        known[hello.rank] = control
-    return [known[rank] for rank in range(1, ranks)]

@@ -17,7 +17,6 @@ from segue_cloud.engine.tensor_parallel.messages import (
     ComputeStep,
     Control,
     Failed,
-    Hello,
     Loaded,
     ReadBlock,
     SetUp,
@@ -39,7 +38,6 @@ def serve(connection: socket.socket, rank: int, folder: Path) -> None:
         SegueError: this rank cannot go on; the first one has been told.
     """
     control = Control(0, connection)
-    control.send(Hello(rank))
     try:
         worker = _Worker(control, rank, folder)
         while worker.serve_one():
