@@ -132,21 +132,21 @@ async def test_alone_batched_and_sampled_equal_one_rank(uneven: Tiny, ranks: int
 
 @pytest.mark.parametrize(
     "changes",
-    [{"compiled": False}, {"ahead": True}, {"step_tokens": 64, "mixed_tokens": 64, "max_batch": 4}],
-    ids=["torch", "ahead", "small-chunks"],
+    [{}, {"ahead": True}, {"step_tokens": 64, "mixed_tokens": 64, "max_batch": 4}],
+    ids=["all", "ahead", "small-chunks"],
 )
-async def test_other_ways_through_the_engine(even: Tiny, changes: dict[str, object]) -> None:
-    async with engine_of(even, 2, **changes) as engine:
+async def test_plain_torch_over_an_even_split(even: Tiny, changes: dict[str, object]) -> None:
+    async with engine_of(even, 2, compiled=False, **changes) as engine:
         assert await all_replies(engine, even.turns) == even.replies
 
 
-async def test_a_window_hides_the_same_tokens_on_every_rank(even: Tiny) -> None:
+async def test_a_window_hides_the_same_tokens_on_every_rank(uneven: Tiny) -> None:
     replies = []
     for ranks in (1, 2):
-        async with engine_of(even, ranks, window=48, sinks=2, step_tokens=96) as engine:
-            replies.append(await all_replies(engine, even.turns))
+        async with engine_of(uneven, ranks, window=48, sinks=2, step_tokens=96) as engine:
+            replies.append(await all_replies(engine, uneven.turns))
     assert replies[0] == replies[1]
-    assert replies[0] != even.replies, "the window has no effect"
+    assert replies[0] != uneven.replies, "the window has no effect"
 
 
 async def test_shipped_blocks_reach_every_rank(uneven: Tiny) -> None:
@@ -322,11 +322,12 @@ def test_the_command_line_and_the_environment_set_it(monkeypatch: pytest.MonkeyP
 # -- ends -----------------------------------------------------------------------------------------
 
 
-async def test_a_rank_killed_in_mid_turn_fails_the_turns(even: Tiny) -> None:
-    async with engine_of(even, 2) as engine:
+async def test_a_rank_killed_in_mid_turn_fails_the_turns(uneven: Tiny) -> None:
+    async with engine_of(uneven, 2) as engine:
         (child,) = rank_processes()
         turns = [
-            even.turn(i, turn=f"long{i}", max_tokens=500, end_tokens=frozenset()) for i in range(4)
+            uneven.turn(i, turn=f"long{i}", max_tokens=500, end_tokens=frozenset())
+            for i in range(4)
         ]
         streams = [engine.submit(turn) for turn in turns]
         for stream in streams:
@@ -338,16 +339,16 @@ async def test_a_rank_killed_in_mid_turn_fails_the_turns(even: Tiny) -> None:
                     pass
         await asyncio.wait_for(engine.died.wait(), GONE_S)
         with pytest.raises(TurnFailed):
-            engine.submit(even.turn(0))
+            engine.submit(uneven.turn(0))
 
 
-async def test_a_rank_killed_while_nobody_asks_is_noticed(even: Tiny) -> None:
-    async with engine_of(even, 2) as engine:
-        await collect(engine, even.turn(3))
+async def test_a_rank_killed_while_nobody_asks_is_noticed(uneven: Tiny) -> None:
+    async with engine_of(uneven, 2) as engine:
+        await collect(engine, uneven.turn(3))
         rank_processes()[0].kill()
         await asyncio.wait_for(engine.died.wait(), GONE_S)
         with pytest.raises(TurnFailed):
-            engine.submit(even.turn(0))
+            engine.submit(uneven.turn(0))
 
 
 async def test_closing_in_mid_turn_ends_turn_and_ranks(uneven: Tiny) -> None:
@@ -379,15 +380,16 @@ asyncio.run(main())
 """
 
 
-def test_ranks_die_with_a_killed_parent(even: Tiny) -> None:
+def test_ranks_die_with_a_killed_parent(uneven: Tiny) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(even.directory)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PROGRAM, str(uneven.directory)], stdout=subprocess.PIPE, text=True
     ) as program:
         assert program.stdout is not None
         lines = iter(program.stdout)
         assert any(line.strip() == "loaded" for line in lines)
         children = rank_processes(program.pid)
         assert len(children) == 1
+        assert not any(Path(word).exists() for word in children[0].cmdline() if "segue-" in word)
         os.kill(program.pid, signal.SIGKILL)
         assert psutil.wait_procs(children, GONE_S)[1] == []
 

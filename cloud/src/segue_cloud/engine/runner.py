@@ -130,6 +130,10 @@ class Runner:
 
     def warm_up(self, threads: int) -> None:
         self.load_kernels(threads)
+        self.touch()
+
+    def touch(self) -> None:
+        """The rest of `warm_up`: a chunk and a row, as steps will bring them."""
         tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)

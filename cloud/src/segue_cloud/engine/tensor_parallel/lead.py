@@ -79,7 +79,7 @@ class LeadRunner:
                 raise RankLost(f"Rank {control.rank} said {message!r} instead of being loaded.")
         self._group.connect(self._folder)
         self._tell(WarmUp())
-        self._own.warm_up(threads)
+        self._own.touch()
 
     def prepare(self, step: Step) -> Prepared:
         return self._own.prepare(step)

@@ -70,7 +70,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag="warm_up"):
-    """Compute what `StepRunner.warm_up` does, together."""
+    """Compute what `Runner.touch` does, together."""
 
 
 class ComputeStep(msgspec.Struct, frozen=True, tag="step"):

@@ -75,7 +75,8 @@ class Ranks:
         self.controls.append(Control(rank, listener.accept()[0]))
 
     def watch(self, on_loss: Callable[[RankLost], None]) -> None:
-        """Call `on_loss` when a rank ends that was not stopped."""
+        """Call `on_loss` when a rank ends that was not stopped. Once all have met."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # so that not even kill -9 leaves it
         self._watchers = [
             asyncio.create_task(self._watch_one(rank, child, on_loss), name=f"watch rank {rank}")
             for rank, child in enumerate(self._children, 1)
@@ -91,7 +92,7 @@ class Ranks:
         on_loss(RankLost(f"Rank {rank} ended with status {status}.", hint=child.log_tail(3)))
 
     async def stop(self) -> None:
-        """Close the sockets, end the processes, remove the folder; safe to call twice."""
+        """Close the sockets and end the processes; safe to call twice."""
         self._stopping = True
         for watcher in self._watchers:
             watcher.cancel()

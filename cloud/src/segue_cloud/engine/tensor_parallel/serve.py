@@ -59,8 +59,8 @@ class _Worker:
         options = message.options
         shards = split(message.geometry, options.tensor_parallel)
         self._group = Group(rank, len(shards), options.device)
-        self._threads = rank_threads(options, rank)
-        torch.set_num_threads(self._threads)
+        threads = rank_threads(options, rank)
+        torch.set_num_threads(threads)
         self._runner = shard_runner(
             Path(message.directory),
             message.geometry,
@@ -72,7 +72,7 @@ class _Worker:
         self._window = Window(options.window, options.sinks)
         self._dtype = choose_dtype(options.dtype, options.device)
         self._device = options.device if options.device == "cpu" else f"{options.device}:{rank}"
-        self._runner.load_kernels(self._threads)
+        self._runner.load_kernels(threads)
         control.send(Loaded())
         self._group.connect(folder)
 
@@ -94,7 +94,7 @@ class _Worker:
                 k_read, v_read = self._runner.pages.read_block(pages)
                 self._control.send(BlockRead(Array.of(k_read), Array.of(v_read)))
             case WarmUp():
-                self._runner.warm_up(self._threads)
+                self._runner.touch()
             case _:
                 raise RankLost(f"The first rank said {message!r}, which no rank is told.")
         return True
