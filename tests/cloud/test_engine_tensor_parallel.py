@@ -351,6 +351,27 @@ async def test_a_rank_killed_while_nobody_asks_is_noticed(uneven: Tiny) -> None:
             engine.submit(uneven.turn(0))
 
 
+async def test_a_rank_killed_before_it_loaded_is_named(uneven: Tiny) -> None:
+    shards = split(UNEVEN, 2)
+    ranks = await Ranks.start(2, "cpu")
+    try:
+        (child,) = rank_processes()
+        child.kill()
+        with pytest.raises(RankLost, match="Rank 1 is gone"):
+            LeadRunner(
+                uneven.directory,
+                UNEVEN,
+                64,
+                replace(FP32, tensor_parallel=2, compiled=False),
+                shards=shards,
+                controls=ranks.controls,
+                group=ranks.group,
+                folder=ranks.folder,
+            ).warm_up(1)
+    finally:
+        await ranks.stop()
+
+
 async def test_closing_in_mid_turn_ends_turn_and_ranks(uneven: Tiny) -> None:
     async with engine_of(uneven, 3) as engine:
         stream = engine.submit(uneven.turn(2, max_tokens=500, end_tokens=frozenset()))

@@ -26,7 +26,8 @@ _SUM, _LOGITS = 0, 1  # tags
 class Group:
     """What one rank knows of the others. Used by one thread; `connect` comes first.
 
-    Every wait has a deadline; a rank that is gone or late raises RankLost.
+    Every wait has a deadline. Over gloo a rank that is gone or late raises RankLost; over NCCL the
+    engine learns of it from the process that ended, or its own process ends.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class Group:
     def _wait(self, works: Sequence[Any]) -> None:
         try:
             for work in works:
-                work.wait(self._timeout)
+                if self._nccl:
+                    work.wait()  # with a time it would wait for the device, layer by layer
+                else:
+                    work.wait(self._timeout)
         except RuntimeError as error:
             raise RankLost(
                 f"Rank {self.rank} lost another rank: {_first_line(error)}.",
@@ -130,7 +134,7 @@ def _nccl(store: Any, rank: int, ranks: int, timeout: timedelta) -> Any:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
-    # Waits of NCCL happen on the device: its watchdog ends the process when one takes longer.
+    # Its waits happen on the device; its watchdog ends the process when one takes longer.
     options._timeout = timeout
     return kind(store, rank, ranks, options)
 
