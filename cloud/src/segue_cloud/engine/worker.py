@@ -44,10 +44,8 @@ from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_cloud.engine.streams import TurnStream
-from segue_cloud.engine.tensor_parallel.group import check_devices
-from segue_cloud.engine.tensor_parallel.lead import LeadRunner
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
-from segue_cloud.engine.tensor_parallel.split import split
+from segue_cloud.engine.tensor_parallel.start import start_ranks
 from segue_contract.errors import (
     DeadlineExceeded,
     Overloaded,
@@ -148,20 +146,7 @@ class TorchEngine:
             build = partial(Runner, directory, geometry, pages, options)
             engine = cls(manifest, options, pages, build)
         else:
-            shards = split(geometry, options.tensor_parallel)
-            check_devices(options.device, len(shards))
-            ranks = await Ranks.start(len(shards), options.device)
-            lead = partial(
-                LeadRunner,
-                directory,
-                geometry,
-                pages,
-                options,
-                shards=shards,
-                controls=ranks.controls,
-                group=ranks.group,
-                folder=ranks.folder,
-            )
+            ranks, lead = await start_ranks(directory, geometry, pages, options)
             engine = cls(manifest, options, pages, lead, ranks)
         await engine.start()
         return engine

@@ -14,7 +14,6 @@ from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.runner import Prepared
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step
-from segue_cloud.engine.tensor_parallel.group import Group
 from segue_cloud.engine.tensor_parallel.messages import (
     Array,
     BlockRead,
@@ -27,6 +26,7 @@ from segue_cloud.engine.tensor_parallel.messages import (
     WriteBlock,
     encode,
 )
+from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.shard_runner import shard_runner
 from segue_cloud.engine.tensor_parallel.split import Shard
 from segue_cloud.engine.tensor_parallel.steps import pack_step
@@ -43,8 +43,7 @@ class LeadRunner:
     stand at different places then, and no later step could be trusted.
 
     Args:
-        controls: sockets of ranks 1 and up, in order.
-        folder: where the ranks meet; see `Group.connect`.
+        ranks: the other ranks, connected and waiting; whoever made them stops them.
 
     Raises (from the constructor):
         ModelMissing, ModelMismatch: see `load_weights`.
@@ -59,17 +58,15 @@ class LeadRunner:
         options: EngineOptions,
         *,
         shards: Sequence[Shard],
-        controls: Sequence[Control],
-        group: Group,
-        folder: Path,
+        ranks: Ranks,
     ) -> None:
-        self._controls = controls
-        self._group = group
-        self._folder = folder
+        self._controls = ranks.controls
+        self._group = ranks.group
+        self._folder = ranks.folder
         self._widths = [shard.vocab.size for shard in shards]
         self._tell(SetUp(str(directory), geometry, pages, options))
-        self._own = shard_runner(directory, geometry, pages, options, shards[0], group)
-        self.pages: BlockPages = _AllPages(geometry.kv, self._own.pages, shards, controls)
+        self._own = shard_runner(directory, geometry, pages, options, shards[0], self._group)
+        self.pages: BlockPages = _AllPages(geometry.kv, self._own.pages, shards, ranks.controls)
 
     def warm_up(self, threads: int) -> None:
         self._own.load_kernels(threads)

@@ -8,6 +8,7 @@ processes of one program on one machine.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 from typing import Any, TypeAlias
@@ -44,10 +45,9 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
         """
         if self.dtype not in _DTYPES or any(size < 0 for size in self.shape):
             raise BadLength(f"An array of {self.dtype} {list(self.shape)} is none of ours.")
-        values = np.frombuffer(self.data, self.dtype) if len(self.data) else np.zeros(0, self.dtype)
-        if values.size != int(np.prod(self.shape, dtype=object)):
+        if len(self.data) != math.prod(self.shape) * np.dtype(self.dtype).itemsize:
             raise BadLength(f"{len(self.data)} bytes are no {self.dtype} {list(self.shape)}.")
-        return values.reshape(self.shape).copy()
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape).copy()
 
 
 class SetUp(msgspec.Struct, frozen=True, tag="set_up"):
