@@ -26,12 +26,13 @@ class EngineOptions:
     """Choices of the engine. None: decide from the machine.
 
     `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
-    `threads`: of the computing pool. `pool_bytes`: for KV pages, of all ranks together. `device`: "cpu" or "cuda".
+    `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
     `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
     `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept.
     `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: all.
-    `tensor_parallel`: processes that share the model and the threads; at most one per KV head.
+    `tensor_parallel`: processes that share the model, the threads and the pool's bytes; at most
+    one per KV head.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
