@@ -76,8 +76,8 @@ class WarmUp(msgspec.Struct, frozen=True, tag="warm_up"):
 class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
     """One step's input; see `step_input.StepInput` for shapes.
 
-    `segments`: int64 `[N, 3]` (first, count, start); `segment_slots`: the slots of all segments
-    that have some, one after another. A rank makes the masks itself.
+    `segments`: int64 `[N, 4]` (first, count, start, number of slots); `segment_slots`: the slots of
+    all segments that have some, one after another. A rank makes the masks itself.
     """
 
     tokens: Array

@@ -23,7 +23,7 @@ from segue_cloud.engine.tensor_parallel.messages import (
     WarmUp,
     WriteBlock,
 )
-from segue_cloud.engine.tensor_parallel.shard_runner import shard_runner
+from segue_cloud.engine.tensor_parallel.shard_runner import rank_device, shard_runner
 from segue_cloud.engine.tensor_parallel.split import split
 from segue_cloud.engine.tensor_parallel.steps import unpack_step
 from segue_contract.errors import Internal, RankLost, SegueError
@@ -71,7 +71,7 @@ class _Worker:
         )
         self._window = Window(options.window, options.sinks)
         self._dtype = choose_dtype(options.dtype, options.device)
-        self._device = options.device if options.device == "cpu" else f"{options.device}:{rank}"
+        self._device = rank_device(options.device, rank)
         self._runner.load_kernels(threads)
         control.send(Loaded())
         self._group.connect(folder)

@@ -29,10 +29,14 @@ def shard_runner(
     Raises:
         ModelMissing, ModelMismatch: see `load_weights`.
     """
-    if options.device != "cpu":
-        options = replace(options, device=f"{options.device}:{shard.rank}")
+    options = replace(options, device=rank_device(options.device, shard.rank))
     load = partial(_load_shard, whole=geometry, shard=shard, group=group)
     return Runner(directory, shard.geometry(geometry), pages, options, load=load)
+
+
+def rank_device(device: str, rank: int) -> str:
+    """The CPU is everybody's; of the cards each rank has its own, by number."""
+    return device if device == "cpu" else f"{device.partition(':')[0]}:{rank}"
 
 
 def _load_shard(

@@ -19,7 +19,13 @@ def pack_step(step: StepInput) -> ComputeStep:
         tables = step.tables[used, : pages_for(int(rows[:, 2].max()))]
         rows = rows.copy()
         rows[:, 1] = places.reshape(-1)
-    segments = np.array([(s.first, s.count, s.start) for s in step.segments], np.int64)
+    segments = np.array(
+        [
+            (s.first, s.count, s.start, 0 if s.slots is None else len(s.slots))
+            for s in step.segments
+        ],
+        np.int64,
+    )
     slots = [s.slots.cpu().numpy() for s in step.segments if s.slots is not None]
     return ComputeStep(
         tokens=Array.of(step.tokens.cpu().numpy()),
@@ -27,7 +33,7 @@ def pack_step(step: StepInput) -> ComputeStep:
         slots=Array.of(step.slots_np),
         rows=Array.of(rows),
         tables=Array.of(tables),
-        segments=Array.of(segments.reshape(-1, 3)),
+        segments=Array.of(segments.reshape(-1, 4)),
         segment_slots=Array.of(np.concatenate(slots) if slots else np.zeros(0, np.int64)),
         logit_rows=Array.of(step.logit_rows.cpu().numpy()),
     )
@@ -42,11 +48,9 @@ def unpack_step(message: ComputeStep, window: Window, dtype: torch.dtype, device
     slots = torch.from_numpy(message.segment_slots.numpy()).to(device)
     segments: list[Segment] = []
     taken = 0
-    for first, count, start in message.segments.numpy().tolist():
-        own = None
-        if start:
-            own = slots[taken : taken + start + count]
-            taken += start + count
+    for first, count, start, keys in message.segments.numpy().tolist():
+        own = slots[taken : taken + keys] if keys else None
+        taken += keys
         mask = chunk_mask(window, start, count, dtype, device)
         segments.append(Segment(first, count, start, own, mask))
     return StepInput(
