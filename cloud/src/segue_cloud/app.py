@@ -165,6 +165,7 @@ async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manif
             host_bytes=None if settings.host_mb is None else settings.host_mb << 20,
             window=settings.window,
             sinks=settings.sinks,
+            tensor_parallel=settings.tensor_parallel,
         ),
     )
 

@@ -40,6 +40,10 @@ def cloud(
     sinks: Annotated[
         int | None, typer.Option(help="First tokens that stay in sight of a window.")
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the model and its threads; on CUDA one a device."),
+    ] = None,
     max_turns: Annotated[
         int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
     ] = None,

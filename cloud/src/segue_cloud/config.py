@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from segue_contract.limits import MAX_TURNS_PER_CLOUD
+from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
 
 
@@ -39,6 +39,7 @@ class CloudSettings(BaseSettings):
     host_mb: int | None = Field(None, ge=0)
     window: int = Field(0, ge=0)  # tokens that a token sees; 0: as the model says
     sinks: int = Field(4, ge=0)  # first tokens that stay in sight of a window
+    tensor_parallel: int = Field(1, ge=1, le=MAX_RANKS)  # processes that share the model
     max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

@@ -16,6 +16,7 @@ SegueError
 ├── SequenceGap                `expected` is the sequence number the log waits for
 ├── StoreUnavailable           the session store did not answer in time; nothing was written
 ├── Unreachable                the other side cannot be reached
+├── RankLost                   a rank of a tensor-parallel engine ended or did not answer in time
 ├── DeadlineExceeded           it took longer than its bound
 ├── TurnFailed                 the turn ended with an error after it began
 ├── ModelError                 a model directory is missing, of another family, or was changed
@@ -170,6 +171,11 @@ class StoreUnavailable(SegueError):
 
 
 class Unreachable(SegueError):
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class RankLost(SegueError):
     grpc_code = "UNAVAILABLE"
     retryable = True
 

@@ -80,6 +80,14 @@ FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then
 SHUTDOWN_GRACE_S: Final = 5.0
 START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
 
+# -- ranks of a tensor-parallel engine -------------------------------------------------------
+MAX_RANKS: Final = 64  # of one engine, on one machine
+MAX_RANK_MESSAGE_BYTES: Final = 2 * MAX_KV_BLOCK_BYTES + MIB  # a block in float32 and its frame
+RANK_LOAD_TIMEOUT_S: Final = (
+    600.0  # weights of a large model from a slow disk; a death shows at once
+)
+RANK_STEP_TIMEOUT_S: Final = 20.0  # what one rank waits for another's part of one layer
+
 # -- log --------------------------------------------------------------------------------------
 COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim beyond this
 COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold

@@ -80,6 +80,19 @@ class StepOps(Protocol):
         ...
 
 
+def chunk_mask(
+    window: Window, start: int, count: int, dtype: torch.dtype, device: str
+) -> torch.Tensor | None:
+    """`Segment.mask` of the tokens [start, start + count) of a turn."""
+    end = start + count
+    if not start and not 0 < window.tokens < end:
+        return None
+    keys = window.keys(start, end)
+    hidden = window.hidden(torch.arange(start, end), keys)
+    mask = torch.zeros(count, len(keys), dtype=dtype)
+    return mask.masked_fill_(hidden, float("-inf")).to(device)
+
+
 def rope_tables(geometry: ModelGeometry) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, float32 `[context, head_dim / 2]`, for the rotate-half convention of Llama."""
     half = torch.arange(0, geometry.head_dim, 2, dtype=torch.int64).float() / geometry.head_dim

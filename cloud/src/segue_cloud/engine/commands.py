@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from segue_cloud.engine.port import EngineTurn
+from segue_contract.errors import SegueError
 from segue_contract.kv.layout import KvBlock
 
 
@@ -29,8 +30,15 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Die:
+    """Nothing more can be computed: the engine thread ends with this error."""
+
+    error: SegueError
+
+
+@dataclass(frozen=True)
 class Close:
     pass
 
 
-Command: TypeAlias = Submit | Cancel | Offer | Close
+Command: TypeAlias = Submit | Cancel | Offer | Die | Close

@@ -22,14 +22,14 @@ import structlog
 import torch
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
-from segue_cloud.engine.commands import Cancel, Close, Command, Offer, Submit
+from segue_cloud.engine.commands import Cancel, Close, Command, Die, Offer, Submit
 from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
-from segue_cloud.engine.options import EngineOptions, choose_threads
+from segue_cloud.engine.options import EngineOptions, rank_threads
 from segue_cloud.engine.port import EngineOutput, EngineStats
 from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, Step
-from segue_contract.errors import SegueError, TurnFailed
+from segue_contract.errors import RankLost, SegueError, TurnFailed
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock
 
 log = structlog.get_logger(__name__)
@@ -122,7 +122,7 @@ class EngineThread:
 
     def _set_up(self) -> StepRunner:
         # torch's pool takes its size from the thread that computes, so it is set here.
-        threads = choose_threads(self._options.threads)
+        threads = rank_threads(self._options, 0)
         torch.set_num_threads(threads)
         runner = self._build()
         runner.warm_up(threads)
@@ -161,6 +161,8 @@ class EngineThread:
                     self.scheduler.cancel(key)
                 case Offer(blocks, taken):
                     self._post(_finish_future, taken, self._take_blocks(blocks))
+                case Die(error):
+                    raise error
                 case Close():
                     return False
             self._publish_stats()
@@ -173,6 +175,8 @@ class EngineThread:
         started = time.perf_counter()
         try:
             sampled = self._runner.run(self._runner.prepare(step))
+        except RankLost:
+            raise
         except Exception as error:
             self._fail_step(step, error)
             return
@@ -211,7 +215,7 @@ class EngineThread:
             error = running.exception()  # waits for the step
             if error is None:
                 outputs = scheduler.end(step, running.result())
-            elif isinstance(error, Exception):
+            elif isinstance(error, Exception) and not isinstance(error, RankLost):
                 self._fail_step(step, error)
             else:
                 raise error

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from segue_cloud.engine.kv_pages import Pages
+from segue_cloud.engine.kv_pages import BlockPages
 from segue_contract.errors import BadBlock
 from segue_contract.kv.layout import KvBlock
 from segue_contract.kv.quantize import decode_block, encode_block
@@ -46,7 +46,9 @@ class HostTier:
         recompute_s: seconds that computing 64 tokens anew takes now; 0.0 while unknown.
     """
 
-    def __init__(self, pages: Pages, budget_bytes: int, recompute_s: Callable[[], float]) -> None:
+    def __init__(
+        self, pages: BlockPages, budget_bytes: int, recompute_s: Callable[[], float]
+    ) -> None:
         self.pages = pages
         self._budget = budget_bytes
         self.recompute_s = recompute_s

@@ -16,13 +16,13 @@ from segue_contract.limits import KV_PAGE_TOKENS
 _ALONE = 32767
 
 
-class Pages(Protocol):
-    """What shipped and evicted blocks need of the memory, however it lies."""
+class BlockPages(Protocol):
+    """Whole blocks in and out of pages, wherever their parts lie."""
 
     geometry: KvGeometry
 
     def write_block(self, pages: Sequence[int], block: KvBlock) -> None:
-        """Put a 64-token block into four pages."""
+        """Put a 64-token block into four pages, converted to the pool's dtype."""
         ...
 
     def read_block(self, pages: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -11,7 +11,7 @@ import torch
 from segue_cloud.engine.sequence import pages_for
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.kv.layout import KvGeometry
-from segue_contract.limits import KV_PAGE_TOKENS, MAX_TURNS_PER_CLOUD, MIB
+from segue_contract.limits import KV_PAGE_TOKENS, MAX_RANKS, MAX_TURNS_PER_CLOUD, MIB
 from segue_contract.model.manifest import ModelGeometry
 
 DTYPES = ("auto", "bf16", "fp32")
@@ -38,6 +38,8 @@ class EngineOptions:
     a share of the machine's memory, see `choose_host_bytes`.
     `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: what the
     model says, usually all.
+    `tensor_parallel`: processes that share the model, the threads and the pool's bytes; at most
+    one per KV head.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -54,6 +56,7 @@ class EngineOptions:
     host_bytes: int | None = None
     window: int = 0
     sinks: int = 4
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -69,7 +72,10 @@ class EngineOptions:
                 "host_bytes and ahead exclude each other.",
                 hint="A block is brought back between two steps; one ahead there is no between.",
             )
+        if self.tensor_parallel > MAX_RANKS:
+            raise InvalidArgument(f"tensor_parallel must be at most {MAX_RANKS}.")
         for name in (
+            "tensor_parallel",
             "threads",
             "pool_bytes",
             "max_turns",
@@ -112,6 +118,12 @@ def choose_threads(threads: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def rank_threads(options: EngineOptions, rank: int) -> int:
+    """Threads of one rank: its part of all, at least one; the last ranks get what is left over."""
+    each, rest = divmod(choose_threads(options.threads), options.tensor_parallel)
+    return max(1, each + (rank >= options.tensor_parallel - rest))
 
 
 def choose_pages(options: EngineOptions, kv: KvGeometry, itemsize: int, context: int) -> int:

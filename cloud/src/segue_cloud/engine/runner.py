@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,8 +14,8 @@ import numpy as np
 import structlog
 import torch
 
-from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window
-from segue_cloud.engine.kv_pages import KvPages, Pages, slots_of
+from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window, chunk_mask
+from segue_cloud.engine.kv_pages import BlockPages, KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
 from segue_cloud.engine.page_tables import PageTables
@@ -22,7 +23,7 @@ from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
 from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.step_input import NativeInput, Segment, StepInput
-from segue_cloud.engine.weights import load_weights
+from segue_cloud.engine.weights import Weights, load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
@@ -49,7 +50,7 @@ class StepRunner(Protocol):
     next step may be prepared while one runs."""
 
     @property
-    def pages(self) -> Pages:
+    def pages(self) -> BlockPages:
         """The memory that blocks are written to and read from."""
         ...
 
@@ -85,17 +86,23 @@ class Runner:
     """
 
     def __init__(
-        self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+        self,
+        directory: Path,
+        geometry: ModelGeometry,
+        pages: int,
+        options: EngineOptions,
+        load: Callable[[Path, ModelGeometry, torch.dtype, str], Weights] = load_weights,
     ) -> None:
         device = options.device
         dtype = choose_dtype(options.dtype, device)
         self._device = device
         self._geometry = geometry
         self._window = Window(options.window, options.sinks)
-        self.pages = KvPages(geometry.kv, pages, dtype, device)
-        self._ops = _choose_ops(geometry, self.pages, options)
-        weights = load_weights(directory, geometry, dtype, device)
-        self._model = LlamaModel(geometry, weights, self.pages, self._ops)
+        store = KvPages(geometry.kv, pages, dtype, device)
+        self.pages: BlockPages = store
+        self._ops = _choose_ops(geometry, store, options)
+        weights = load(directory, geometry, dtype, device)
+        self._model = LlamaModel(geometry, weights, store, self._ops)
         self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
@@ -111,11 +118,15 @@ class Runner:
 
     def run(self, prepared: Prepared) -> list[int]:
         assert isinstance(prepared.input, StepInput)
+        logits = self.compute(prepared.input)
+        if not prepared.samplings:
+            return []
+        return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
+
+    def compute(self, step: StepInput) -> torch.Tensor:
+        """See `LlamaModel.step`."""
         with torch.inference_mode():
-            logits = self._model.step(prepared.input)
-            if not prepared.samplings:
-                return []
-            return sample_rows(logits.cpu().numpy(), prepared.samplings, prepared.indexes)
+            return self._model.step(step)
 
     def write_block(self, pages: Seq[int], block: KvBlock) -> None:
         with torch.inference_mode():
@@ -124,9 +135,17 @@ class Runner:
     def close(self) -> None:
         """Nothing to end: torch's threads are the process's."""
 
-    def warm_up(self, threads: int) -> None:
+    def load_kernels(self, threads: int) -> None:
+        """The part of `warm_up` that may take a while and needs no other rank."""
         if isinstance(self._ops, CompiledOps):
             _load_kernels(self._ops, threads)
+
+    def warm_up(self, threads: int) -> None:
+        self.load_kernels(threads)
+        self.touch()
+
+    def touch(self) -> None:
+        """The rest of `warm_up`: a chunk and a row, as steps will bring them."""
         tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
@@ -197,12 +216,8 @@ class Runner:
 
     def _segment(self, work: Work, first: int) -> Segment:
         end = work.start + work.count
-        mask = None
         keys = self._window.keys(work.start, end)
-        if work.start or 0 < self._window.tokens < end:
-            mask = torch.zeros(work.count, len(keys), dtype=self._dtype)
-            hidden = self._window.hidden(torch.arange(work.start, end), keys)
-            mask = mask.masked_fill_(hidden, float("-inf")).to(self._device)
+        mask = chunk_mask(self._window, work.start, work.count, self._dtype, self._device)
         if work.start == 0:
             return Segment(first, work.count, 0, None, mask)
         # Pages that the window has passed may be somebody else's by now.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from segue_cloud.engine.tensor_parallel.split import Shard, split
 from segue_contract.errors import ModelMismatch, ModelMissing
 from segue_contract.model.manifest import Manifest, ModelGeometry
 
@@ -36,7 +37,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """`embed`, `head`: `[vocab, hidden]` in the engine's dtype; norms are float32."""
+    """`embed`, `head`: `[vocab, hidden]` in the engine's dtype (of a shard, the head is its rows);
+    norms are float32."""
 
     embed: torch.Tensor
     layers: tuple[Layer, ...]
@@ -74,19 +76,31 @@ class LayerTensors:
 
 
 class Tensors:
-    """An open weights file, read tensor by tensor; every call reads anew."""
+    """An open weights file, read tensor by tensor; every call reads anew.
+
+    `geometry` is the whole model's; linears and head are the `part` of it that one rank computes.
+    """
 
     def __init__(
-        self, read: _Reader, geometry: ModelGeometry, dtype: torch.dtype, device: str
+        self,
+        read: _Reader,
+        geometry: ModelGeometry,
+        part: Shard,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         self._read = read
         self._geometry = geometry
+        self._part = part
         self._dtype = dtype
         self._device = device
 
     def layers(self) -> Iterator[LayerTensors]:
         g = self._geometry
         q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        kv_cut = self._part.kv_heads.times(g.head_dim).cut
+        q_cut = self._part.kv_heads.times(g.head_dim * (g.heads // g.kv_heads)).cut
+        ffn_cut = self._part.ffn.cut
         for index in range(g.layers):
             at = f"model.layers.{index}."
             if at + "self_attn.q_proj.bias" in self._read.names:
@@ -94,17 +108,17 @@ class Tensors:
                     "This model's attention has biases; only plain Llama is served."
                 )
             qkv = [
-                self._get(at + f"self_attn.{name}_proj.weight", rows, g.hidden)
-                for name, rows in (("q", q), ("k", kv), ("v", kv))
+                self._get(at + f"self_attn.{name}_proj.weight", rows, g.hidden)[cut]
+                for name, rows, cut in (("q", q, q_cut), ("k", kv, kv_cut), ("v", kv, kv_cut))
             ]
             yield LayerTensors(
                 input_norm=self._norm(at + "input_layernorm.weight"),
                 qkv=torch.cat(qkv),
-                out=self._get(at + "self_attn.o_proj.weight", g.hidden, q),
+                out=self._get(at + "self_attn.o_proj.weight", g.hidden, q)[:, q_cut],
                 ffn_norm=self._norm(at + "post_attention_layernorm.weight"),
-                gate=self._get(at + "mlp.gate_proj.weight", g.ffn, g.hidden),
-                up=self._get(at + "mlp.up_proj.weight", g.ffn, g.hidden),
-                down=self._get(at + "mlp.down_proj.weight", g.hidden, g.ffn),
+                gate=self._get(at + "mlp.gate_proj.weight", g.ffn, g.hidden)[ffn_cut],
+                up=self._get(at + "mlp.up_proj.weight", g.ffn, g.hidden)[ffn_cut],
+                down=self._get(at + "mlp.down_proj.weight", g.hidden, g.ffn)[:, ffn_cut],
             )
 
     def final_norm(self) -> torch.Tensor:
@@ -113,9 +127,12 @@ class Tensors:
     def embed(self) -> torch.Tensor:
         return self._get("model.embed_tokens.weight", self._geometry.vocab, self._geometry.hidden)
 
-    def head(self) -> torch.Tensor:
-        """Of a model whose embeddings are not tied."""
-        return self._get("lm_head.weight", self._geometry.vocab, self._geometry.hidden)
+    def head(self, embed: torch.Tensor) -> torch.Tensor:
+        """A part of `embed` where the two are tied."""
+        g = self._geometry
+        tied = g.tied_embeddings
+        head = embed if tied else self._get("lm_head.weight", g.vocab, g.hidden)
+        return head[self._part.vocab.cut]
 
     def _get(self, name: str, *shape: int) -> torch.Tensor:
         return self._read.get(name, *shape).to(device=self._device, dtype=self._dtype)
@@ -127,7 +144,11 @@ class Tensors:
 
 @contextmanager
 def open_tensors(
-    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+    directory: Path,
+    geometry: ModelGeometry,
+    dtype: torch.dtype,
+    device: str,
+    shard: Shard | None = None,
 ) -> Iterator[Tensors]:
     """`<directory>/cloud/model.safetensors` (Hugging Face Llama names), open for reading.
 
@@ -143,7 +164,8 @@ def open_tensors(
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            yield Tensors(_Reader(file, path), geometry, dtype, device)
+            part = shard or split(geometry, 1)[0]
+            yield Tensors(_Reader(file, path), geometry, part, dtype, device)
     except SafetensorError as error:
         raise ModelMismatch(
             f"{path} cannot be read: {error}.", hint="Build the model again."
@@ -151,10 +173,18 @@ def open_tensors(
 
 
 def load_weights(
-    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+    directory: Path,
+    geometry: ModelGeometry,
+    dtype: torch.dtype,
+    device: str,
+    shard: Shard | None = None,
 ) -> Weights:
-    """All weights in memory, as linears; raises as `open_tensors` does."""
-    with open_tensors(directory, geometry, dtype, device) as tensors:
+    """All weights in memory, as linears; raises as `open_tensors` does.
+
+    `geometry` is the whole model's. With a `shard`, the linears and the head are that rank's part;
+    `out` and `down` then give partial products, to be summed over the ranks.
+    """
+    with open_tensors(directory, geometry, dtype, device, shard) as tensors:
         layers = [
             Layer(
                 input_norm=layer.input_norm,
@@ -171,7 +201,7 @@ def load_weights(
             embed=embed,
             layers=tuple(layers),
             final_norm=tensors.final_norm(),
-            head=embed if geometry.tied_embeddings else tensors.head(),
+            head=tensors.head(embed),
         )
 
 

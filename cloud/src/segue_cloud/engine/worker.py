@@ -21,7 +21,7 @@ import torch
 
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK, BlockPool
-from segue_cloud.engine.commands import Cancel, Close, Offer, Submit
+from segue_cloud.engine.commands import Cancel, Close, Die, Offer, Submit
 from segue_cloud.engine.engine_thread import Delivery, EngineThread
 from segue_cloud.engine.host_tier import HostTier
 from segue_cloud.engine.options import (
@@ -38,8 +38,16 @@ from segue_cloud.engine.port import EngineStats, EngineTurn
 from segue_cloud.engine.runner import StepRunner, build_runner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
 from segue_cloud.engine.streams import TurnStream
+from segue_cloud.engine.tensor_parallel.ranks import Ranks
+from segue_cloud.engine.tensor_parallel.start import start_ranks
 from segue_cloud.engine.weights import check_size
-from segue_contract.errors import DeadlineExceeded, Overloaded, SegueError, TurnFailed
+from segue_contract.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    RankLost,
+    SegueError,
+    TurnFailed,
+)
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
 from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.model.manifest import Manifest
@@ -81,6 +89,7 @@ class TorchEngine:
         options: EngineOptions,
         pages: int,
         build: Callable[[], StepRunner],
+        ranks: Ranks | None = None,
     ) -> None:
         """For `load`, and for whoever brings another runner; `start` comes next.
 
@@ -121,6 +130,7 @@ class TorchEngine:
             self,
         )
         self._commands = self._thread.commands
+        self._ranks = ranks
 
     @classmethod
     async def load(
@@ -131,22 +141,36 @@ class TorchEngine:
         Raises:
             ModelMissing, ModelMismatch: the weights are not there or do not fit the manifest.
             ModelError: the KV pool is too small, or it or the host tier does not fit into memory.
+            InvalidArgument: the model or the machine has no room for so many ranks.
+            RankLost: a rank ended while it loaded.
         """
         options = choose_window(options or EngineOptions(), manifest.geometry)
         dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
         pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        build = partial(_build_runner, directory, manifest, pages, options)
-        engine = cls(manifest, options, pages, build)
+        if options.tensor_parallel == 1:
+            build = partial(_build_runner, directory, manifest, pages, options)
+            engine = cls(manifest, options, pages, build)
+        else:
+            check_size(directory, manifest)
+            ranks, lead = await start_ranks(directory, geometry, pages, options)
+            engine = cls(manifest, options, pages, lead, ranks)
         await engine.start()
         return engine
 
     async def start(self) -> None:
         """Start the engine thread and wait until its runner is built and warm."""
-        await self._thread.start()
+        try:
+            await self._thread.start()
+        except BaseException:
+            await self._stop_ranks()
+            raise
+        if self._ranks is not None:
+            self._ranks.watch(self._lose)
         log.info(
             "engine_ready",
             dtype=dtype_name(self._dtype),
+            tensor_parallel=self._options.tensor_parallel,
             threads=choose_threads(self._options.threads),
             kv_tokens=self._pool.pages_total * BLOCK_TOKENS // PAGES_PER_BLOCK,
         )
@@ -230,12 +254,22 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
-        if self._closed:
-            return
-        self._closed = True
-        self._commands.put(Close())
+        if not self._closed:
+            self._closed = True
+            self._commands.put(Close())
         await self._thread.join(SHUTDOWN_GRACE_S)
         self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
+        await self._stop_ranks()
+
+    async def _stop_ranks(self) -> None:
+        if self._ranks is not None:
+            await self._ranks.stop()
+
+    def _lose(self, error: RankLost) -> None:
+        # The thread may be idle, or stuck on a device: whoever waits for it is told first.
+        self._closed = True
+        self.die(TurnFailed(f"The engine died: {error}"))
+        self._commands.put(Die(error))
 
     def _fail_all(self, error: SegueError) -> None:
         for stream in self._streams.values():

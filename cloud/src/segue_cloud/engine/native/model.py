@@ -186,8 +186,9 @@ def _pack_all(
         norms[2 * index] = layer.input_norm.numpy()
         norms[2 * index + 1] = layer.ffn_norm.numpy()
     norms[-1] = tensors.final_norm().numpy()
-    embed = put(tensors.embed(), head)
-    ends = [embed, embed if g.tied_embeddings else put(tensors.head(), head)]
+    table = tensors.embed()
+    embed = put(table, head)
+    ends = [embed, embed if g.tied_embeddings else put(tensors.head(table), head)]
     return weights, places, np.array(ends, np.int64), norms
 
 
