@@ -68,12 +68,19 @@ class HostTier:
             payload = encode_block(KvBlock(name, "", k, v), STEP)
         except BadBlock:
             return  # numbers that the code cannot hold: computing them anew is exact
+        self.file(name, payload, credit)
+        self.keep_s = _mean(self.keep_s, time.perf_counter() - began)
+
+    def file(self, name: bytes, payload: bytes, credit: int) -> None:
+        """Take in a block that is coded, at the cost of others; one larger than all is dropped."""
         while self._kept and self.bytes_kept + len(payload) > self._budget:
             self._drop_one()
         if len(payload) <= self._budget:
             self._kept[name] = _Kept(payload, credit)
             self.bytes_kept += len(payload)
-        self.keep_s = _mean(self.keep_s, time.perf_counter() - began)
+
+    def close(self) -> None:
+        """End what runs beside the engine thread; here nothing does."""
 
     def offers(self, name: bytes) -> bool:
         if name not in self._kept:

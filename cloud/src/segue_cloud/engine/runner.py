@@ -21,7 +21,7 @@ from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
 from segue_cloud.engine.sequence import Sequence, pages_for
 from segue_cloud.engine.step_input import Segment, StepInput
-from segue_cloud.engine.weights import load_weights
+from segue_cloud.engine.weights import Weights, load_weights
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 # Chunks up to this size attend row by row through the page table: cheaper than a gather.
 _ROW_CHUNK = 16
-_WARM_UP_TOKENS = 128
+WARM_UP_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,26 @@ class Runner:
         self._device = device
         self._geometry = geometry
         self._window = Window(options.window, options.sinks)
-        self.pages = KvPages(geometry.kv, pages, dtype, device)
-        self._ops = _choose_ops(geometry, self.pages, options)
-        weights = load_weights(directory, geometry, dtype, device)
+        self.pages = self._make_pages(pages, dtype, options)
+        self._ops = self._make_ops(options)
+        weights = self._load(directory, dtype)
         self._model = LlamaModel(geometry, weights, self.pages, self._ops)
         self._tables = _Tables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
+
+    # -- its parts; those of another device differ ---------------------------------------------
+
+    def _make_pages(self, pages: int, dtype: torch.dtype, options: EngineOptions) -> KvPages:
+        return KvPages(self._geometry.kv, pages, dtype, options.device)
+
+    def _make_ops(self, options: EngineOptions) -> StepOps:
+        return _choose_ops(self._geometry, self.pages, options)
+
+    def _load(self, directory: Path, dtype: torch.dtype) -> Weights:
+        return load_weights(directory, self._geometry, dtype, self._device)
+
+    # -- a step -------------------------------------------------------------------------------
 
     def prepare(self, step: Step) -> Prepared:
         sampling = [work.sequence for work in step.sampling]
@@ -115,7 +128,7 @@ class Runner:
     def warm_up(self, threads: int) -> None:
         if isinstance(self._ops, CompiledOps):
             _load_kernels(self._ops, threads)
-        tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
+        tokens = min(WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
         segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)

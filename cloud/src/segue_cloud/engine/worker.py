@@ -30,17 +30,17 @@ import torch
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.commands import Cancel, Close, Command, Offer, Submit
+from segue_cloud.engine.devices import build_runner, build_tier, count_pages
 from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
     choose_dtype,
-    choose_pages,
     choose_threads,
     dtype_name,
 )
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
-from segue_cloud.engine.runner import Runner, StepRunner
+from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits, Step
 from segue_cloud.engine.streams import TurnStream
 from segue_contract.errors import (
@@ -131,10 +131,10 @@ class TorchEngine:
             ModelError: the KV pool is too small or does not fit into memory.
         """
         options = options or EngineOptions()
-        dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
-        pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
-        engine = cls(manifest, options, pages, partial(Runner, directory, geometry, pages, options))
+        pages = count_pages(options, geometry)
+        build = partial(build_runner, directory, geometry, pages, options)
+        engine = cls(manifest, options, pages, build)
         await engine.start()
         return engine
 
@@ -148,6 +148,7 @@ class TorchEngine:
         await ready
         log.info(
             "engine_ready",
+            device=self._options.device,
             dtype=dtype_name(self._dtype),
             threads=choose_threads(self._options.threads),
             kv_tokens=self._pool.pages_total * BLOCK_TOKENS // PAGES_PER_BLOCK,
@@ -273,6 +274,8 @@ class TorchEngine:
                 else:
                     model = None
                     self._runner = self._set_up()
+                if self._tier is not None:
+                    stack.callback(self._tier.close)
                 self._post(_finish_future, ready, None)
                 self._run_ahead(model) if model else self._run()
         except BaseException as error:
@@ -299,7 +302,7 @@ class TorchEngine:
         if self._options.host_bytes and STEP not in self._codecs:
             log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
         elif self._options.host_bytes:
-            self._tier = HostTier(runner.pages, self._options.host_bytes, self._recompute_s)
+            self._tier = build_tier(runner.pages, self._options.host_bytes, self._recompute_s)
             self._pool.tier = self._tier
         return runner
 
