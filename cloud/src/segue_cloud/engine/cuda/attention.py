@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from segue_cloud.engine.attention import Window
 from segue_cloud.engine.cuda.shapes import Shape
 from segue_cloud.engine.kv_pages import KvPages
-from segue_contract.limits import KV_PAGE_TOKENS
+from segue_contract.limits import KV_PAGE_TOKENS, MIB
 from segue_contract.model.manifest import ModelGeometry
 
-# Keys that one call of the fused attention may see copied, rows times padded length: 64 rows of
-# 1,024 tokens. An 8B-shaped model copies 268 MB of KV for them, and uses it again in each layer.
-GATHER_TOKENS = 65_536
+# What one call of the fused attention may see copied, of one layer: 128 rows of 2,048 tokens of an
+# 8B-shaped model in bfloat16. Layers copy one after another into the same memory.
+_GATHER_BYTES = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,18 @@ class GatherAttention:
         pages: KvPages,
         scratch_slot: int,
         window: Window,
-        gather_tokens: int = GATHER_TOKENS,
+        gather_tokens: int = 0,
     ) -> None:
         """`scratch_slot`: a slot of finite numbers, read in place of whatever a row must not see:
-        a masked NaN would still reach the sum, as 0 * NaN. `gather_tokens`: bounds one copy."""
+        a masked NaN would still reach the sum, as 0 * NaN. `gather_tokens`: bounds one copy,
+        rows times padded length; 0: what `_GATHER_BYTES` allows."""
         self._geometry = geometry
         self._pages = pages
         self._device = pages.k[0].device
         self._scratch_slot = scratch_slot
         self._window = window
-        self._gather_tokens = gather_tokens
+        token_bytes = 2 * geometry.kv_heads * geometry.head_dim * pages.k[0].dtype.itemsize
+        self._gather_tokens = gather_tokens or _GATHER_BYTES // token_bytes
         self._static: dict[Shape, _Group] = {}
         self._groups: list[_Group] = []
 

@@ -16,9 +16,11 @@ def pick(logits: torch.Tensor) -> torch.Tensor:
     """
     best = logits.amax(dim=1, keepdim=True)
     vocab = logits.shape[1]
-    ids = torch.arange(vocab, device=logits.device)
-    first = torch.where(logits == best, ids, vocab).amin(dim=1)
-    return torch.where(torch.isfinite(best[:, 0]), first, BAD_LOGITS)
+    # Fills, not `where` with a number: that one copies the number to the device, which a capture
+    # does not allow.
+    ids = torch.arange(vocab, device=logits.device, dtype=torch.int32).expand(logits.shape)
+    first = ids.masked_fill(logits != best, vocab).amin(dim=1).long()
+    return first.masked_fill(~torch.isfinite(best[:, 0]), BAD_LOGITS)
 
 
 def choose_tokens(
