@@ -14,11 +14,11 @@ from segue_cloud.engine.cuda.host_tier import PinnedTier
 from segue_cloud.engine.cuda.memory import card_pages, token_bytes, weight_bytes
 from segue_cloud.engine.cuda.pages import DevicePages
 from segue_cloud.engine.cuda.transfers import DirectTransfers, Staging, Ticket
-from segue_cloud.engine.devices import build_tier
+from segue_cloud.engine.devices import build_tier, choose_device
 from segue_cloud.engine.host_tier import HostTier
 from segue_cloud.engine.kv_pages import KvPages
 from segue_cloud.engine.options import EngineOptions
-from segue_contract.errors import ModelError
+from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import STAGED_BLOCKS
 from tests.support.tiny_llama import TINY
@@ -203,3 +203,11 @@ def test_the_weights_of_a_known_model() -> None:
 
     assert weight_bytes(LLAMA_8B, 2) == pytest.approx(16.06e9, rel=0.001)  # 8.03e9 parameters
     assert token_bytes(LLAMA_8B, 2) == 131_072
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InvalidArgument, match="cuda:99") as caught:
+        choose_device("cuda:99")
+    assert "--device cpu" in caught.value.hint
