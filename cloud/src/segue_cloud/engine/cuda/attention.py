@@ -53,7 +53,8 @@ class PagedAttention(Protocol):
         ...
 
     def plan(self, rows: Rows, shape: Shape | None) -> None:
-        """Bring to the device what the step sees; with a shape, `rows` is padded to it."""
+        """Bring to the device what the step sees; with a shape, there are as many rows as it has,
+        and their tables are no wider."""
         ...
 
     def start(self) -> None:
@@ -110,7 +111,9 @@ class GatherAttention:
     def plan(self, rows: Rows, shape: Shape | None) -> None:
         if shape is not None:
             group = self._static_group(shape)
-            group.tables.copy_(torch.from_numpy(rows.tables.astype(np.int64)))
+            # Columns behind stay as they were: no length reaches them.
+            given = group.tables[:, : rows.tables.shape[1]]
+            given.copy_(torch.from_numpy(rows.tables.astype(np.int64)))
             group.lengths.copy_(torch.from_numpy(rows.lengths))
             self._groups = [group]
             return

@@ -110,12 +110,13 @@ def pad(step: StepInput, shape: Shape, scratch_page: int) -> Padded:
     numbers[_POSITIONS, :count] = step.positions_np
     numbers[_SLOTS, :count] = step.slots_np
     numbers[_SLOTS, count:] = scratch_page * KV_PAGE_TOKENS
-    tables = np.full((shape.rows, shape.pages), scratch_page, np.int32)
-    lengths = np.ones(shape.rows, np.int64)
-    if count:
-        seen = rows_of(step)
-        tables[:count, : seen.tables.shape[1]] = seen.tables
-        lengths[:count] = seen.lengths
+    if not count:
+        tables = np.full((shape.rows, 1), scratch_page, np.int32)
+        return Padded(numbers, Rows(tables, np.ones(shape.rows, np.int64)))
+    seen = rows_of(step)
+    more = shape.rows - count
+    tables = np.pad(seen.tables, ((0, more), (0, 0)), constant_values=scratch_page)
+    lengths = np.pad(seen.lengths, (0, more), constant_values=1)
     return Padded(numbers, Rows(tables, lengths))
 
 

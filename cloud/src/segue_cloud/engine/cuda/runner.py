@@ -45,9 +45,10 @@ class DeviceRunner(Runner):
     def __init__(
         self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
     ) -> None:
-        self._on_card = torch.device(options.device).type == "cuda"
-        if self._on_card:
-            torch.cuda.set_device(torch.device(options.device))  # of this thread, which computes
+        device = torch.device(options.device)
+        self._on_card = device.type == "cuda"
+        if device.index is not None:
+            torch.cuda.set_device(device)  # of this thread, which computes
         super().__init__(directory, geometry, pages, options)
         assert isinstance(self.pages, DevicePages)
         assert isinstance(self._ops, DeviceOps)
