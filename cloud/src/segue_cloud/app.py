@@ -152,6 +152,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
 async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
     # Importing torch takes seconds on a busy machine: in a thread, so that nothing else times out.
     await asyncio.to_thread(importlib.import_module, "segue_cloud.engine.worker")
+    from segue_cloud.engine.devices import choose_device
     from segue_cloud.engine.worker import EngineOptions, TorchEngine
 
     return await TorchEngine.load(
@@ -159,6 +160,7 @@ async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manif
         manifest,
         EngineOptions(
             dtype=settings.dtype,
+            device=choose_device(settings.device),
             threads=settings.threads or None,
             pool_bytes=settings.pool_mb << 20 or None,
             max_turns=settings.max_turns,

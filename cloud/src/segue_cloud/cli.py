@@ -28,6 +28,9 @@ def cloud(
         str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (a CUDA card where there is one), cpu, cuda, cuda:N.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads; 0: one a core.")] = None,
     pool_mb: Annotated[int | None, typer.Option(help="KV pool in MiB; 0: chosen.")] = None,
     host_mb: Annotated[

@@ -33,6 +33,7 @@ class CloudSettings(BaseSettings):
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
     dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
+    device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")  # auto: a card if any
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
     pool_mb: int = Field(0, ge=0)  # 0: a bounded share of memory
     # for KV that the pool gave up; None: a bounded share of memory, 0: none is kept

@@ -35,6 +35,8 @@ KV_FRAME_BYTES: Final = 1 * MIB  # a sender splits larger blocks by layers, so n
 MAX_KV_FRAME_BYTES: Final = 64 * MIB  # a 64-token block of a 70B-class model in fp16 is 20 MiB
 MAX_KV_BLOCK_BYTES: Final = 256 * MIB  # in fp16; a 405B-class model's has 63 MiB
 MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
+STAGED_BLOCKS: Final = 8  # pinned buffers each way, card to host: 8 MiB each for an 8B model
+MAX_GRAPH_BYTES: Final = 2048 * MIB  # of a card, for captured decode steps; then the rest run eager
 
 # -- queues -----------------------------------------------------------------------------------
 MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button

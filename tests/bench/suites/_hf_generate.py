@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from segue_contract.model.manifest import read_manifest
+from tests.bench.suites._device import bench_device
 from tests.bench.suites._prompts import random_prompts
 from tests.support.tiny_llama import HfReference
 
@@ -23,11 +24,12 @@ def main() -> None:
     count, prompt_tokens, new_tokens = (int(value) for value in sys.argv[3:6])
     manifest = read_manifest(directory)
     model = HfReference(directory, manifest).model
-    model = model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    device = bench_device()
+    model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
     prompts = random_prompts(count + 1, prompt_tokens, manifest.geometry.vocab)
 
     def generate(prompt: tuple[int, ...], tokens: int) -> None:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=device)
         mask = torch.ones_like(ids)
         out = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens

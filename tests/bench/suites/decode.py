@@ -4,7 +4,8 @@ A turn is a 128-token prompt and 64 new tokens. `tokens_per_s_N` is N * 64 over 
 first submit to the last token: prefill, batching, sampling and the way through the queues
 included. Hugging Face computes the same turns one after another at batch 1, which is what a program
 that calls `generate` per request does. vLLM and llama.cpp batch them, as we do; they run
-where `scripts/peers` has built them.
+where `scripts/peers` has built them. SEGUE_BENCH_DEVICE=cuda puts the engine and Hugging Face on a
+card.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manifest
 from tests.bench.harness import ROOT, Report
+from tests.bench.suites._device import bench_device
 from tests.bench.suites._memory import memory_rows
 from tests.bench.suites._peer_rows import peer_rows
 from tests.bench.suites._prompts import random_prompts
@@ -53,7 +55,7 @@ async def _engine_rows(report: Report, directory: Path, new_tokens: int, quick: 
     manifest = read_manifest(directory)
     vocab = manifest.geometry.vocab
     began = time.perf_counter()
-    engine = await TorchEngine.load(directory, manifest, EngineOptions())
+    engine = await TorchEngine.load(directory, manifest, EngineOptions(device=bench_device()))
     report.row("load_s", time.perf_counter() - began, "s", note="weights, kernels, warm-up")
     speeds: dict[int, float] = {}
     try:
@@ -68,7 +70,10 @@ async def _engine_rows(report: Report, directory: Path, new_tokens: int, quick: 
             report.row(f"decode_tokens_per_s_{batch}", steps, "tokens/s", note="without prefill")
             share = (engine.busy_s - busy) / seconds
             report.row(f"engine_busy_share_{batch}", share, "", note="rest: queues, delivery")
-        await peer_rows(report, engine, directory, new_tokens, quick)
+        if bench_device() == "cpu":
+            await peer_rows(report, engine, directory, new_tokens, quick)
+        else:
+            report.missing("vllm, llama-cpp", "their environments are built for the CPU")
     finally:
         await engine.close()
     await _ahead_rows(report, directory, new_tokens, (32,) if quick else (32, 128))
@@ -83,7 +88,9 @@ async def _ahead_rows(
 ) -> None:
     """The same turns where the next step is planned, and the last one's tokens sent, meanwhile."""
     manifest = read_manifest(directory)
-    engine = await TorchEngine.load(directory, manifest, EngineOptions(ahead=True))
+    engine = await TorchEngine.load(
+        directory, manifest, EngineOptions(ahead=True, device=bench_device())
+    )
     try:
         for batch in batches:
             busy = engine.busy_s

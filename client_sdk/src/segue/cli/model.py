@@ -1,4 +1,4 @@
-"""`segue model build | list | verify | quality`."""
+"""`segue model build | list | verify | quality | tensorrt`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -153,6 +153,38 @@ def quality(
         sys.stdout.write(json.dumps({"model": directory.name, **answer}, indent=2) + "\n")
         return
     _print_quality(found[0])
+
+
+@app.command()
+def tensorrt(
+    name: Annotated[str, typer.Argument(help="A model's name or directory.")] = DEFAULT_MODEL,
+) -> None:
+    """Add an INT8 graph for edges whose onnxruntime has TensorRT, and measure it like the others.
+
+    Clouds refuse its KV until they have the model's new manifest: copy it there.
+    """
+    directory = model_directory(name)
+    found: list[dict[str, Any]] = []
+    with _bar() as bar:
+        task = bar.add_task(f"Extending {directory.name}", total=1.0, what="Starting")
+        model_build.run_step(
+            ["segue_edge.prefill.qdq", str(directory.resolve())],
+            lambda done, what: bar.update(task, completed=done, what=what),
+            found.append,
+        )
+        bar.update(task, completed=1.0, what="Done")
+    if not found:
+        raise ModelError(f"{directory} could not be extended.")
+    made = found[0]
+    agreement = {row["recipe"]: row["agreement"] for row in made["rows"]}[made["recipe"]]
+    facts = f"agreement {agreement:.3f} in {made['recipe']}, {made['int8_share']:.0%} in INT8"
+    if made["allowed"]:
+        _console.print(f"[green]✓[/] {directory.name} has a graph for TensorRT: {facts}")
+    else:
+        _console.print(
+            f"[yellow]No INT8 graph for TensorRT is within the model's budget: {facts}. Edges with"
+            " a card go on with 8-bit weights.[/]"
+        )
 
 
 def _print_quality(report: dict[str, object]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention.bias import causal_lower_right
 
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.step_input import Segment, StepInput
@@ -123,13 +124,17 @@ def attend_segment(
     else:
         k = pages.k[layer].index_select(1, segment.slots)
         v = pages.v[layer].index_select(1, segment.slots)
+    mask = segment.mask
+    if mask is None and segment.start:
+        # Not a tensor of zeros and -inf: the fused kernels of a card know this case.
+        mask = causal_lower_right(segment.count, k.shape[1])
     shape = (g.kv_heads, group, k.shape[1], g.head_dim)
     attended = torch.nn.functional.scaled_dot_product_attention(
         q,
         k[:, None].expand(shape),
         v[:, None].expand(shape),
-        attn_mask=segment.mask,
-        is_causal=segment.mask is None,
+        attn_mask=mask,
+        is_causal=segment.start == 0 and mask is None,
     )
     target = out[segment.first : segment.first + segment.count]
     target.view(segment.count, g.kv_heads, group, g.head_dim).copy_(attended.permute(2, 0, 1, 3))

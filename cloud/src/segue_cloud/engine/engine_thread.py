@@ -23,6 +23,7 @@ import torch
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.commands import Cancel, Close, Command, Die, Offer, Submit
+from segue_cloud.engine.devices import build_tier
 from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import EngineOptions, rank_threads
 from segue_cloud.engine.port import EngineOutput, EngineStats
@@ -107,6 +108,8 @@ class EngineThread:
                     model = None
                     self._runner = self._set_up()
                 stack.callback(self._runner.close)
+                if self.tier is not None:
+                    stack.callback(self.tier.close)
                 self._post(_finish_future, ready, None)
                 self._run_ahead(model) if model else self._run()
         except BaseException as error:
@@ -130,7 +133,7 @@ class EngineThread:
             # Asked for or not: nobody is to wonder where the memory saving went.
             log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
         elif self._host_bytes:
-            self.tier = HostTier(runner.pages, self._host_bytes, self._recompute_s)
+            self.tier = build_tier(runner.pages, self._host_bytes, self._recompute_s)
             self._pool.tier = self.tier
             self._pool.target = TARGET_SHARE
         return runner

@@ -79,14 +79,18 @@ class HostTier:
             payload = encode_block(KvBlock(name, "", k, v), STEP)
         except BadBlock:
             return  # numbers that the code cannot hold: computing them anew is exact
+        self.file(name, payload, credit)
+        seconds = time.perf_counter() - began
+        self._allowance_s -= seconds
+        self.keep_s = _mean(self.keep_s, seconds)
+
+    def file(self, name: bytes, payload: bytes, credit: int) -> None:
+        """Take in a block that is coded, at the cost of others; one larger than all is dropped."""
         while self._kept and self.bytes_kept + len(payload) > self._budget:
             self._drop_one()
         if len(payload) <= self._budget:
             self._kept[name] = _Kept(payload, credit)
             self.bytes_kept += len(payload)
-        seconds = time.perf_counter() - began
-        self._allowance_s -= seconds
-        self.keep_s = _mean(self.keep_s, seconds)
 
     def at_leisure(self) -> None:
         """Nobody waits: coding may take its time until the next step."""
@@ -96,6 +100,9 @@ class HostTier:
         """A step took so long: coding may take its share of it."""
         saved = self._allowance_s if self._allowance_s < math.inf else _SAVED_UP_S
         self._allowance_s = min(_SAVED_UP_S, saved + _CODING_SHARE * seconds)
+
+    def close(self) -> None:
+        """End what runs beside the engine thread; here nothing does."""
 
     def offers(self, name: bytes) -> bool:
         if name not in self._kept:

@@ -31,7 +31,7 @@ class EngineOptions:
     """Choices of the engine. None: decide from the machine.
 
     `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
-    `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda".
+    `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda[:N]".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
     `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
     `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept; None:
@@ -40,6 +40,7 @@ class EngineOptions:
     model says, usually all.
     `tensor_parallel`: processes that share the model, the threads and the pool's bytes; at most
     one per KV head.
+    `graphs`: on a card, capture decode steps at start-up and replay them.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     """
 
@@ -51,6 +52,7 @@ class EngineOptions:
     step_tokens: int = 512
     mixed_tokens: int = 256
     device: str = "cpu"
+    graphs: bool = True
     compiled: bool = True
     ahead: bool = False
     host_bytes: int | None = None

@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 # Chunks up to this size attend row by row through the page table: cheaper than a gather.
 _ROW_CHUNK = 16
-_WARM_UP_TOKENS = 128
+WARM_UP_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,27 @@ class Runner:
         self._device = device
         self._geometry = geometry
         self._window = Window(options.window, options.sinks)
-        store = KvPages(geometry.kv, pages, dtype, device)
-        self.pages: BlockPages = store
-        self._ops = _choose_ops(geometry, store, options)
-        weights = load(directory, geometry, dtype, device)
-        self._model = LlamaModel(geometry, weights, store, self._ops)
+        self._loader = load
+        self.pages = self._make_pages(pages, dtype, options)
+        self._ops = self._make_ops(options)
+        weights = self._load(directory, dtype)
+        self._model = LlamaModel(geometry, weights, self.pages, self._ops)
         self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
         self._slots = pages * KV_PAGE_TOKENS
+
+    # -- its parts; those of another device differ ---------------------------------------------
+
+    def _make_pages(self, pages: int, dtype: torch.dtype, options: EngineOptions) -> KvPages:
+        return KvPages(self._geometry.kv, pages, dtype, options.device)
+
+    def _make_ops(self, options: EngineOptions) -> StepOps:
+        return _choose_ops(self._geometry, self.pages, options)
+
+    def _load(self, directory: Path, dtype: torch.dtype) -> Weights:
+        return self._loader(directory, self._geometry, dtype, self._device)
+
+    # -- a step -------------------------------------------------------------------------------
 
     def prepare(self, step: Step) -> Prepared:
         sampling = [work.sequence for work in step.sampling]
@@ -146,7 +159,7 @@ class Runner:
 
     def touch(self) -> None:
         """The rest of `warm_up`: a chunk and a row, as steps will bring them."""
-        tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
+        tokens = min(WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
         segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
@@ -223,19 +236,6 @@ class Runner:
         # Pages that the window has passed may be somebody else's by now.
         slots = torch.from_numpy(slots_of(work.sequence.pages)[keys.numpy()]).to(self._device)
         return Segment(first, work.count, work.start, slots, mask)
-
-
-def build_runner(
-    directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
-) -> StepRunner:
-    """The runner that serves this model best on this machine; raises as `Runner` does."""
-    cpu = options.device == "cpu" and options.compiled and find_spec("numba") is not None
-    if cpu and choose_dtype(options.dtype, options.device) == torch.bfloat16:
-        from segue_cloud.engine.native.runner import NativeRunner, serves
-
-        if serves(geometry):
-            return NativeRunner(directory, geometry, pages, options)
-    return Runner(directory, geometry, pages, options)
 
 
 def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions) -> StepOps:

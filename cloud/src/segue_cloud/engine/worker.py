@@ -22,20 +22,20 @@ import torch
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK, BlockPool
 from segue_cloud.engine.commands import Cancel, Close, Die, Offer, Submit
+from segue_cloud.engine.devices import build_runner, count_pages
 from segue_cloud.engine.engine_thread import Delivery, EngineThread
 from segue_cloud.engine.host_tier import HostTier
 from segue_cloud.engine.options import (
     EngineOptions,
     choose_dtype,
     choose_host_bytes,
-    choose_pages,
     choose_threads,
     choose_window,
     dtype_name,
 )
 from segue_cloud.engine.placement import Reach, Recipes
 from segue_cloud.engine.port import EngineStats, EngineTurn
-from segue_cloud.engine.runner import StepRunner, build_runner
+from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
 from segue_cloud.engine.streams import TurnStream
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
@@ -145,9 +145,8 @@ class TorchEngine:
             RankLost: a rank ended while it loaded.
         """
         options = choose_window(options or EngineOptions(), manifest.geometry)
-        dtype = choose_dtype(options.dtype, options.device)
         geometry = manifest.geometry
-        pages = choose_pages(options, geometry.kv, dtype.itemsize, geometry.context)
+        pages = count_pages(options, geometry)
         if options.tensor_parallel == 1:
             build = partial(_build_runner, directory, manifest, pages, options)
             engine = cls(manifest, options, pages, build)
@@ -169,6 +168,7 @@ class TorchEngine:
             self._ranks.watch(self._lose)
         log.info(
             "engine_ready",
+            device=self._options.device,
             dtype=dtype_name(self._dtype),
             tensor_parallel=self._options.tensor_parallel,
             threads=choose_threads(self._options.threads),

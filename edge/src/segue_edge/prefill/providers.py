@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import onnxruntime as ort
 
+from segue_contract.errors import ModelMismatch
+
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+DYNAMIC_INT8 = "w8a8"  # how the names of such graphs' quantisations begin
+# a name, or a name with options
+Provider: TypeAlias = str | tuple[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class Device:
     """`name`: "cuda" or "cpu"; `providers`: ONNX Runtime's, in order of preference."""
 
     name: str
-    providers: tuple[str, ...]
+    providers: tuple[Provider, ...]
 
 
 def choose_device(wanted: str = "auto", available: Collection[str] | None = None) -> Device:
@@ -44,6 +50,22 @@ def prefill_graph(active: Collection[str]) -> str:
     would go by the host.
     """
     return "decode" if CUDA in active else "prefill"
+
+
+def forbid_dynamic_int8(active: Collection[str], weight_quant: str) -> None:
+    """Refuse a graph that quantises activations as it runs on a card.
+
+    `prefill_graph` never leads there; a graph that does all the same is a mistake, and would be
+    slow without a word: each of its products goes by the host.
+
+    Raises:
+        ModelMismatch: such a graph under CUDA.
+    """
+    if CUDA in active and weight_quant.startswith(DYNAMIC_INT8):
+        raise ModelMismatch(
+            f"The graph {weight_quant!r} quantises as it runs, which a card cannot do well.",
+            hint="Use --providers cpu, or build the model again.",
+        )
 
 
 def session_options(threads: int) -> ort.SessionOptions:

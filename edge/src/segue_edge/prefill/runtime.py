@@ -14,8 +14,16 @@ from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
 from segue_contract.model.gate import FLOAT_QUANT
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_edge.prefill.kv import Floats, PastKv
-from segue_edge.prefill.providers import CPU, CUDA, Device, choose_device, prefill_graph
+from segue_edge.prefill.providers import (
+    CPU,
+    CUDA,
+    Device,
+    choose_device,
+    forbid_dynamic_int8,
+    prefill_graph,
+)
 from segue_edge.prefill.runner import GraphRunner, open_session
+from segue_edge.prefill.tensorrt import QDQ, open_qdq
 
 # Tokens. Measured on two cores, 512-token prompt, tokens/s: 1,890 in chunks of 64, 2,160 of 128,
 # 2,250 of 256, 2,080 of 384, 1,830 at once; the order is the same at 2,048.
@@ -74,12 +82,16 @@ class EdgeModel:
         else:
             weight_only = ""
         if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
+            qdq = open_qdq(directory, manifest, threads, DEFAULT_CHUNK)
+            if qdq is not None:
+                return cls(manifest, qdq, decode, device, QDQ)
             return cls(manifest, decode, decode, device, "edge-weight-only")
         if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
             return cls(manifest, decode, decode, device, "edge")
         if CUDA not in decode.get_providers():
             device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
+        forbid_dynamic_int8(prefill.get_providers(), quant)
         return cls(manifest, prefill, decode, device, "edge")
 
     @property

@@ -1,0 +1,66 @@
+"""A Llama of any shape with random weights, made where it is used: no file, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from segue_cloud.engine.cuda.runner import DeviceRunner
+from segue_cloud.engine.weights import Layer, Weights, make_linear
+from segue_contract.kv.layout import KvRecipe
+from segue_contract.model.manifest import Manifest, ModelGeometry, RecipeEntry
+
+
+class RandomRunner(DeviceRunner):
+    """The runner of a card, with numbers from a generator in place of a file's."""
+
+    def _load(self, directory: Path, dtype: torch.dtype) -> Weights:
+        return random_weights(self._geometry, dtype, self._device)
+
+
+def random_weights(geometry: ModelGeometry, dtype: torch.dtype, device: str) -> Weights:
+    """Scaled so that activations keep their size from layer to layer; seed 1."""
+    g = geometry
+    generator = torch.Generator(device).manual_seed(1)
+
+    def table(rows: int, columns: int) -> torch.Tensor:
+        made = torch.empty(rows, columns, dtype=dtype, device=device)
+        return made.normal_(0.0, columns**-0.5, generator=generator)
+
+    def norm() -> torch.Tensor:
+        return torch.ones(g.hidden, dtype=torch.float32, device=device)
+
+    def layer() -> Layer:
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        return Layer(
+            input_norm=norm(),
+            qkv=make_linear(table(q + 2 * kv, g.hidden)),
+            out=make_linear(table(g.hidden, q)),
+            ffn_norm=norm(),
+            gate_up=make_linear(table(2 * g.ffn, g.hidden)),
+            down=make_linear(table(g.hidden, g.ffn)),
+        )
+
+    embed = table(g.vocab, g.hidden)
+    return Weights(
+        embed=embed,
+        layers=tuple(layer() for _ in range(g.layers)),
+        final_norm=norm(),
+        head=embed if g.tied_embeddings else table(g.vocab, g.hidden),
+    )
+
+
+def random_manifest(geometry: ModelGeometry) -> Manifest:
+    """What the engine must know of such a model."""
+    recipe = KvRecipe(weights_digest="0" * 32, weight_quant="bf16", rope=f"{geometry.rope_base:g}")
+    return Manifest(
+        name="random",
+        source="random",
+        weights_digest="0" * 32,
+        geometry=geometry,
+        end_tokens=(0,),
+        edge_quant="none",
+        recipes={"edge": RecipeEntry(recipe=recipe)},
+        files={},
+    )
