@@ -66,10 +66,7 @@ def build(
         )
     for report in found:
         _print_quality(report)
-        windows = report["windows"]
-        _console.print(
-            f"[dim]Measured on {windows} windows. For more: segue model quality {name}[/]"
-        )
+        _console.print(f"[dim]On a text of your own: segue model quality {name} --text FILE[/]")
     _console.print(f"[green]✓[/] {name} built in {time.monotonic() - began:.0f} s: {directory}")
 
 

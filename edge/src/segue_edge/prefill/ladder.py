@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from segue_contract.errors import InvalidArgument, ModelMismatch
 from segue_contract.model.gate import (
-    CODECS,
     EDGE,
     FLOAT,
     FLOAT_QUANT,
@@ -33,6 +32,7 @@ from segue_contract.model.gate import (
     Measured,
     bytes_per_token,
     choose,
+    codecs_of,
     entries,
 )
 from segue_contract.model.manifest import (
@@ -49,7 +49,6 @@ from segue_edge.prefill.exact import SCORER, ExactModel
 from segue_edge.prefill.export import read_geometry
 from segue_edge.prefill.float_graph import float_graph
 from segue_edge.prefill.gate import (
-    BUILD_WINDOWS,
     WINDOWS,
     Score,
     Side,
@@ -63,7 +62,7 @@ from segue_edge.prefill.gate import (
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import CPU, Device
-from segue_edge.prefill.runner import GraphRunner, open_session
+from segue_edge.prefill.runner import GraphRunner, open_head, open_session
 
 _GRAPH_SHARE = 0.3  # of the report's bar, where the float graph must be built first
 
@@ -94,20 +93,23 @@ class Bench:
     def side(self, path: Path) -> Side:
         """First logits and KV by the graph at `path`."""
         geometry = self._geometry
-        session = open_session(path, Device("cpu", (CPU,)), self._threads)
-        runner = GraphRunner(session, geometry)
+        device = Device("cpu", (CPU,))
+        head = open_head(path.parent, device, self._threads)
+        session = open_session(path, device, self._threads)
+        runner = GraphRunner(session, geometry, head=head)
 
         def prefill(tokens: Sequence[int]) -> tuple[Floats, PastKv]:
             kv = PastKv(geometry.kv, len(tokens))
-            return runner.run(np.asarray(tokens, np.int64), kv).reshape(-1), kv
+            return runner.logits(runner.run(np.asarray(tokens, np.int64), kv)), kv
 
         return prefill
 
     def run(self, sides: dict[str, tuple[str, Path]], progress: Progress) -> list[Measured]:
-        """Every codec on each of `sides`: name -> (weight quantisation, graph)."""
+        """The codecs of each of `sides`: name -> (weight quantisation, graph)."""
         made = {name: self.side(path) for name, (_, path) in sides.items()}
         scores: dict[tuple[str, str], list[Score]] = {}
-        found = measure(self._judge, self._geometry.kv, made, CODECS, self.windows, self.split)
+        codecs = {name: codecs_of(name) for name in made}
+        found = measure(self._judge, self._geometry.kv, made, codecs, self.windows, self.split)
         for number, window in enumerate(found, 1):
             for key, score in window.items():
                 scores.setdefault(key, []).append(score)
@@ -295,7 +297,7 @@ def main() -> int:
     building.add_argument("--artifact", type=Path, required=True)
     building.add_argument("--work", type=Path, required=True)
     building.add_argument("--max-agreement-loss", type=float, default=MAX_AGREEMENT_LOSS)
-    building.add_argument("--windows", type=int, default=BUILD_WINDOWS)
+    building.add_argument("--windows", type=int, default=WINDOWS)
     reporting = commands.add_parser("report")
     reporting.add_argument("directory", type=Path)
     reporting.add_argument("--text", type=Path)

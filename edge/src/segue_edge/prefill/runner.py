@@ -13,26 +13,40 @@ from segue_contract.model.manifest import ModelGeometry
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import Device, session_options
 
+LOGITS, LAST_HIDDEN = "logits", "last_hidden"
+HEAD_FILE = "head.onnx"
+
 
 class GraphRunner:
     """A graph of the model builder's form: `input_ids`, `attention_mask`, past and present KV.
 
-    Its first output is float32 `[1, rows, columns]`: the logits of the last position, or a scorer's
-    hidden states of all.
+    Its first output is float32 `[1, rows, columns]`: the logits of the last position, its hidden
+    state where the head is a graph of its own, or a scorer's hidden states of all.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, geometry: ModelGeometry, in_place: bool = True
+        self,
+        session: ort.InferenceSession,
+        geometry: ModelGeometry,
+        in_place: bool = True,
+        head: ort.InferenceSession | None = None,
     ) -> None:
         """`in_place`: the graph runs where the buffer lies. On another device the past is copied
-        there and what was added is copied back."""
+        there and what was added is copied back. `head`: for a graph that ends before it.
+        """
         self._session = session
         self._in_place = in_place
+        self._head = head
         self._ones = np.ones((1, geometry.context), np.int64)
         (output,) = (o for o in session.get_outputs() if not o.name.startswith("present."))
         self._output = str(output.name)
-        self._last_only = self._output == "logits"
-        self._columns = geometry.vocab if self._last_only else geometry.hidden
+        self._last_only = self._output in (LOGITS, LAST_HIDDEN)
+        self._columns = geometry.vocab if self._output == LOGITS else geometry.hidden
+
+    @property
+    def lacks_head(self) -> bool:
+        """The graph ends before the head, and there is none."""
+        return self._output == LAST_HIDDEN and self._head is None
 
     def run(self, ids: NDArray[np.int64], kv: PastKv) -> Floats:
         """Append `ids` to `kv`, which must have the room; the output `[rows, columns]`."""
@@ -53,6 +67,18 @@ class GraphRunner:
         kv.length = total
         return result.reshape(rows, self._columns)
 
+    def logits(self, output: Floats) -> Floats:
+        """Float32 `[vocab]` from what `run` returned.
+
+        `lacks_head` must be false.
+        """
+        if self._output == LOGITS:
+            return output.reshape(-1)
+        assert self._output == LAST_HIDDEN
+        assert self._head is not None
+        (logits,) = self._head.run([LOGITS], {LAST_HIDDEN: output[None]})
+        return np.asarray(logits, np.float32).reshape(-1)
+
     def _run_by_copy(self, ids: NDArray[np.int64], kv: PastKv) -> Floats:
         start, total = kv.length, kv.length + len(ids)
         feeds: dict[str, NDArray[np.generic]] = {
@@ -71,6 +97,17 @@ class GraphRunner:
             target[index // 2, :, start:total] = value[0, :, start:total]
         kv.length = total
         return np.asarray(output, np.float32).reshape(-1, self._columns)
+
+
+def open_head(folder: Path, device: Device, threads: int) -> ort.InferenceSession | None:
+    """The head beside a folder's graphs; None where they have their own. Load it before them: its
+    table is the largest tensor, so that its unpacked form is gone before they fill the memory.
+
+    Raises:
+        ModelMismatch: it cannot be loaded.
+    """
+    path = folder / HEAD_FILE
+    return open_session(path, device, threads) if path.is_file() else None
 
 
 def open_session(path: Path, device: Device, threads: int) -> ort.InferenceSession:
