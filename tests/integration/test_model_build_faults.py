@@ -181,6 +181,39 @@ def test_verify_refuses_a_changed_directory_by_name(built: Home, tmp_path: Path)
     assert "segue model build" in out
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("geometry", {"layers": GEOMETRY.layers + 1}, "4 layers, the graph 3"),
+        ("geometry", {"kv_heads": 1}, "1 KV heads of 16, the graph 2 of 16"),
+        ("geometry", {"layers": "three"}, "cannot be read"),
+        ("recipes", {"edge": {}}, "cannot be read"),
+        ("files", None, "cannot be read"),
+    ],
+)
+def test_a_manifest_edited_by_hand_stops_the_edge_with_a_hint(
+    built: Home, tmp_path: Path, part: str, change: dict[str, object] | None, words: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built.folder / "tiny", copy)
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[part] = None if change is None else manifest[part] | change
+    path.write_text(json.dumps(manifest))
+    done = subprocess.run(
+        [sys.executable, "-m", "segue", "edge", "--model", str(copy), "--port", "0"],
+        env=built.env,
+        capture_output=True,
+        text=True,
+        timeout=BUILD_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert words in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # -- what a source may be wrong about -------------------------------------------------------------
 
 
@@ -261,6 +294,37 @@ def test_the_command_says_what_is_wrong(home: Home, tmp_path: Path) -> None:
         assert words in out
         assert "Traceback" not in out
         assert home.left() == []
+
+
+def _with_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+
+
+def _of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(5, GEOMETRY.hidden)
+
+
+def _missing(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(_with_nan, "not finite"), (_of_another_shape, "the shape"), (_missing, "lacks 1 tensors")],
+)
+def test_the_command_refuses_weights_that_are_none(
+    home: Home, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    folder = write_hf_folder(tmp_path / "f")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    code, out = home.run("build", str(folder), "--name", "m")
+    assert code == 1
+    assert words in out
+    assert "hint:" in out
+    assert "Traceback" not in out
+    assert home.left() == []
 
 
 # -- what the machine may do ----------------------------------------------------------------------

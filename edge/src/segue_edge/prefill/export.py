@@ -42,8 +42,8 @@ from segue_edge.prefill.runner import HEAD_FILE, GraphRunner, open_session
 from segue_edge.prefill.sensitivity import groups_of, search, suffix
 from segue_edge.prefill.smooth import STRENGTH, Floats, find_sites, measure_peaks, smooth
 
-EDGE_QUANT = "w8a8-rows-smooth065-embed8"
-DECODE_QUANT = "w8-block32-embed8"
+EDGE_QUANT = "w8a8-rows-smooth065-embed8b64"
+DECODE_QUANT = "w8-block32-embed8b64"
 CALIBRATION_WINDOW = 512  # tokens
 TARGET_AGREEMENT = 0.97
 # where on this step's bar each part ends

@@ -32,8 +32,8 @@ def split_head(graph: Graph) -> Graph:
     del graph.model.graph.output[:]
     graph.model.graph.output.extend([hidden, *rest])
 
-    head.replace_nodes({n.name: [] for n in head.nodes if n is not node})
     node.input[0] = LAST_HIDDEN
+    head.replace_nodes({n.name: [] for n in head.nodes if n.output[0] != LOGITS})
     (logits,) = (output for output in head.model.graph.output if output.name == LOGITS)
     for part, kept in ((head.model.graph.input, hidden), (head.model.graph.output, logits)):
         del part[:]

@@ -33,11 +33,15 @@ class GraphRunner:
     ) -> None:
         """`in_place`: the graph runs where the buffer lies. On another device the past is copied
         there and what was added is copied back. `head`: for a graph that ends before it.
+
+        Raises:
+            ModelMismatch: the graph is one of other sizes.
         """
+        check_sizes(session, geometry)
         self._session = session
         self._in_place = in_place
         self._head = head
-        self._ones = np.ones((1, geometry.context), np.int64)
+        self._ones = np.ones((1, 1024), np.int64)
         (output,) = (o for o in session.get_outputs() if not o.name.startswith("present."))
         self._output = str(output.name)
         self._last_only = self._output in (LOGITS, LAST_HIDDEN)
@@ -58,7 +62,7 @@ class GraphRunner:
         result: Floats = np.empty((1, rows, self._columns), np.float32)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids[None]))
-        binding.bind_cpu_input("attention_mask", self._ones[:, :total])
+        binding.bind_cpu_input("attention_mask", self._mask(total))
         binding.bind_ortvalue_output(self._output, ort.OrtValue.ortvalue_from_numpy(result))
         for name, value in kv.bound().items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -66,6 +70,12 @@ class GraphRunner:
         self._session.run_with_iobinding(binding)
         kv.length = total
         return result.reshape(rows, self._columns)
+
+    def _mask(self, tokens: int) -> NDArray[np.int64]:
+        """`[1, tokens]` ones: no token is masked."""
+        if self._ones.shape[1] < tokens:
+            self._ones = np.ones((1, 2 * tokens), np.int64)
+        return self._ones[:, :tokens]
 
     def logits(self, output: Floats) -> Floats:
         """Float32 `[vocab]` from what `run` returned.
@@ -83,7 +93,7 @@ class GraphRunner:
         start, total = kv.length, kv.length + len(ids)
         feeds: dict[str, NDArray[np.generic]] = {
             "input_ids": np.ascontiguousarray(ids[None]),
-            "attention_mask": self._ones[:, :total],
+            "attention_mask": self._mask(total),
         }
         names = [self._output]
         for layer in range(kv.geometry.layers):
@@ -97,6 +107,30 @@ class GraphRunner:
             target[index // 2, :, start:total] = value[0, :, start:total]
         kv.length = total
         return np.asarray(output, np.float32).reshape(-1, self._columns)
+
+
+def check_sizes(session: ort.InferenceSession, geometry: ModelGeometry) -> None:
+    """Compare a graph's form with the sizes that the manifest says.
+
+    Raises:
+        ModelMismatch: they differ; somebody edited the manifest or put another graph there.
+    """
+    past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    sizes = {(shape[1], shape[3]) for shape in past.values()}
+    (columns,) = [o.shape[-1] for o in session.get_outputs() if o.name == LOGITS] or [None]
+    wrong = ""
+    if len(past) != 2 * geometry.layers:
+        wrong = f"{geometry.layers} layers, the graph {len(past) // 2}"
+    elif sizes != {(geometry.kv_heads, geometry.head_dim)}:
+        heads, dim = min(sizes, key=str)
+        wrong = f"{geometry.kv_heads} KV heads of {geometry.head_dim}, the graph {heads} of {dim}"
+    elif isinstance(columns, int) and columns != geometry.vocab:
+        wrong = f"a vocabulary of {geometry.vocab}, the graph {columns}"
+    if wrong:
+        raise ModelMismatch(
+            f"The manifest and an edge graph do not fit: the manifest has {wrong}.",
+            hint="One of them was changed: build the model again.",
+        )
 
 
 def open_head(folder: Path, device: Device, threads: int) -> ort.InferenceSession | None:

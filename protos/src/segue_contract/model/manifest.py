@@ -171,6 +171,14 @@ def read_manifest(directory: Path) -> Manifest:
     if "edge" not in manifest.recipes:
         raise ModelMismatch(f"{path} names no edge recipe.", hint="Build the model again.")
     _check_geometry(path, manifest.geometry)
+    if not manifest.end_tokens or not all(
+        0 <= token < manifest.geometry.vocab for token in manifest.end_tokens
+    ):
+        raise ModelMismatch(
+            f"{path}: the end tokens {list(manifest.end_tokens)} are not of its vocabulary of "
+            f"{manifest.geometry.vocab}.",
+            hint="Build the model again.",
+        )
     _check_recipes(path, manifest)
     return manifest
 
