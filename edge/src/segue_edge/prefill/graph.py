@@ -117,6 +117,8 @@ class Graph:
                     tensor = _external(name, weight, data_path.name, data.tell())
                     data.write(np.ascontiguousarray(weight).tobytes())
                 model.graph.initializer.append(tensor)
+        if data_path.stat().st_size == 0:
+            data_path.unlink()
         path.write_bytes(model.SerializeToString())
 
 

@@ -113,7 +113,7 @@ class Bench:
         for number, window in enumerate(found, 1):
             for key, score in window.items():
                 scores.setdefault(key, []).append(score)
-            what = f"Measuring quality: window {number} of {len(self.windows)}"
+            what = f"Quality: window {number} of {len(self.windows)}"
             progress(number / len(self.windows), what)
         return [
             Measured(
@@ -152,7 +152,7 @@ def build(artifact: Path, work: Path, max_loss: float, windows: int, threads: in
     measured = bench.run(sides, part(0.0, 0.7))
     choice = choose(measured, geometry.kv, max_loss)
     if choice.edge is None:
-        tell(0.7, "Every INT8 recipe loses too much: measuring float32")
+        tell(0.7, "INT8 loses too much: float32")
         measured += bench.run({FLOAT: (FLOAT_QUANT, source)}, part(0.7, 0.95))
         choice = choose(measured, geometry.kv, max_loss)
     _put_graph(choice, source, edge)
@@ -255,6 +255,8 @@ def _say(
         quality: Quality = one.quality
         return {
             "recipe": one.name,
+            "graph": one.graph,
+            "codec": one.codec,
             "bytes_per_token": bytes_per_token(one.codec, geometry.kv),
             **{key: _finite(value) for key, value in msgspec.to_builtins(quality).items()},
             "within_budget": one.within(choice.max_loss),

@@ -116,14 +116,17 @@ def check_sizes(session: ort.InferenceSession, geometry: ModelGeometry) -> None:
         ModelMismatch: they differ; somebody edited the manifest or put another graph there.
     """
     past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
-    sizes = {(shape[1], shape[3]) for shape in past.values()}
+    # The builder names sizes that it leaves open.
+    heads = {shape[1] for shape in past.values() if isinstance(shape[1], int)}
+    dims = {shape[3] for shape in past.values() if isinstance(shape[3], int)}
     (columns,) = [o.shape[-1] for o in session.get_outputs() if o.name == LOGITS] or [None]
     wrong = ""
     if len(past) != 2 * geometry.layers:
         wrong = f"{geometry.layers} layers, the graph {len(past) // 2}"
-    elif sizes != {(geometry.kv_heads, geometry.head_dim)}:
-        heads, dim = min(sizes, key=str)
-        wrong = f"{geometry.kv_heads} KV heads of {geometry.head_dim}, the graph {heads} of {dim}"
+    elif heads - {geometry.kv_heads}:
+        wrong = f"{geometry.kv_heads} KV heads, the graph {min(heads)}"
+    elif dims - {geometry.head_dim}:
+        wrong = f"heads of {geometry.head_dim}, the graph of {min(dims)}"
     elif isinstance(columns, int) and columns != geometry.vocab:
         wrong = f"a vocabulary of {geometry.vocab}, the graph {columns}"
     if wrong:

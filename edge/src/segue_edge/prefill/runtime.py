@@ -91,13 +91,13 @@ class EdgeModel:
         else:
             weight_only = ""
         if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
-            return cls(manifest, decode, decode, device, "edge-weight-only", head)
+            return cls(manifest, decode, decode, device, "edge-weight-only", head).check_runs()
         if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
-            return cls(manifest, decode, decode, device, "edge", head)
+            return cls(manifest, decode, decode, device, "edge", head).check_runs()
         if CUDA not in decode.get_providers():
             device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
-        return cls(manifest, prefill, decode, device, "edge", head)
+        return cls(manifest, prefill, decode, device, "edge", head).check_runs()
 
     @property
     def recipe(self) -> KvRecipe:
@@ -189,11 +189,27 @@ class EdgeModel:
         return self._decode.logits(self._decode.run(np.array([token], np.int64), kv))
 
     def warm_up(self) -> None:
-        """Run both graphs once, so that the first prompt does not pay for lazy set-up."""
+        """Run the graphs once, so that the first prompt does not pay for lazy set-up."""
         tokens = [self.manifest.end_tokens[0]] * BLOCK_TOKENS
         result = self.prefill(tokens)
         assert result.logits.size
         self.decode_step(tokens[0], result.kv)
+
+    def check_runs(self) -> EdgeModel:
+        """Decode one token, for what no graph says of itself: the head's size, say.
+
+        Raises:
+            ModelMismatch: the graphs load and do not run.
+        """
+        try:
+            self.decode_step(self.manifest.end_tokens[0], self.new_kv(1))
+        except Exception as error:  # onnxruntime raises classes of its own, all from Exception
+            raise ModelMismatch(
+                f"The graphs of {self.manifest.name} cannot run: "
+                f"{' '.join(str(error).split())[:300]}.",
+                hint="They and the manifest do not fit: build the model again.",
+            ) from error
+        return self
 
 
 def chunk_end(start: int, total: int, chunk: int, taper: bool = False) -> int:
