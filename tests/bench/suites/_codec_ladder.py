@@ -24,7 +24,7 @@ from rich.table import Table
 
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
 from segue_contract.kv.quantize import decode_block, encode_block
-from segue_contract.kv.steps import STEPS, codec_named
+from segue_contract.kv.steps import DEFAULT_STEP, STEPS, codec_named
 from segue_contract.model.gate import CODECS, bytes_per_token
 from segue_contract.model.manifest import (
     DEFAULT_MODEL,
@@ -45,6 +45,14 @@ Seconds = Callable[[Callable[[T], object], list[T]], float]
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a manifest says of a codec of the graph that its edge runs."""
+
+    quality: Quality | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class Rung:
     """One step of the ladder as the table shows it. Seconds are those of one block."""
 
@@ -52,8 +60,7 @@ class Rung:
     bytes_per_token: float
     encode_s: float
     decode_s: float
-    quality: Quality | None = None
-    remark: str = ""
+    known: Known = Known()
 
     @property
     def speed(self) -> tuple[float, float]:
@@ -98,24 +105,25 @@ def real_blocks(count: int) -> list[KvBlock]:
     return [KvBlock(bytes([index]) * 16, RECIPE, *kv.block(index)) for index in range(count)]
 
 
-def known_qualities() -> tuple[dict[str, Quality], str]:
-    """What the default model's manifest says of each codec of the graph that its edge runs, and
-    the codec in use; nothing where there is no model."""
+def known_codecs() -> dict[str, Known]:
+    """By the codec's name; nothing where the default model is not built."""
     directory = model_home() / DEFAULT_MODEL
     if not is_built(directory):
-        return {}, ""
+        return {}
     manifest = read_manifest(directory)
     used = manifest.edge_recipe
-    return {
-        entry.recipe.codec: entry.quality
-        for entry in manifest.recipes.values()
-        if entry.quality is not None and entry.recipe.weight_quant == used.weight_quant
-    }, used.codec
+    found = {}
+    for entry in manifest.recipes.values():
+        if entry.quality is not None and entry.recipe.weight_quant == used.weight_quant:
+            remark = "allowed" if entry.allowed else "loses more than the budget"
+            remark = "in use" if entry.recipe == used else remark
+            found[entry.recipe.codec] = Known(entry.quality, remark)
+    return found
 
 
 def ladder(report: Report, blocks: list[KvBlock], repeats: int) -> None:
     """Each step against the one before it, then sinks and an entropy stage on top of each."""
-    known, used = known_qualities()
+    known = known_codecs()
 
     def seconds(fn: Callable[[T], object], inputs: list[T]) -> float:
         turns = cycle(inputs)
@@ -124,7 +132,7 @@ def ladder(report: Report, blocks: list[KvBlock], repeats: int) -> None:
     halves = [cast(block) for block in blocks]
     exact = Rung(
         "fp16", SMOL.fp16_bytes_per_token, seconds(cast, blocks), seconds(_uncast, halves),
-        remark="no codec",
+        Known(remark="no codec"),
     )  # fmt: skip
     rungs, stages = [exact], []
     for name in STEPS:
@@ -134,8 +142,7 @@ def ladder(report: Report, blocks: list[KvBlock], repeats: int) -> None:
             len(payloads[0]) / BLOCK_TOKENS,
             seconds(partial(encode_block, step=name), blocks),
             seconds(partial(decode_block, geometry=SMOL, step=name), payloads),
-            known.get(name),
-            _remark(name, known.get(name), used),
+            known.get(name, Known()),
         )
         stages.append((_with_entropy(rung, payloads, seconds), rung))
         rungs.append(rung)
@@ -143,12 +150,12 @@ def ladder(report: Report, blocks: list[KvBlock], repeats: int) -> None:
     before = dict(zip((rung.name for rung in rungs[1:]), rungs, strict=False))
     for codec in (name for name in CODECS if name not in STEPS):
         base = next(rung for rung in rungs if rung.name == codec_named(codec).step.name)
-        rung = _with_sinks(codec, base, blocks, seconds, known.get(codec), used)
+        rung = _with_sinks(codec, base, blocks, seconds, known.get(codec, Known()))
         pairs.append((rung, before[base.name]))
     pairs += stages
     for step, other in pairs:
         _rows(report, step, other)
-    _show([(exact, None), *pairs], known.get(used))
+    _show([(exact, None), *pairs], known.get(DEFAULT_STEP, Known()).quality)
 
 
 def _rows(report: Report, step: Rung, before: Rung) -> None:
@@ -158,18 +165,12 @@ def _rows(report: Report, step: Rung, before: Rung) -> None:
         limit, note = EVERY_LINK_MBIT_S, f"no slower than {before.name}: pays on every link"
     report.row(f"{step.name}_pays_below", limit, "Mbit/s", note=note)
     if step.name in CODECS:
-        if step.quality is not None:
-            note = f"from the manifest, {step.quality.windows} windows"
-            report.row(f"{step.name}_agreement", step.quality.agreement, "share", note=note)
+        if step.known.quality is not None:
+            note = f"from the manifest, {step.known.quality.windows} windows"
+            report.row(f"{step.name}_agreement", step.known.quality.agreement, "share", note=note)
     else:
         share = step.bytes_per_token / before.bytes_per_token
         report.row(f"{step.name}_bytes_vs_{before.name}", share, "ratio")
-
-
-def _remark(codec: str, quality: Quality | None, used: str) -> str:
-    if codec == used:
-        return "in use"
-    return "" if quality is None else "not in use"
 
 
 def _with_sinks(
@@ -177,8 +178,7 @@ def _with_sinks(
     base: Rung,
     blocks: list[KvBlock],
     seconds: Seconds[KvBlock],
-    quality: Quality | None,
-    used: str,
+    known: Known,
 ) -> Rung:
     """A step whose prompts keep their first tokens in float16: one block of `PROMPT_BLOCKS`."""
     chosen = codec_named(codec)
@@ -194,8 +194,7 @@ def _with_sinks(
         bytes_per_token(codec, SMOL),
         share * encode_s + (1 - share) * base.encode_s,
         share * decode_s + (1 - share) * base.decode_s,
-        quality,
-        _remark(codec, quality, used),
+        known,
     )
 
 
@@ -214,8 +213,10 @@ def _with_entropy(rung: Rung, payloads: list[bytes], seconds: Seconds[bytes]) ->
         size,
         rung.encode_s + seconds(compress, payloads),
         rung.decode_s + seconds(undo, small),
-        rung.quality,
-        f"saves {1 - size / rung.bytes_per_token:.0%}: not in the product",
+        Known(
+            rung.known.quality,
+            f"saves {1 - size / rung.bytes_per_token:.0%}: does not pay, not in the product",
+        ),
     )
 
 
@@ -240,9 +241,9 @@ def _show(pairs: Sequence[tuple[Rung, Rung | None]], quality: Quality | None) ->
             f"{step.bytes_per_token:,.0f}",
             f"{encode:,.0f}",
             f"{decode:,.0f}",
-            "" if step.quality is None else f"{step.quality.agreement:.4f}",
+            "" if step.known.quality is None else f"{step.known.quality.agreement:.4f}",
             "" if before is None else _pays(step, before),
-            step.remark,
+            step.known.remark,
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 

@@ -106,6 +106,7 @@ class Bench:
 
     def run(self, sides: dict[str, tuple[str, Path]], progress: Progress) -> list[Measured]:
         """The codecs of each of `sides`: name -> (weight quantisation, graph)."""
+        progress(0.0, "Loading the graphs")
         made = {name: self.side(path) for name, (_, path) in sides.items()}
         scores: dict[tuple[str, str], list[Score]] = {}
         codecs = {name: codecs_of(name) for name in made}

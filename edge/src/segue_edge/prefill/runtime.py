@@ -91,13 +91,13 @@ class EdgeModel:
         else:
             weight_only = ""
         if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
-            return cls(manifest, decode, decode, device, "edge-weight-only", head).check_runs()
+            return cls(manifest, decode, decode, device, "edge-weight-only", head)
         if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
-            return cls(manifest, decode, decode, device, "edge", head).check_runs()
+            return cls(manifest, decode, decode, device, "edge", head)
         if CUDA not in decode.get_providers():
             device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
-        return cls(manifest, prefill, decode, device, "edge", head).check_runs()
+        return cls(manifest, prefill, decode, device, "edge", head)
 
     @property
     def recipe(self) -> KvRecipe:
@@ -195,7 +195,7 @@ class EdgeModel:
         assert result.logits.size
         self.decode_step(tokens[0], result.kv)
 
-    def check_runs(self) -> EdgeModel:
+    def check_runs(self) -> None:
         """Decode one token, for what no graph says of itself: the head's size, say.
 
         Raises:
@@ -209,7 +209,6 @@ class EdgeModel:
                 f"{' '.join(str(error).split())[:300]}.",
                 hint="They and the manifest do not fit: build the model again.",
             ) from error
-        return self
 
 
 def chunk_end(start: int, total: int, chunk: int, taper: bool = False) -> int:
