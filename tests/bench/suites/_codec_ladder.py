@@ -215,7 +215,7 @@ def _with_entropy(rung: Rung, payloads: list[bytes], seconds: Seconds[bytes]) ->
         rung.decode_s + seconds(undo, small),
         Known(
             rung.known.quality,
-            f"saves {1 - size / rung.bytes_per_token:.0%}: does not pay, not in the product",
+            f"saves {1 - size / rung.bytes_per_token:.0%}: does not pay, not used",
         ),
     )
 
