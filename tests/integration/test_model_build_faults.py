@@ -194,13 +194,13 @@ def test_list_and_verify(built: Home, tmp_path: Path) -> None:
 def test_verify_refuses_a_changed_directory_by_name(built: Home, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built.folder / "tiny", copy)
-    path = copy / "edge" / "embedding.bin"
+    path = copy / "edge" / "embedding_b64.bin"
     data = bytearray(path.read_bytes())
     data[100] ^= 4
     path.write_bytes(data)
     code, out = built.run("verify", str(copy))
     assert code == 1
-    assert "edge/embedding.bin" in out
+    assert "edge/embedding_b64.bin" in out
     path.unlink()
     code, out = built.run("verify", str(copy))
     assert code == 1

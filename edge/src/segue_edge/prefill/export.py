@@ -107,13 +107,15 @@ def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGRE
 def shared_files(head: str, edge: Path, *, tied: bool) -> dict[str, Path]:
     """Where the arrays lie that both graphs read: name -> file. `head`: its weight's name.
 
-    Tied embeddings are one table: the lookup and the head read the same bytes.
+    Tied embeddings are one table: the lookup and the head read the same bytes. The names say the
+    block, for a graph that is added to an older build must not take that build's table for its own.
     """
-    own = "embedding" if tied else "head"
+    table = f"embedding_b{quantise.TABLE_BLOCK}"
+    own = table if tied else f"head_b{quantise.TABLE_BLOCK}"
     return {
         quantise.EMBEDDING: edge / "embedding_f32.bin",  # where it cannot be cut in blocks
-        quantise.EMBEDDING_Q8: edge / "embedding.bin",
-        quantise.EMBEDDING_SCALE: edge / "embedding_scale.bin",
+        quantise.EMBEDDING_Q8: edge / f"{table}.bin",
+        quantise.EMBEDDING_SCALE: edge / f"{table}_scale.bin",
         f"{head}_b8": edge / f"{own}.bin",
         f"{head}_b8_scale": edge / f"{own}_scale.bin",
     }

@@ -33,7 +33,7 @@ from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.quality import Judge
 
 CONTEXT, SCORED = 512, 256  # tokens of a window
-WINDOWS = 20
+WINDOWS = BUILD_WINDOWS = 20
 
 _PART_ROWS = 8  # of logits: 1.5 MB where the vocabulary has 49,152 tokens
 

@@ -49,6 +49,7 @@ from segue_edge.prefill.exact import SCORER, ExactModel
 from segue_edge.prefill.export import read_geometry
 from segue_edge.prefill.float_graph import float_graph
 from segue_edge.prefill.gate import (
+    BUILD_WINDOWS,
     WINDOWS,
     Score,
     Side,
@@ -300,7 +301,7 @@ def main() -> int:
     building.add_argument("--artifact", type=Path, required=True)
     building.add_argument("--work", type=Path, required=True)
     building.add_argument("--max-agreement-loss", type=float, default=MAX_AGREEMENT_LOSS)
-    building.add_argument("--windows", type=int, default=WINDOWS)
+    building.add_argument("--windows", type=int, default=BUILD_WINDOWS)
     reporting = commands.add_parser("report")
     reporting.add_argument("directory", type=Path)
     reporting.add_argument("--text", type=Path)
