@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.harness import ROOT, Report, median_of, number, suite_names
-from tests.bench.suites.codec import Rung, pays_below_mbit_s
+from tests.bench.suites._codec_ladder import Rung, pays_below_mbit_s
 
 MEASURED = ("wire_vs_fp16", "encode_mb_per_s", "decode_mb_per_s")
 
@@ -38,6 +38,8 @@ def test_scripts_bench_runs_a_suite_and_writes_its_rows(tmp_path: Path) -> None:
     for step in ("k8v8", "k8v4", "k4v4"):
         assert rows[f"{step}_pays_below"]["value"] >= 0
         assert f"{step}_bytes_per_token" in rows
+    for codec in ("k8v4-sink4", "k4v4-sink4"):
+        assert f"{codec}_pays_below" in rows
     assert "The ladder" in done.stdout
 
 

@@ -152,6 +152,14 @@ def test_sizes_that_no_model_has(directory: Path, change: dict[str, float]) -> N
         read_manifest(directory)
 
 
+@pytest.mark.parametrize("tokens", [(), (2, 32), (-1,)])
+def test_end_tokens_that_the_vocabulary_lacks(directory: Path, tokens: tuple[int, ...]) -> None:
+    manifest = read_manifest(directory)
+    write_manifest(directory, msgspec.structs.replace(manifest, end_tokens=tokens))
+    with pytest.raises(ModelMismatch, match="end tokens"):
+        read_manifest(directory)
+
+
 def test_a_manifest_of_before_the_quality_gate_is_still_read(directory: Path) -> None:
     path = directory / MANIFEST_NAME
     raw = msgspec.json.decode(path.read_bytes())

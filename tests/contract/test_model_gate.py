@@ -15,18 +15,20 @@ from segue_contract.model.gate import (
     Measured,
     bytes_per_token,
     choose,
+    codecs_of,
     entries,
     measured_of,
 )
 from segue_contract.model.manifest import Quality
 
 SIZES = KvGeometry(layers=30, kv_heads=3, head_dim=64)
+STEPS = ("k8v8", "k8v4", "k4v4")
 QUANTS = {EDGE: "w8a8", WEIGHT_ONLY: "w8", FLOAT: "none"}
 BASE = KvRecipe(weights_digest="ab" * 16, weight_quant="", rope="base=10000")
 
 
 def measured(graph: str, *losses: float) -> list[Measured]:
-    """One entry per codec, the safest first."""
+    """One entry per step without sinks, the safest first."""
     return [
         Measured(
             graph=graph,
@@ -34,7 +36,7 @@ def measured(graph: str, *losses: float) -> list[Measured]:
             codec=codec,
             quality=Quality(agreement=1 - loss, windows=4),
         )
-        for codec, loss in zip(CODECS, losses, strict=False)
+        for codec, loss in zip(STEPS, losses, strict=False)
     ]
 
 
@@ -42,6 +44,15 @@ def test_the_ladder_gets_cheaper() -> None:
     sizes = [bytes_per_token(codec, SIZES) for codec in CODECS]
     assert all(a > b for a, b in itertools.pairwise(sizes))
     assert sizes[0] < 0.55 * SIZES.fp16_bytes_per_token
+    for with_sinks, plain in (("k8v4-sink4", "k8v4"), ("k4v4-sink4", "k4v4")):
+        extra = bytes_per_token(with_sinks, SIZES) - bytes_per_token(plain, SIZES)
+        assert extra == 4 * SIZES.fp16_bytes_per_token / 512
+
+
+def test_every_graph_is_measured_in_the_safest_step_and_all_that_sinks_make_better() -> None:
+    assert codecs_of(EDGE) == CODECS
+    for graph in (WEIGHT_ONLY, FLOAT):
+        assert codecs_of(graph) == ("k8v8", "k8v4-sink4", "k4v4-sink4")
 
 
 @pytest.mark.parametrize(

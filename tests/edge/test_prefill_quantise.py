@@ -12,7 +12,10 @@ from onnx import TensorProto, helper
 from segue_edge.prefill import quantise
 from segue_edge.prefill.export import shared_files
 from segue_edge.prefill.graph import Graph
+from segue_edge.prefill.head import split_head
+from segue_edge.prefill.providers import CPU, Device
 from segue_edge.prefill.quality import compare, summarise, windows_of
+from segue_edge.prefill.runner import HEAD_FILE, LAST_HIDDEN, LOGITS, open_head
 from segue_edge.prefill.smooth import find_sites, smooth
 
 HIDDEN, FFN, OUT = 64, 128, 32
@@ -139,11 +142,13 @@ def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(graph, tmp_path, [7, 8])[0], 0)
 
 
-def test_blocks_and_columns_err_by_half_a_step() -> None:
+@pytest.mark.parametrize("block", [quantise.BLOCK, quantise.TABLE_BLOCK])
+def test_blocks_and_columns_err_by_half_a_step(block: int) -> None:
     weight = np.random.default_rng(2).standard_normal((64, 24)).astype(np.float32)
     values, scale = quantise.quantise_columns(weight)
     assert np.abs(values * scale - weight).max() <= scale.max() / 2 + 1e-6
-    packed, scales = quantise.quantise_blocks(weight)
+    packed, scales = quantise.quantise_blocks(weight, block)
+    assert packed.shape == (24, 64 // block, block)
     restored = (packed.astype(np.float32) - 128) * scales[:, :, None]
     error = np.abs(restored.reshape(24, 64).T - weight)
     assert error.max() <= np.abs(scales).max() / 2 + 1e-6
@@ -202,7 +207,7 @@ def test_the_table_of_8_bit_rows_is_near_the_float_one_and_lies_where_it_is_told
     exposed.save(tmp_path / "x.onnx", files)
     session = ort.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
     found = session.run(["x"], {"input_ids": np.array([IDS], np.int64)})[0][0]
-    step = np.repeat(np.abs(graph.weights[names[1]]), quantise.BLOCK, axis=1)[IDS]
+    step = np.repeat(np.abs(graph.weights[names[1]]), quantise.table_block(HIDDEN), axis=1)[IDS]
     error = np.abs(found - table[IDS])
     assert (error <= step + 1e-6).all(), "half a step, and one at the range's shorter end"
     assert error.mean() < 0.3 * step.mean()
@@ -216,3 +221,34 @@ def test_only_equal_tables_share_a_file(tmp_path: Path) -> None:
     own = shared_files("head", tmp_path, tied=False)
     assert len(set(own.values())) == len(own), "every array has a file of its own"
     assert tied[quantise.EMBEDDING] not in (tied["head_b8"], tied["head_b8_scale"])
+
+
+def test_a_graph_and_its_head_apart_compute_what_they_do_together(tmp_path: Path) -> None:
+    graph = mlp_graph(tmp_path)
+    random = np.random.default_rng(6)
+    graph.weights["head"] = random.standard_normal((OUT, 50)).astype(np.float32)
+    node = helper.make_node
+    graph.weights["last"] = np.array([-1], np.int64)
+    graph.model.graph.node.extend(
+        [
+            node("Gather", ["y", "last"], ["picked"], "pruned", axis=1),
+            node("MatMul", ["picked", "head"], [LOGITS], "lm_head"),
+        ]
+    )
+    del graph.model.graph.output[:]
+    graph.add_outputs([LOGITS], [1, 1, 50])
+    ids = {"input_ids": np.array([[3, 1, 4, 1, 5]], np.int64)}
+    graph.save(tmp_path / "whole.onnx")
+    whole = ort.InferenceSession(str(tmp_path / "whole.onnx"), providers=[CPU])
+    head = split_head(graph)
+    assert "head" in head.weights
+    assert "head" not in graph.weights
+    graph.save(tmp_path / "rest.onnx")
+    head.save(tmp_path / HEAD_FILE)
+    rest = ort.InferenceSession(str(tmp_path / "rest.onnx"), providers=[CPU])
+    top = open_head(tmp_path, Device("cpu", (CPU,)), 1)
+    assert top is not None
+    (hidden,) = rest.run([LAST_HIDDEN], ids)
+    assert hidden.shape == (1, 1, OUT)
+    (found,) = top.run([LOGITS], {LAST_HIDDEN: hidden})
+    np.testing.assert_allclose(found, whole.run([LOGITS], ids)[0], rtol=1e-5, atol=1e-5)

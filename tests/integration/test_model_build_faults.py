@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 import torch
@@ -30,7 +31,9 @@ from segue_cloud.engine.sources.hf_folder import read_folder
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import ModelError, ModelMismatch
 from segue_contract.model.manifest import verify
+from segue_edge.prefill.runner import HEAD_FILE
 from segue_edge.prefill.runtime import EdgeModel
+from tests.bench.suites.prefill import single_file
 from tests.support.tiny_source import GEOMETRY, TOKENS, write_gguf, write_hf_folder
 
 BUILD_TIMEOUT_S = 150
@@ -144,6 +147,32 @@ def test_a_window_of_the_model_reaches_edge_and_cloud(home: Home, tmp_path: Path
     assert np.corrcoef(found.logits, whole)[0, 1] < 0.9, "the window has no effect"
 
 
+def test_a_model_whose_graphs_have_their_own_head_still_runs(built: Home, tmp_path: Path) -> None:
+    """As they were built before the head was a graph of its own."""
+    old = tmp_path / "old"
+    shutil.copytree(built.folder / "tiny", old)
+    for name in ("prefill", "decode"):
+        whole = single_file(old / "edge" / f"{name}.onnx")
+        (old / "edge" / f"{name}.onnx").unlink()
+        onnx.save(whole, old / "edge" / f"{name}.onnx")
+    (old / "edge" / HEAD_FILE).unlink()
+    tokens = list(range(100))
+    found, expected = (
+        EdgeModel.load(folder, threads=1, providers="cpu").prefill(tokens)
+        for folder in (old, built.folder / "tiny")
+    )
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.kv.k[:, :, :100], expected.kv.k[:, :, :100])
+
+
+def test_graphs_that_have_lost_their_head_are_refused(built: Home, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built.folder / "tiny", copy)
+    (copy / "edge" / HEAD_FILE).unlink()
+    with pytest.raises(ModelMismatch, match=HEAD_FILE):
+        EdgeModel.load(copy, threads=1, providers="cpu")
+
+
 def test_the_cloud_keeps_every_bit_of_the_source(built: Home, source: Path) -> None:
     made = load_file(built.folder / "tiny" / "cloud" / "model.safetensors")
     given = load_file(source / "model.safetensors")
@@ -191,13 +220,13 @@ def test_list_and_verify(built: Home, tmp_path: Path) -> None:
 def test_verify_refuses_a_changed_directory_by_name(built: Home, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built.folder / "tiny", copy)
-    path = copy / "edge" / "embedding.bin"
+    path = copy / "edge" / "embedding_b64.bin"
     data = bytearray(path.read_bytes())
     data[100] ^= 4
     path.write_bytes(data)
     code, out = built.run("verify", str(copy))
     assert code == 1
-    assert "edge/embedding.bin" in out
+    assert "edge/embedding_b64.bin" in out
     path.unlink()
     code, out = built.run("verify", str(copy))
     assert code == 1
@@ -205,6 +234,40 @@ def test_verify_refuses_a_changed_directory_by_name(built: Home, tmp_path: Path)
     code, out = built.run("verify", "no-such-model")
     assert code == 1
     assert "segue model build" in out
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("geometry", {"layers": GEOMETRY.layers + 1}, "4 layers, the graph 3"),
+        ("geometry", {"kv_heads": 1}, "1 KV heads, the graph 2"),
+        ("geometry", {"head_dim": 8}, "cannot run"),
+        ("geometry", {"layers": "three"}, "cannot be read"),
+        ("recipes", {"edge": {}}, "cannot be read"),
+        ("files", None, "cannot be read"),
+    ],
+)
+def test_a_manifest_edited_by_hand_stops_the_edge_with_a_hint(
+    built: Home, tmp_path: Path, part: str, change: dict[str, object] | None, words: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built.folder / "tiny", copy)
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[part] = None if change is None else manifest[part] | change
+    path.write_text(json.dumps(manifest))
+    done = subprocess.run(
+        [sys.executable, "-m", "segue", "edge", "--model", str(copy), "--port", "0"],
+        env=built.env,
+        capture_output=True,
+        text=True,
+        timeout=BUILD_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert words in done.stderr
+    assert "uild the model again" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # -- what a source may be wrong about -------------------------------------------------------------
@@ -287,6 +350,37 @@ def test_the_command_says_what_is_wrong(home: Home, tmp_path: Path) -> None:
         assert words in out
         assert "Traceback" not in out
         assert home.left() == []
+
+
+def _with_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+
+
+def _of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(5, GEOMETRY.hidden)
+
+
+def _missing(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(_with_nan, "not finite"), (_of_another_shape, "the shape"), (_missing, "lacks 1 tensors")],
+)
+def test_the_command_refuses_weights_that_are_none(
+    home: Home, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    folder = write_hf_folder(tmp_path / "f")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    code, out = home.run("build", str(folder), "--name", "m")
+    assert code == 1
+    assert words in out
+    assert "hint:" in out
+    assert "Traceback" not in out
+    assert home.left() == []
 
 
 # -- what the machine may do ----------------------------------------------------------------------

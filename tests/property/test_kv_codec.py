@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from segue_contract.errors import BadBlock, BadLength, BadVersion
-from segue_contract.kv.kernels import float_to_half, half_scales, half_to_float
+from segue_contract.kv.kernels import float_to_half, half_scales, half_to_float, load, store
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
 from segue_contract.kv.quantize import decode_block, encode_block
 from segue_contract.kv.steps import STEPS, payload_bytes, step_of_code
@@ -85,6 +85,21 @@ def test_float16_output_is_the_rounded_float32_output(seed: int, spread: float, 
     assert narrow.k.dtype == np.float16
     assert narrow.k.tobytes() == wide.k.astype(np.float16).tobytes()
     assert narrow.v.tobytes() == wide.v.astype(np.float16).tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), dim=st.sampled_from([2, 6, 16, 24, 32, 64, 80]))
+def test_every_pair_of_nibbles_is_the_first_half_and_the_second(seed: int, dim: int) -> None:
+    random = np.random.default_rng(seed)
+    numbers = random.integers(-7, 8, (3, 2, 5, dim))
+    jitter = random.uniform(-0.49, 0.49, numbers.shape)
+    out = np.empty((3, 2, 5, dim // 2), np.uint8)
+    store((numbers + jitter).astype(np.float32), 4, out)
+    np.testing.assert_array_equal(out & 15, numbers[..., : dim // 2] + 8)
+    np.testing.assert_array_equal(out >> 4, numbers[..., dim // 2 :] + 8)
+    back = np.empty(numbers.shape, np.float32)
+    load(out, 4, back)
+    np.testing.assert_array_equal(back, numbers)
 
 
 def test_every_finite_half_converts_exactly_both_ways() -> None:

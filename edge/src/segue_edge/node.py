@@ -220,6 +220,7 @@ def load_model(config: EdgeConfig) -> tuple[NodeModel, ChatTokenizer]:
     """The built model of the configuration. Raises ModelMissing or ModelMismatch."""
     directory = config.model_directory
     model = EdgeModel.load(directory, threads=config.threads, providers=config.providers)
+    model.check_runs()
     return model, ChatTokenizer.load(directory, model.manifest)
 
 

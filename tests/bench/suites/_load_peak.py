@@ -1,6 +1,7 @@
-"""What loading the edge's two graphs takes: a process of its own, for a peak cannot be reset.
+"""What loading the edge's graphs takes: a process of its own, for a peak cannot be reset.
 
-    python -m tests.bench.suites._load_peak FOLDER
+    python -m tests.bench.suites._load_peak MODEL            as a node does
+    python -m tests.bench.suites._load_peak FOLDER NAME ...  these graphs, one after the other
 
 Prints bytes: the peak of the resident memory while loading, over what it was before.
 """
@@ -12,17 +13,20 @@ from pathlib import Path
 
 from segue_edge.prefill.providers import CPU, Device
 from segue_edge.prefill.runner import open_session
+from segue_edge.prefill.runtime import EdgeModel
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     before = peak_bytes()
-    sessions = [
-        open_session(folder / f"{name}.onnx", Device("cpu", (CPU,)), 2)
-        for name in ("decode", "prefill")
-    ]
+    loaded: list[object] = []
+    if names:
+        device = Device("cpu", (CPU,))
+        loaded += [open_session(folder / f"{name}.onnx", device, 2) for name in names]
+    else:
+        loaded.append(EdgeModel.load(folder, threads=2, providers="cpu"))
     print(peak_bytes() - before)
-    assert len(sessions) == 2
+    assert len(loaded) == max(1, len(names))
 
 
 def peak_bytes() -> int:

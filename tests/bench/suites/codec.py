@@ -7,11 +7,8 @@ Blocks rotate, so that no input stays in the second-level cache.
 
 from __future__ import annotations
 
-import math
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,23 +17,18 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from segue_contract.kv.assembler import Assembler
 from segue_contract.kv.frame import encode_frames
-from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvGeometry
+from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock
 from segue_contract.kv.quantize import decode_block, encode_block
 from segue_contract.kv.steps import STEPS
 from segue_contract.limits import KV_PART_BYTES
-from segue_contract.model.manifest import DEFAULT_MODEL, is_built, model_home, read_manifest
 from tests.bench.harness import Report, median_of
+from tests.bench.suites._codec_ladder import RECIPE, SMOL, cast, ladder, real_blocks
 
 T = TypeVar("T")
-SMOL = KvGeometry(layers=30, kv_heads=3, head_dim=64)
-RECIPE = "5e" * 16
 TARGET_MB_PER_S = 1000.0
-EVERY_LINK_MBIT_S = 1e6  # stands for "however fast": a row is a finite number
 
 
 def synthetic_blocks(count: int, dtype: str) -> list[KvBlock]:
@@ -132,11 +124,11 @@ def peers(report: Report, blocks: list[KvBlock], repeats: int) -> None:
     """What one would write first: a cast, a general compressor, int8 by the book."""
     report.row(
         "peer_fp16_cast_mb_per_s",
-        mb_per_s(_cast, blocks, repeats),
+        mb_per_s(cast, blocks, repeats),
         "MB/s",
         note="numpy's cast to float16, no compression",
     )
-    halves = [_cast(block) for block in blocks]
+    halves = [cast(block) for block in blocks]
     squeeze: dict[str, Callable[[bytes], bytes]] = {"zlib1": partial(zlib.compress, level=1)}
     if find_spec("zstandard") is not None:  # only compared where it is installed
         squeeze["zstd1"] = import_module("zstandard").ZstdCompressor(level=1).compress
@@ -165,167 +157,6 @@ def peers(report: Report, blocks: list[KvBlock], repeats: int) -> None:
         "MB/s",
         note="to float32",
     )
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One step of the ladder as the table shows it. Seconds are those of one block."""
-
-    name: str
-    bytes_per_token: float
-    encode_s: float
-    decode_s: float
-    agreement: float | None = None
-
-    @property
-    def speed(self) -> tuple[float, float]:
-        """Float16 megabytes of KV per second: encode, decode."""
-        size = SMOL.fp16_bytes_per_block / 1e6
-        return size / self.encode_s, size / self.decode_s
-
-
-def pays_below_mbit_s(step: Rung, before: Rung) -> float:
-    """Link speed below which `step` ships a block sooner than `before` does.
-
-    A block takes encode + bytes / link + decode. So the step pays where its extra time is less
-    than the time that its saved bytes would take:
-
-        link < (bytes before - bytes) / (encode + decode - (encode + decode before))
-
-    A step that is no slower pays on every link: infinity. Nothing is taken off for encoding while
-    the link is busy with the block before, which the product does: real links may be faster still.
-    """
-    saved = (before.bytes_per_token - step.bytes_per_token) * BLOCK_TOKENS
-    extra = step.encode_s + step.decode_s - before.encode_s - before.decode_s
-    if saved <= 0:
-        return 0.0
-    return 8 * saved / extra / 1e6 if extra > 0 else math.inf
-
-
-def real_blocks(count: int) -> list[KvBlock]:
-    """KV of the built default model; empty where there is none."""
-    directory = model_home() / DEFAULT_MODEL
-    if not is_built(directory):
-        return []
-    from tokenizers import Tokenizer
-
-    from segue_edge.prefill.gate import package_text
-    from segue_edge.prefill.runtime import EdgeModel
-
-    model = EdgeModel.load(directory, providers="cpu")
-    if model.geometry != SMOL:
-        return []
-    text = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(package_text()).ids
-    kv = model.prefill(text[: count * BLOCK_TOKENS]).kv
-    return [KvBlock(bytes([index]) * 16, RECIPE, *kv.block(index)) for index in range(count)]
-
-
-def agreements() -> dict[str, float]:
-    """What the built default model's manifest says of each step of its edge recipe."""
-    directory = model_home() / DEFAULT_MODEL
-    if not is_built(directory):
-        return {}
-    found = {}
-    recipes = read_manifest(directory).recipes
-    for name, entry in (("", recipes["edge"]), *recipes.items()):
-        if entry.quality is not None and (not name or name == f"edge-{entry.recipe.codec}"):
-            found[entry.recipe.codec] = entry.quality.agreement
-    return found
-
-
-def ladder(report: Report, blocks: list[KvBlock], repeats: int) -> None:
-    """Each step against the one before it, and an entropy stage on top of each."""
-    known = agreements()
-    size = SMOL.fp16_bytes_per_token
-
-    def seconds(fn: Callable[[T], object], inputs: list[T]) -> float:
-        turns = cycle(inputs)
-        return median_of(lambda: fn(next(turns)), repeats, warmup=2)
-
-    halves = [_cast(block) for block in blocks]
-    rungs = [Rung("fp16", size, seconds(_cast, blocks), seconds(_uncast, halves), 1.0)]
-    stages: list[tuple[Rung, Rung]] = []
-    for name in STEPS:
-        payloads = [encode_block(block, name) for block in blocks]
-        rung = Rung(
-            name,
-            len(payloads[0]) / BLOCK_TOKENS,
-            seconds(partial(encode_block, step=name), blocks),
-            seconds(partial(decode_block, geometry=SMOL, step=name), payloads),
-            known.get(name),
-        )
-        stages.append((_with_entropy(rung, payloads, seconds), rung))
-        rungs.append(rung)
-    pairs = [*zip(rungs[1:], rungs, strict=False), *stages]
-    for step, before in pairs:
-        limit = pays_below_mbit_s(step, before)
-        note = f"against {before.name}, on a link slower than this"
-        if math.isinf(limit):
-            limit, note = EVERY_LINK_MBIT_S, f"no slower than {before.name}: pays on every link"
-        report.row(f"{step.name}_pays_below", limit, "Mbit/s", note=note)
-        if step.agreement is not None and step.name in STEPS:
-            report.row(f"{step.name}_agreement", step.agreement, "share", note="from the manifest")
-    for step, before in stages:
-        share = step.bytes_per_token / before.bytes_per_token
-        report.row(f"{step.name}_bytes_vs_{before.name}", share, "ratio")
-    _show([(rungs[0], None), *pairs])
-
-
-def _with_entropy(
-    rung: Rung,
-    payloads: list[bytes],
-    seconds: Callable[[Callable[[bytes], object], list[bytes]], float],
-) -> Rung:
-    """The step with a general compressor behind it: zstd where it is installed, else zlib."""
-    if find_spec("zstandard") is not None:
-        zstd = import_module("zstandard")
-        compress, decompress = zstd.ZstdCompressor(level=1).compress, zstd.ZstdDecompressor()
-        name, undo = "zstd1", decompress.decompress
-    else:
-        name, compress, undo = "zlib1", partial(zlib.compress, level=1), zlib.decompress
-    small = [compress(payload) for payload in payloads]
-    return Rung(
-        f"{rung.name}_{name}",
-        sum(map(len, small)) / len(small) / BLOCK_TOKENS,
-        rung.encode_s + seconds(compress, payloads),
-        rung.decode_s + seconds(undo, small),
-        rung.agreement,
-    )
-
-
-def _show(pairs: Sequence[tuple[Rung, Rung | None]]) -> None:
-    table = Table(
-        "step",
-        title="The ladder",
-        title_style="dim",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-    )
-    for column in ("bytes/token", "encode MB/s", "decode MB/s", "agreement", "pays below"):
-        table.add_column(column, justify="right")
-    for step, before in pairs:
-        encode, decode = step.speed
-        limit = pays_below_mbit_s(step, before) if before is not None else 0.0
-        pays = "every link" if math.isinf(limit) else f"{limit:,.0f} Mbit/s"
-        table.add_row(
-            step.name,
-            f"{step.bytes_per_token:,.0f}",
-            f"{encode:,.0f}",
-            f"{decode:,.0f}",
-            "" if step.agreement is None else f"{step.agreement:.4f}",
-            "" if before is None else f"{pays} (against {before.name})",
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _uncast(data: bytes) -> NDArray[np.float32]:
-    return np.frombuffer(data, np.float16).astype(np.float32)
-
-
-def _cast(block: KvBlock) -> bytes:
-    return block.k.astype(np.float16).tobytes() + block.v.astype(np.float16).tobytes()
 
 
 def naive_encode(block: KvBlock) -> list[tuple[bytes, bytes]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from segue.cli import model_build
 from segue.cli.console import Output, OutputOption
@@ -66,10 +66,7 @@ def build(
         )
     for report in found:
         _print_quality(report)
-        windows = report["windows"]
-        _console.print(
-            f"[dim]Measured on {windows} windows. For more: segue model quality {name}[/]"
-        )
+        _console.print(f"[dim]On a text of your own: segue model quality {name} --text FILE[/]")
     _console.print(f"[green]✓[/] {name} built in {time.monotonic() - began:.0f} s: {directory}")
 
 
@@ -199,11 +196,16 @@ def _print_quality(report: dict[str, object]) -> None:
 
 
 def _bar() -> Progress:
+    """One line, also in 80 columns: what does not fit is cut off, not wrapped."""
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=16),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn(
+            "{task.fields[what]}",
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
         console=_console,
+        expand=True,
     )

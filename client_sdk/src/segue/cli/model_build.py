@@ -95,7 +95,7 @@ def _steps(
         return lambda done, what: progress(low + (high - low) * done, what)
 
     if source is None:
-        source = default_source(work, part(0.0, 0.15))
+        source = default_source(work, part(0.0, 0.04))
     elif not source.exists():
         raise ModelMissing(
             f"There is no file or folder {source}.",
@@ -103,13 +103,13 @@ def _steps(
         )
     folders = ["--artifact", str(artifact), "--work", str(work)]
     convert = ["segue_cloud.engine.convert", "--source", str(source.resolve()), *folders]
-    run_step(convert, part(0.15, 0.4))
-    run_step(["segue_edge.prefill.export", *folders], part(0.4, 0.7))
+    run_step(convert, part(0.04, 0.1))
+    run_step(["segue_edge.prefill.export", *folders], part(0.1, 0.25))
     ladder = ["segue_edge.prefill.ladder", "build", *folders]
     if max_loss is not None:
         ladder += ["--max-agreement-loss", str(max_loss)]
-    run_step(ladder, part(0.7, 0.92), answer)
-    run_step(["segue_contract.model", "seal", *folders, "--name", name], part(0.92, 0.99))
+    run_step(ladder, part(0.25, 0.97), answer)
+    run_step(["segue_contract.model", "seal", *folders, "--name", name], part(0.97, 0.99))
 
 
 def run_step(

@@ -1,4 +1,4 @@
-"""The quality report as a table."""
+"""The quality report as a table that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from rich.table import Table
 
 
 def quality_table(report: dict[str, Any]) -> Table:
-    """One row per recipe; `report` as `segue_edge.prefill.ladder` says it."""
+    """A part per graph, a row per codec; `report` as `segue_edge.prefill.ladder` says it."""
     title = (
-        f"Next tokens on shipped KV, against the model's own prefill: {report['windows']} windows "
-        f"of {report['context']} + {report['scored']} tokens"
+        "Next tokens on shipped KV, against the model's own prefill:\n"
+        f"{report['windows']} windows of {report['context']} + {report['scored']} tokens"
     )
     table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     for column in ("B/token", "agree", "KL", "entropy", "accuracy", "first"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column(f"≤ {report['max_agreement_loss']:g}", no_wrap=True)
+    graph = None
     for row in report["rows"]:
+        if row["graph"] != graph:
+            graph = row["graph"]
+            table.add_row(graph)
         used = row["recipe"] == report["edge"]
         mark = "[green]✓[/]" if row["within_budget"] else "[red]✗[/]"
         table.add_row(
-            f"[bold]{row['recipe']}[/]" if used else row["recipe"],
+            f"  [bold]{row['codec']}[/]" if used else f"  {row['codec']}",
             f"{row['bytes_per_token']:,.0f}",
             f"{row['agreement']:.4f}",
             f"{row['mean_kl']:.4f}",
@@ -33,8 +37,9 @@ def quality_table(report: dict[str, Any]) -> Table:
         )
     table.caption_justify = "left"
     table.caption = (
-        "agree: the same next token; KL: mean, nats; entropy: change of the text's cross-entropy;\n"
-        "accuracy: of the text's next token, relative; first: the edge's own first token agrees"
+        "agree: the same next token; KL: mean, nats; entropy: change of the text's\n"
+        "cross-entropy; accuracy: of the text's next token, relative; first: the\n"
+        "edge's own first token agrees; sink4: a prompt's first 4 tokens in float16"
     )
     return table
 

@@ -44,8 +44,10 @@ class ExactModel:
         self._head = head
         self._runner = GraphRunner(open_session(scorer, Device("cpu", (CPU,)), threads), geometry)
 
-    def logits(self, tokens: Sequence[int], kv: PastKv) -> Floats:
-        """Append `tokens` to `kv`; `[len(tokens), vocab]` logits after each of them."""
+    def logits(self, tokens: Sequence[int], kv: PastKv, first: int = 0) -> Floats:
+        """Append `tokens` to `kv`; `[len(tokens) - first, vocab]` logits after each of them from
+        number `first` on: the head costs a third of the whole, so nobody should pay for rows that
+        are not read."""
         kv.reserve(kv.length + len(tokens))
         hidden = self._runner.run(np.asarray(tokens, np.int64), kv)
-        return np.asarray(hidden @ self._head, np.float32)
+        return np.asarray(hidden[first:] @ self._head, np.float32)

@@ -33,8 +33,9 @@ from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.quality import Judge
 
 CONTEXT, SCORED = 512, 256  # tokens of a window
-WINDOWS = 20
-BUILD_WINDOWS = 4  # at every build, which should not take minutes; `segue model quality` does more
+WINDOWS = BUILD_WINDOWS = 20
+
+_PART_ROWS = 8  # of logits: 1.5 MB where the vocabulary has 49,152 tokens
 
 # logits after the last of some tokens, and their KV, as one graph makes them
 Side = Callable[[Sequence[int]], tuple[Floats, PastKv]]
@@ -123,25 +124,24 @@ def score_window(
     judge: Judge,
     geometry: KvGeometry,
     sides: Mapping[str, Side],
-    codecs: Sequence[str],
+    codecs: Mapping[str, Sequence[str]],
     window: Sequence[int],
     split: Split,
 ) -> dict[tuple[str, str], Score]:
-    """The scores of every side with every codec, by (side, codec)."""
+    """The scores of every side with each of its `codecs`, by (side, codec)."""
     first = split.context - 1  # the last token of the context predicts the first scored one
-    expected = judge.logits(window, PastKv(geometry, len(window)))[first:-1]
-    following = np.asarray(window[split.context :])
-    own = _log_softmax(expected)
+    expected = judge.logits(window, PastKv(geometry, len(window)), first)[:-1]
+    own = Own.of(expected, np.asarray(window[split.context :]))
     found = {}
     for name, side in sides.items():
         logits, kv = side(window[: split.context])
         agrees = bool(int(logits.argmax()) == int(expected[0].argmax()))
-        for codec in codecs:
+        for codec in codecs[name]:
             shipped = through_codec(kv, codec, len(window))
             # The judge sees the context's last token itself and gets the KV of those before it.
             shipped.truncate(first)
             given = judge.logits(window[first:-1], shipped)
-            found[name, codec] = compare(own, _log_softmax(given), following, agrees)
+            found[name, codec] = compare(own, given, agrees)
     return found
 
 
@@ -158,26 +158,58 @@ def through_codec(kv: PastKv, codec: str, capacity: int) -> PastKv:
     return PastKv.from_blocks(geometry, blocks, capacity)
 
 
-def compare(
-    own: Floats, other: Floats, following: NDArray[np.integer], first_agrees: bool
-) -> Score:
-    """`own`, `other`: log probabilities `[positions, vocab]`; `following`: the text's tokens."""
-    rows = np.arange(len(following))
-    best, other_best = own.argmax(axis=1), other.argmax(axis=1)
+@dataclass(frozen=True)
+class Own:
+    """The exact model on its own KV: log probabilities and probabilities `[positions, vocab]`, the
+    likeliest tokens and the text's next ones `[positions]`."""
+
+    log_p: Floats
+    p: Floats
+    best: NDArray[np.integer]
+    following: NDArray[np.integer]
+
+    @classmethod
+    def of(cls, logits: Floats, following: NDArray[np.integer]) -> Own:
+        """`logits`: of the text's positions; is used up."""
+        best = logits.argmax(axis=1)
+        p = np.empty_like(logits)
+        for part in _parts(len(logits)):
+            log_p = logits[part]
+            log_p -= log_p.max(axis=1, keepdims=True)
+            np.exp(log_p, out=p[part])
+            total = p[part].sum(axis=1, keepdims=True)
+            log_p -= np.log(total)
+            p[part] /= total
+        return cls(logits, p, best, following)
+
+
+def compare(own: Own, logits: Floats, first_agrees: bool) -> Score:
+    """`logits`: `[positions, vocab]` on the KV under test; are used up."""
+    best = logits.argmax(axis=1)
+    kl, change = 0.0, 0.0
+    for part in _parts(len(logits)):
+        other, log_p, following = logits[part], own.log_p[part], own.following[part]
+        rows = np.arange(len(following))
+        other -= other.max(axis=1, keepdims=True)
+        other -= np.log(np.exp(other).sum(axis=1, keepdims=True))
+        np.subtract(log_p, other, out=other)  # small numbers: their sum keeps its digits
+        change += float(other[rows, following].sum())
+        kl += float(np.einsum("ij,ij->i", own.p[part], other).sum())
     return Score(
-        positions=len(following),
-        agreeing=int((best == other_best).sum()),
-        right=int((other_best == following).sum()),
-        own_right=int((best == following).sum()),
-        kl=float((np.exp(own) * (own - other)).sum(axis=1).mean()),
-        cross_entropy_change=float((own[rows, following] - other[rows, following]).mean()),
+        positions=len(best),
+        agreeing=int((best == own.best).sum()),
+        right=int((best == own.following).sum()),
+        own_right=int((own.best == own.following).sum()),
+        kl=kl / len(best),
+        cross_entropy_change=change / len(best),
         first_agrees=first_agrees,
     )
 
 
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), np.float32)
+def _parts(rows: int) -> Iterator[slice]:
+    """Runs of rows that stay in the cache from one pass over them to the next."""
+    for start in range(0, rows, _PART_ROWS):
+        yield slice(start, min(start + _PART_ROWS, rows))
 
 
 def summarise(scores: Sequence[Score], text: str) -> Quality:
@@ -201,7 +233,7 @@ def measure(
     judge: Judge,
     geometry: KvGeometry,
     sides: Mapping[str, Side],
-    codecs: Sequence[str],
+    codecs: Mapping[str, Sequence[str]],
     windows: Sequence[Sequence[int]],
     split: Split,
 ) -> Iterator[dict[tuple[str, str], Score]]:

@@ -14,7 +14,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
 _INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file
-_ALIGN = 4096  # lets the runtime map a tensor without a copy
+_ALIGN, _SMALL_ALIGN = 4096, 64  # whole pages let the runtime map a large tensor without a copy
+_LARGE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,13 @@ class Graph:
                 elif weight.nbytes <= _INLINE_BYTES:
                     tensor = numpy_helper.from_array(np.ascontiguousarray(weight), name)
                 else:
-                    data.write(b"\0" * (-data.tell() % _ALIGN))
+                    align = _ALIGN if weight.nbytes >= _LARGE_BYTES else _SMALL_ALIGN
+                    data.write(b"\0" * (-data.tell() % align))
                     tensor = _external(name, weight, data_path.name, data.tell())
                     data.write(np.ascontiguousarray(weight).tobytes())
                 model.graph.initializer.append(tensor)
+        if data_path.stat().st_size == 0:
+            data_path.unlink()
         path.write_bytes(model.SerializeToString())
 
 

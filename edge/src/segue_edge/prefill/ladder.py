@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from segue_contract.errors import InvalidArgument, ModelMismatch
 from segue_contract.model.gate import (
-    CODECS,
     EDGE,
     FLOAT,
     FLOAT_QUANT,
@@ -33,6 +32,7 @@ from segue_contract.model.gate import (
     Measured,
     bytes_per_token,
     choose,
+    codecs_of,
     entries,
 )
 from segue_contract.model.manifest import (
@@ -63,7 +63,7 @@ from segue_edge.prefill.gate import (
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import CPU, Device
-from segue_edge.prefill.runner import GraphRunner, open_session
+from segue_edge.prefill.runner import GraphRunner, open_head, open_session
 
 _GRAPH_SHARE = 0.3  # of the report's bar, where the float graph must be built first
 
@@ -94,24 +94,28 @@ class Bench:
     def side(self, path: Path) -> Side:
         """First logits and KV by the graph at `path`."""
         geometry = self._geometry
-        session = open_session(path, Device("cpu", (CPU,)), self._threads)
-        runner = GraphRunner(session, geometry)
+        device = Device("cpu", (CPU,))
+        head = open_head(path.parent, device, self._threads)
+        session = open_session(path, device, self._threads)
+        runner = GraphRunner(session, geometry, head=head)
 
         def prefill(tokens: Sequence[int]) -> tuple[Floats, PastKv]:
             kv = PastKv(geometry.kv, len(tokens))
-            return runner.run(np.asarray(tokens, np.int64), kv).reshape(-1), kv
+            return runner.logits(runner.run(np.asarray(tokens, np.int64), kv)), kv
 
         return prefill
 
     def run(self, sides: dict[str, tuple[str, Path]], progress: Progress) -> list[Measured]:
-        """Every codec on each of `sides`: name -> (weight quantisation, graph)."""
+        """The codecs of each of `sides`: name -> (weight quantisation, graph)."""
+        progress(0.0, "Loading the graphs")
         made = {name: self.side(path) for name, (_, path) in sides.items()}
         scores: dict[tuple[str, str], list[Score]] = {}
-        found = measure(self._judge, self._geometry.kv, made, CODECS, self.windows, self.split)
+        codecs = {name: codecs_of(name) for name in made}
+        found = measure(self._judge, self._geometry.kv, made, codecs, self.windows, self.split)
         for number, window in enumerate(found, 1):
             for key, score in window.items():
                 scores.setdefault(key, []).append(score)
-            what = f"Measuring quality: window {number} of {len(self.windows)}"
+            what = f"Quality: window {number} of {len(self.windows)}"
             progress(number / len(self.windows), what)
         return [
             Measured(
@@ -150,7 +154,7 @@ def build(artifact: Path, work: Path, max_loss: float, windows: int, threads: in
     measured = bench.run(sides, part(0.0, 0.7))
     choice = choose(measured, geometry.kv, max_loss)
     if choice.edge is None:
-        tell(0.7, "Every INT8 recipe loses too much: measuring float32")
+        tell(0.7, "INT8 loses too much: float32")
         measured += bench.run({FLOAT: (FLOAT_QUANT, source)}, part(0.7, 0.95))
         choice = choose(measured, geometry.kv, max_loss)
     _put_graph(choice, source, edge)
@@ -253,6 +257,8 @@ def _say(
         quality: Quality = one.quality
         return {
             "recipe": one.name,
+            "graph": one.graph,
+            "codec": one.codec,
             "bytes_per_token": bytes_per_token(one.codec, geometry.kv),
             **{key: _finite(value) for key, value in msgspec.to_builtins(quality).items()},
             "within_budget": one.within(choice.max_loss),

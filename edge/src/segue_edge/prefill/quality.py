@@ -31,7 +31,7 @@ _CODE = ("textwrap", "statistics", "graphlib", "calendar", "fractions", "shlex")
 
 
 class Judge(Protocol):
-    def logits(self, tokens: Sequence[int], kv: PastKv) -> Floats: ...
+    def logits(self, tokens: Sequence[int], kv: PastKv, first: int = 0) -> Floats: ...
 
 
 # KV of some tokens, as the side under test makes it
@@ -84,7 +84,7 @@ def score_windows(
     """For each window the scores of all `sides`, which are ways to make KV."""
     for window in windows:
         half = len(window) // 2
-        expected = judge.logits(window, PastKv(geometry, len(window)))[half - 1 : -1]
+        expected = judge.logits(window, PastKv(geometry, len(window)), half - 1)[:-1]
         scores = {}
         for name, prefill in sides.items():
             # The first scored position is predicted from the last token of the first half, so the

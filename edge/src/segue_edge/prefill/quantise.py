@@ -24,9 +24,11 @@ from onnx import NodeProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_8bits
 
 from segue_edge.prefill.graph import Graph
+from segue_edge.prefill.runner import LOGITS
 
 MICROSOFT = "com.microsoft"
 BLOCK = 32
+TABLE_BLOCK = 64  # of the lookup table and the head: half the scales, a fiftieth of a graph's bytes
 EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_Q8, EMBEDDING_SCALE = f"{EMBEDDING}_b8", f"{EMBEDDING}_b8_scale"
 _MIDDLE = 128  # what zero is as uint8
@@ -69,9 +71,10 @@ def quantise_embedding(graph: Graph) -> None:
         if node.op_type != "Gather" or node.input[0] != EMBEDDING:
             continue
         vocab, hidden = graph.weights[EMBEDDING].shape
-        if hidden % BLOCK:
+        block = table_block(hidden)
+        if hidden % block:
             return
-        packed, scales = quantise_blocks(np.asarray(graph.weights[EMBEDDING]).T)
+        packed, scales = quantise_blocks(np.asarray(graph.weights[EMBEDDING]).T, block)
         graph.weights |= {EMBEDDING_Q8: packed.reshape(vocab, hidden), EMBEDDING_SCALE: scales}
         gather = helper.make_node(
             "GatherBlockQuantized",
@@ -80,7 +83,7 @@ def quantise_embedding(graph: Graph) -> None:
             node.name,
             domain=MICROSOFT,
             bits=8,
-            block_size=BLOCK,
+            block_size=block,
             gather_axis=0,
             quantize_axis=1,
         )
@@ -150,18 +153,23 @@ def quantise_columns(
     return np.rint(weight / scale).astype(np.int8), scale
 
 
+def table_block(hidden: int) -> int:
+    """Inputs that share a scale in the lookup table and the head, which may be one table."""
+    return TABLE_BLOCK if hidden % TABLE_BLOCK == 0 else BLOCK
+
+
 def quantise_blocks(
-    weight: NDArray[np.float32],
+    weight: NDArray[np.float32], block: int = BLOCK
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """ONNX Runtime's own 8-bit blocks, symmetric: `[outputs, blocks, 32]` and one scale each."""
+    """ONNX Runtime's own 8-bit blocks, symmetric: `[outputs, blocks, block]` and a scale each."""
     rows, columns = weight.shape
-    blocks = -(-rows // BLOCK)
-    padded = np.zeros((blocks * BLOCK, columns), np.float32)
+    blocks = -(-rows // block)
+    padded = np.zeros((blocks * block, columns), np.float32)
     padded[:rows] = weight
-    packed = np.zeros((columns, blocks, BLOCK), np.uint8)
+    packed = np.zeros((columns, blocks, block), np.uint8)
     scales = np.zeros((columns, blocks), np.float32)
     zeros = np.zeros((columns, blocks), np.uint8)
-    quantize_matmul_8bits(packed, padded, scales, zeros, BLOCK, columns, rows, True)
+    quantize_matmul_8bits(packed, padded, scales, zeros, block, columns, rows, True)
     return packed, scales
 
 
@@ -190,11 +198,12 @@ def _w8a8_product(graph: Graph, node: NodeProto, unsigned: bool) -> list[NodePro
     values, scale = quantise_columns(graph.weights[name])
     weight = (values.astype(np.int16) + _MIDDLE).astype(np.uint8) if unsigned else values
     zero = np.full(scale.shape, _MIDDLE if unsigned else 0, weight.dtype)
-    graph.weights |= {f"{name}_q8": weight, f"{name}_scale": scale, f"{name}_zero": zero}
+    zero_name = f"w8a8.zero_{zero.size}"  # one for all matrices of this width
+    graph.weights |= {f"{name}_q8": weight, f"{name}_scale": scale, zero_name: zero}
     inputs = [f"{source}/q8", f"{name}_q8", "w8a8.one", f"{name}_scale", "w8a8.middle"]
     product = helper.make_node(
         "MatMulIntegerToFloat",
-        [*inputs, f"{name}_zero"],
+        [*inputs, zero_name],
         [f"{output}/unscaled"],
         f"{node.name}_w8a8",
         domain=MICROSOFT,
@@ -207,7 +216,8 @@ def _nbits(graph: Graph, node: NodeProto, accuracy_level: int) -> NodeProto:
     name = node.input[1]
     packed_name, scale_name = f"{name}_b8", f"{name}_b8_scale"
     rows, columns = graph.weights[name].shape
-    packed, scales = quantise_blocks(np.asarray(graph.weights[name]))
+    block = table_block(rows) if node.output[0] == LOGITS else BLOCK
+    packed, scales = quantise_blocks(np.asarray(graph.weights[name]), block)
     graph.weights |= {packed_name: packed, scale_name: scales}
     return helper.make_node(
         "MatMulNBits",
@@ -218,7 +228,7 @@ def _nbits(graph: Graph, node: NodeProto, accuracy_level: int) -> NodeProto:
         K=rows,
         N=columns,
         bits=8,
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=accuracy_level,
     )
 

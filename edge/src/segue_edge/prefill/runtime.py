@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from segue_contract.errors import PromptTooLong
+from segue_contract.errors import ModelMismatch, PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
 from segue_contract.model.gate import FLOAT_QUANT
 from segue_contract.model.manifest import Manifest, read_manifest
@@ -22,7 +23,7 @@ from segue_edge.prefill.providers import (
     forbid_dynamic_int8,
     prefill_graph,
 )
-from segue_edge.prefill.runner import GraphRunner, open_session
+from segue_edge.prefill.runner import HEAD_FILE, GraphRunner, open_head, open_session
 from segue_edge.prefill.tensorrt import QDQ, open_qdq
 
 # Tokens. Measured on two cores, 512-token prompt, tokens/s: 1,890 in chunks of 64, 2,160 of 128,
@@ -34,11 +35,17 @@ OnBlock = Callable[[int, Floats, Floats], None]
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """`logits`: float32 `[vocab]` after the last token; `kv`: of all tokens, ready to decode."""
+    """`kv`: of all tokens, ready to decode; `make_logits`: the head, over the last token."""
 
-    logits: Floats
     kv: PastKv
+    make_logits: Callable[[], Floats] = field(repr=False)
     cancelled: bool = False
+
+    @cached_property
+    def logits(self) -> Floats:
+        """Float32 `[vocab]` after the last token. Computed when first asked for: nobody needs those
+        of a prompt's earlier chunks. Same thread as the model's other calls."""
+        return self.make_logits()
 
 
 class EdgeModel:
@@ -51,15 +58,24 @@ class EdgeModel:
         decode: ort.InferenceSession,
         device: Device,
         recipe_name: str,
+        head: ort.InferenceSession | None = None,
     ) -> None:
+        """`head`: for graphs that end in hidden states; ModelMismatch where it is missing."""
         self.manifest = manifest
         self.device = device
         self.recipe_name = recipe_name
         in_place = device.name == "cpu"
-        self._prefill = GraphRunner(prefill, manifest.geometry, in_place)
+        self._prefill = GraphRunner(prefill, manifest.geometry, in_place, head)
         self._decode = (
-            self._prefill if decode is prefill else GraphRunner(decode, manifest.geometry, in_place)
+            self._prefill
+            if decode is prefill
+            else GraphRunner(decode, manifest.geometry, in_place, head)
         )
+        if self._prefill.lacks_head or self._decode.lacks_head:
+            raise ModelMismatch(
+                f"The model {manifest.name} lacks edge/{HEAD_FILE}, which its graphs need.",
+                hint="Build the model again.",
+            )
 
     @classmethod
     def load(cls, directory: Path, *, threads: int = 0, providers: str = "auto") -> EdgeModel:
@@ -75,6 +91,7 @@ class EdgeModel:
         """
         manifest = read_manifest(directory)
         device = choose_device(providers)
+        head = open_head(directory / "edge", device, threads)
         decode = open_session(directory / "edge" / "decode.onnx", device, threads)
         quant = manifest.edge_recipe.weight_quant
         if "edge-weight-only" in manifest.recipes:
@@ -84,15 +101,15 @@ class EdgeModel:
         if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
             qdq = open_qdq(directory, manifest, threads, DEFAULT_CHUNK)
             if qdq is not None:
-                return cls(manifest, qdq, decode, device, QDQ)
-            return cls(manifest, decode, decode, device, "edge-weight-only")
+                return cls(manifest, qdq, decode, device, QDQ, head)
+            return cls(manifest, decode, decode, device, "edge-weight-only", head)
         if quant == weight_only:  # the W8A8 graph lost too much: one graph does both
-            return cls(manifest, decode, decode, device, "edge")
+            return cls(manifest, decode, decode, device, "edge", head)
         if CUDA not in decode.get_providers():
             device = Device("cpu", (CPU,))
         prefill = open_session(directory / "edge" / "prefill.onnx", device, threads)
         forbid_dynamic_int8(prefill.get_providers(), quant)
-        return cls(manifest, prefill, decode, device, "edge")
+        return cls(manifest, prefill, decode, device, "edge", head)
 
     @property
     def recipe(self) -> KvRecipe:
@@ -154,17 +171,21 @@ class EdgeModel:
             )
         kv.reserve(min(total + room, self.context))
         ids = np.asarray(tokens, np.int64)
-        logits = np.zeros(0, np.float32)
+        output = np.zeros(0, np.float32)
+
+        def logits() -> Floats:
+            return self._prefill.logits(output) if output.size else output
+
         while kv.length < total:
             if cancelled is not None and cancelled():
-                return PrefillResult(logits, kv, cancelled=True)
+                return PrefillResult(kv, logits, cancelled=True)
             first_new = kv.length // BLOCK_TOKENS
             end = chunk_end(kv.length, total, chunk, taper)
-            logits = self._prefill.run(ids[kv.length : end], kv).reshape(-1)
+            output = self._prefill.run(ids[kv.length : end], kv)
             if on_block is not None:
                 for index in range(first_new, kv.length // BLOCK_TOKENS):
                     on_block(index, *kv.block(index))
-        return PrefillResult(logits, kv)
+        return PrefillResult(kv, logits)
 
     def decode_step(self, token: int, kv: PastKv) -> Floats:
         """Append `token` to `kv`; float32 `[vocab]` logits of the next one.
@@ -177,13 +198,29 @@ class EdgeModel:
                 f"The context of {self.context} tokens is full.", hint="Start a new session."
             )
         kv.reserve(kv.length + 1)
-        return self._decode.run(np.array([token], np.int64), kv).reshape(-1)
+        return self._decode.logits(self._decode.run(np.array([token], np.int64), kv))
 
     def warm_up(self) -> None:
-        """Run both graphs once, so that the first prompt does not pay for lazy set-up."""
+        """Run the graphs once, so that the first prompt does not pay for lazy set-up."""
         tokens = [self.manifest.end_tokens[0]] * BLOCK_TOKENS
         result = self.prefill(tokens)
+        assert result.logits.size
         self.decode_step(tokens[0], result.kv)
+
+    def check_runs(self) -> None:
+        """Decode one token, for what no graph says of itself: the head's size, say.
+
+        Raises:
+            ModelMismatch: the graphs load and do not run.
+        """
+        try:
+            self.decode_step(self.manifest.end_tokens[0], self.new_kv(1))
+        except Exception as error:  # onnxruntime raises classes of its own, all from Exception
+            raise ModelMismatch(
+                f"The graphs of {self.manifest.name} cannot run: "
+                f"{' '.join(str(error).split())[:300]}.",
+                hint="They and the manifest do not fit: build the model again.",
+            ) from error
 
 
 def chunk_end(start: int, total: int, chunk: int, taper: bool = False) -> int:

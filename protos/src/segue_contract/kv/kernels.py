@@ -8,6 +8,7 @@ half a megabyte stay in the second-level cache:
     float32 -> float16             numpy's cast    0.67   integer shifts            0.20
     round and store as int8        multiply, rint, cast: 0.09 + 0.03 + 0.03; adding 1.5 * 2**23 and
                                    taking the low byte: 0.09 + 0.03 + 0.11
+    pack two 4-bit numbers         as floats       0.39   as bytes, eight at once   0.12
 
 Floats of one sign order as their bits do, and NaN orders above infinity: one integer maximum finds
 the scale and the bad number.
@@ -36,6 +37,8 @@ _LIMIT_FLOAT16 = (127 + 16) << 23
 # From 2**-14 on, every non-zero product is a normal float16; below 2**8, none overflows.
 _MIN_NORMAL_SCALE_BITS = (127 - 14) << 7
 _MAX_HALF_SCALE_BITS = (127 + 8) << 7
+
+_LOW_NIBBLES, _FOURTH_BITS = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x0808080808080808)
 
 _TO_HALF_EXPONENT = np.float32(2.0**-112)  # float32's exponent bias less float16's
 _FROM_HALF_EXPONENT = np.float32(2.0**112)
@@ -116,12 +119,25 @@ def store(x: Floats, bits: int, out: Array) -> None:
     if bits == 8:
         np.copyto(out, x, casting="unsafe")
         return
-    half = x.shape[-1] // 2
-    low, high = x[..., :half], x[..., half:]
-    np.multiply(high, np.float32(16), out=high)
-    np.add(high, low, out=high)
-    np.add(high, np.float32(8 * 16 + 8), out=high)
-    np.copyto(out, high, casting="unsafe")
+    dim = x.shape[-1]
+    half = dim // 2
+    if dim % 16:
+        low, high = x[..., :half], x[..., half:]
+        np.multiply(high, np.float32(16), out=high)
+        np.add(high, low, out=high)
+        np.add(high, np.float32(8 * 16 + 8), out=high)
+        np.copyto(out, high, casting="unsafe")
+        return
+    # Eight numbers at a time. In two's complement, plus 8 is the other fourth bit.
+    whole = np.empty(x.shape, np.int8)
+    np.copyto(whole, x, casting="unsafe")
+    words = whole.reshape(-1).view(np.uint64)
+    np.bitwise_and(words, _LOW_NIBBLES, out=words)
+    np.bitwise_xor(words, _FOURTH_BITS, out=words)
+    pairs = words.reshape(-1, 2, dim // 16)
+    packed = pairs[:, 1] << np.uint64(4)
+    np.bitwise_or(packed, pairs[:, 0], out=packed)
+    np.copyto(out, packed.view(np.uint8).reshape(out.shape))
 
 
 def load(stored: Array, bits: int, out: Floats) -> None:

@@ -5,9 +5,11 @@
               chat_template.jinja    rendered in a sandbox
               cloud/model.safetensors  bfloat16 or float32 weights, Hugging Face Llama names
               cloud/config.json      Hugging Face's, so that its libraries can load the weights
-              edge/prefill.onnx      W8A8, last-position logits, KV out
-              edge/decode.onnx       weight-only 8 bit, batch 1
-              edge/*.data, *.bin     the weights of both; .bin files are shared by them (with tied
+              edge/prefill.onnx      W8A8, hidden state of the last position, KV out
+              edge/decode.onnx       weight-only 8 bit, batch 1, the same outputs
+              edge/head.onnx         that hidden state -> logits (an older build's graphs end in
+                                     logits themselves, and it has no such file)
+              edge/*.data, *.bin     the weights; .bin files are shared by the graphs (with tied
                                      embeddings the lookup and the head are one table)
 """
 
@@ -173,6 +175,14 @@ def read_manifest(directory: Path) -> Manifest:
     if "edge" not in manifest.recipes:
         raise ModelMismatch(f"{path} names no edge recipe.", hint="Build the model again.")
     _check_geometry(path, manifest.geometry)
+    if not manifest.end_tokens or not all(
+        0 <= token < manifest.geometry.vocab for token in manifest.end_tokens
+    ):
+        raise ModelMismatch(
+            f"{path}: the end tokens {list(manifest.end_tokens)} are not of its vocabulary of "
+            f"{manifest.geometry.vocab}.",
+            hint="Build the model again.",
+        )
     _check_recipes(path, manifest)
     return manifest
 

@@ -56,7 +56,6 @@ class EdgeFacts(msgspec.Struct, kw_only=True):
     edge_quant: str
     decode_quant: str
     quality: Quality | None = None
-    decode_quality: Quality | None = None
     heavier: tuple[str, ...] = ()
     built_with: dict[str, str] = {}
 
