@@ -8,7 +8,7 @@ import importlib
 import os
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.recovery import recovering
 from segue_contract.chat import ChatTokenizer
-from segue_contract.errors import TurnFailed
+from segue_contract.errors import SegueError, TurnFailed
 from segue_contract.ids import new_id
 from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
@@ -155,21 +155,27 @@ async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manif
     from segue_cloud.engine.devices import choose_device
     from segue_cloud.engine.worker import EngineOptions, TorchEngine
 
-    return await TorchEngine.load(
-        directory,
-        manifest,
-        EngineOptions(
-            dtype=settings.dtype,
-            device=choose_device(settings.device),
-            threads=settings.threads or None,
-            pool_bytes=settings.pool_mb << 20 or None,
-            max_turns=settings.max_turns,
-            host_bytes=None if settings.host_mb is None else settings.host_mb << 20,
-            window=settings.window,
-            sinks=settings.sinks,
-            tensor_parallel=settings.tensor_parallel,
-        ),
+    options = EngineOptions(
+        dtype=settings.dtype,
+        device=choose_device(settings.device),
+        threads=settings.threads or None,
+        pool_bytes=settings.pool_mb << 20 or None,
+        max_turns=settings.max_turns,
+        host_bytes=None if settings.host_mb is None else settings.host_mb << 20,
+        window=settings.window,
+        sinks=settings.sinks,
+        tensor_parallel=settings.tensor_parallel,
     )
+    try:
+        return await TorchEngine.load(directory, manifest, options)
+    except SegueError:
+        raise
+    except Exception:
+        if settings.device != "auto" or options.device == "cpu":
+            raise
+        # A driver, a library or a kernel that does not fit this card; the CPU can still serve.
+        log.exception("card_failed", hint="Going on with the CPU; --device cuda would insist.")
+        return await TorchEngine.load(directory, manifest, replace(options, device="cpu"))
 
 
 async def _backends(settings: CloudSettings, stack: AsyncExitStack) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from segue_cloud.engine.native.panels import (
 from segue_cloud.engine.native.step import PHASES, build_step
 from segue_cloud.engine.native.team import (
     CONTROL_SIZE,
+    GENERATION,
     PLACE_SIZE,
     STOP,
     announce,
@@ -32,11 +34,23 @@ from segue_cloud.engine.native.team import (
 )
 from segue_cloud.engine.native.tiles import PANEL, TILE_ROWS
 from segue_cloud.engine.step_input import NativeInput
-from segue_cloud.engine.weights import Tensors
+from segue_cloud.engine.weights import LayerTensors
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
 
 _LINE = 64  # bytes that a tile is aligned to
+
+
+class TensorSource(Protocol):
+    """What the panels are made from (`weights.Tensors`), bfloat16 on the CPU."""
+
+    def layers(self) -> Iterable[LayerTensors]: ...
+
+    def final_norm(self) -> torch.Tensor: ...
+
+    def embed(self) -> torch.Tensor: ...
+
+    def head(self, embed: torch.Tensor) -> torch.Tensor: ...
 
 
 class NativeModel:
@@ -52,7 +66,7 @@ class NativeModel:
     def __init__(
         self,
         geometry: ModelGeometry,
-        tensors: Tensors,
+        tensors: TensorSource,
         pages: NativePages,
         window: Window,
         threads: int,
@@ -118,6 +132,9 @@ class NativeModel:
     def start(self) -> None:
         """Compile or load the step's code, then start the other threads."""
         self._run(self._memory, 0, 0, 1)
+        over = np.zeros_like(self._control)
+        over[STOP] = over[GENERATION] = 1  # a life that ends at once, for its code
+        self._serve(self._place, over, self._memory, 0, 1)
         for me in range(1, self._threads):
             helper = threading.Thread(
                 target=self._serve,
@@ -156,7 +173,7 @@ class NativeModel:
 
 
 def _pack_all(
-    geometry: ModelGeometry, tensors: Tensors
+    geometry: ModelGeometry, tensors: TensorSource
 ) -> tuple[Numbers, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Everything that a step reads and never writes: weights, places, ends, norms."""
     g = geometry
