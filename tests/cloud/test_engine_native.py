@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from segue_cloud.engine.native.matrix_units import MatrixUnits
 from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.panels import interleaved, pack, pairs_of, reserve, size_of
 from segue_cloud.engine.native.runner import NativeRunner, serves
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.step_input import NativeInput
+from segue_cloud.engine.weights import open_tensors
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.kv.layout import KvBlock, KvGeometry
 from segue_contract.model.manifest import Manifest, ModelGeometry
@@ -25,7 +27,7 @@ from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama
 
 pytestmark = pytest.mark.skipif(not serves(TINY), reason="this CPU has no AVX512-BF16")
 
-BF16 = EngineOptions(dtype="bf16", pool_bytes=32 << 20, threads=2)
+BF16 = EngineOptions(dtype="bf16", pool_bytes=32 << 20, threads=2, matrix_units=False)
 SEED = 31
 # Sizes that fill no panel, no tile and no page; heads wider than a tile of values; one group of 5.
 ODD = ModelGeometry(
@@ -109,6 +111,28 @@ def test_logits_are_near_the_exact_models_however_the_prompt_is_cut(
         runner.close()
     assert np.corrcoef(whole.ravel(), exact.ravel())[0, 1] > 0.999
     np.testing.assert_array_equal(whole, cut)
+
+
+@pytest.mark.parametrize("name", list(GEOMETRIES))
+def test_large_steps_through_matrix_units_say_the_same(name: str, tmp_path: Path) -> None:
+    """The way that a CPU with AMX takes; oneDNN computes it on any other, too."""
+    geometry = GEOMETRIES[name]
+    build_tiny_llama(tmp_path, geometry=geometry)
+    (tokens,) = prompts_of(geometry, [90])
+    made = []
+    for rows in (1000, 16):
+        runner = NativeRunner(tmp_path, geometry, 16, BF16)
+        with open_tensors(tmp_path, geometry, torch.bfloat16, "cpu") as tensors:
+            runner._model._units = MatrixUnits(tensors.layers(), rows)
+        try:
+            runner.warm_up(2)
+            made.append(logits_of(runner, tokens, [4, 60, 90]))
+        finally:
+            runner.close()
+    tiles, units = made
+    np.testing.assert_array_equal(units[:4], tiles[:4])  # few rows
+    assert (units[4:] != tiles[4:]).any(), "both ways are the same one"
+    assert np.corrcoef(units.ravel(), tiles.ravel())[0, 1] > 0.999
 
 
 async def replies_of(

@@ -42,6 +42,8 @@ class EngineOptions:
     one per KV head.
     `graphs`: on a card, capture decode steps at start-up and replay them.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
+    `matrix_units`: on a CPU with AMX, large steps through oneDNN; faster, but a token's last bits may
+    then depend on what else is in its step.
     """
 
     dtype: str = "auto"
@@ -54,6 +56,7 @@ class EngineOptions:
     device: str = "cpu"
     graphs: bool = True
     compiled: bool = True
+    matrix_units: bool = True
     ahead: bool = False
     host_bytes: int | None = None
     window: int = 0

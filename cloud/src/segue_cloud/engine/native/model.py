@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from segue_cloud.engine.attention import Window, rope_tables
+from segue_cloud.engine.native.matrix_units import MatrixUnits
 from segue_cloud.engine.native.memory import LOGIT_ROWS, ROWS, SPANS, Memory
 from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.panels import (
@@ -22,7 +23,16 @@ from segue_cloud.engine.native.panels import (
     reserve,
     size_of,
 )
-from segue_cloud.engine.native.step import PHASES, build_step
+from segue_cloud.engine.native.step import (
+    FFN_NORM,
+    GATE_UP,
+    NORM,
+    OUT,
+    PHASES,
+    QKV,
+    ROTATE,
+    build_step,
+)
 from segue_cloud.engine.native.team import (
     CONTROL_SIZE,
     GENERATION,
@@ -61,6 +71,7 @@ class NativeModel:
         tables: the page tables that all steps use, `[max_batch, pages]`: one row per turn, and
             no step samples more rows than that.
         max_rows: of a step.
+        units: what computes the linear layers of large steps where it is faster at that.
     """
 
     def __init__(
@@ -72,9 +83,11 @@ class NativeModel:
         threads: int,
         tables: NDArray[np.int32],
         max_rows: int,
+        units: MatrixUnits | None = None,
     ) -> None:
         self._geometry = g = geometry
         self._threads = threads
+        self._units = units
         self._drive, self._serve = build_step()
         self._place = np.zeros(PLACE_SIZE, np.int64)
         self._control = np.zeros(CONTROL_SIZE, np.int64)
@@ -120,7 +133,7 @@ class NativeModel:
             attended=narrow(max_rows, q),
             act=narrow(max_rows, wide(g.ffn)),
             logits=zeros(len(tables), wide(g.vocab), dtype=np.float32),
-            counters=counters((2 * g.layers + 1) * PHASES),
+            counters=counters(g.layers * PHASES + 2),
             scratch=_aligned(threads, TILE_ROWS, PANEL),
             scores=_aligned(threads, lines, context),
             weigh=_aligned(threads, lines, context // 2).view(np.uint16),
@@ -131,7 +144,7 @@ class NativeModel:
 
     def start(self) -> None:
         """Compile or load the step's code, then start the other threads."""
-        self._run(self._memory, 0, 0, 1)
+        self._drive(self._place, self._control, self._memory, 0, 0, 1)
         over = np.zeros_like(self._control)
         over[STOP] = over[GENERATION] = 1  # a life that ends at once, for its code
         self._serve(self._place, over, self._memory, 0, 1)
@@ -163,13 +176,38 @@ class NativeModel:
         m.slots[:rows] = step.slots
         m.spans[:spans] = step.spans
         m.chosen[:chosen] = step.chosen
-        last = 2 * self._geometry.layers
-        self._run(m, 0, last + (chosen > 0), self._threads)
+        last = PHASES * self._geometry.layers
+        if self._units is None or rows < self._units.rows:
+            self._run(0, last)
+        else:
+            self._run_with(self._units, rows)
+        if chosen:
+            self._run(last, last + 2)
         logits: NDArray[np.float32] = m.logits[:chosen, : self._geometry.vocab]
         return logits
 
-    def _run(self, memory: Memory, first: int, last: int, threads: int) -> None:
-        self._drive(self._place, self._control, memory, first, last, threads)
+    def _run(self, first: int, last: int) -> None:
+        self._drive(self._place, self._control, self._memory, first, last, self._threads)
+
+    def _run_with(self, units: MatrixUnits, rows: int) -> None:
+        """All layers, with their linear layers by `units`."""
+        m, ffn, threads = self._memory, self._geometry.ffn, torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        x, act, attended = (units.view(a[:rows]) for a in (m.x, m.act, m.attended))
+        qkv, residual = torch.from_numpy(m.qkv[:rows]), torch.from_numpy(m.residual[:rows])
+        hidden = self._geometry.hidden
+        for index, layer in enumerate(units.layers):
+            first = index * PHASES
+            self._run(first + NORM, first + QKV)
+            made = layer.qkv(x[:, :hidden])
+            qkv[:, : made.shape[1]] = made
+            self._run(first + ROTATE, first + OUT)
+            residual[:, :hidden] += layer.out(attended[:, : layer.q])
+            self._run(first + FFN_NORM, first + GATE_UP)
+            both = layer.gate_up(x[:, :hidden])
+            torch.mul(torch.nn.functional.silu(both[:, :ffn]), both[:, ffn:], out=act[:, :ffn])
+            residual[:, :hidden] += layer.down(act[:, :ffn])
+        torch.set_num_threads(threads)
 
 
 def _pack_all(

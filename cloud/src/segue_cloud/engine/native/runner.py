@@ -15,6 +15,7 @@ from segue_cloud.engine.attention import Window
 from segue_cloud.engine.compiled import cached
 from segue_cloud.engine.kv_pages import slots_of
 from segue_cloud.engine.native.emit import LANES
+from segue_cloud.engine.native.matrix_units import MatrixUnits, pay_off
 from segue_cloud.engine.native.model import NativeModel
 from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.tiles import TILE_ROWS
@@ -54,6 +55,8 @@ class NativeRunner:
         self.pages = NativePages(geometry.kv, pages)
         self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         with open_tensors(directory, geometry, torch.bfloat16, "cpu") as tensors:
+            wanted = options.matrix_units and pay_off(geometry)
+            units = MatrixUnits(tensors.layers()) if wanted else None
             self._model = NativeModel(
                 geometry,
                 tensors,
@@ -62,6 +65,7 @@ class NativeRunner:
                 choose_threads(options.threads),
                 self._tables.array,
                 max_rows=max(options.step_tokens, options.mixed_tokens) + options.max_batch,
+                units=units,
             )
 
     def warm_up(self, threads: int) -> None:

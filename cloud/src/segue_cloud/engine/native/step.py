@@ -1,8 +1,8 @@
 """One step of a Llama over paged KV, all layers in one call, by a team of threads.
 
-    stage 2l        norm | q, k, v | rotate, write k and v | attend         of layer l
-    stage 2l + 1    output | norm | gate and up | down                      of layer l
-    stage 2L        norm | head                                             of the chosen rows
+    phases 8l to 8l + 7   norm | q, k, v | rotate, write k and v | attend | output | norm |
+                          gate and up | down                                        of layer l
+    phases 8L, 8L + 1     norm | head                                   of the chosen rows
 
 The residual stream and all sums are float32; activations are rounded to bfloat16 where they are
 multiplied with weights, keys and values where they are kept. Rows never touch each other except
@@ -54,7 +54,8 @@ _PAGE = KV_PAGE_TOKENS
 _HALF = PANEL // 2
 _BLOCK_ROWS = 64  # of a task of a product; more would leave threads without work at the end
 _GRAINS = 12  # tasks a thread takes on average, where there are so many
-PHASES = 4  # of a stage at most
+PHASES = 8  # of a layer
+NORM, QKV, ROTATE, ATTEND, OUT, FFN_NORM, GATE_UP, DOWN = range(PHASES)
 
 
 Drive = Callable[[Any, Any, Memory, int, int, int], None]
@@ -185,6 +186,27 @@ def rotate(m: Any, counter: Any, phase: Any, layer: Any) -> None:
 
 
 @jit
+def linear(m: Any, me: Any, threads: Any, counter: Any, task: Any, layer: Any, kind: Any) -> None:
+    """The linear layer of a phase: which weight, from where, to where."""
+    rows, hidden, ffn = m.sizes[ROWS], m.sizes[HIDDEN], m.sizes[FFN]
+    q = m.sizes[HEADS] * m.sizes[HEAD_DIM]
+    x, place, inputs, outputs, out = m.x, m.ends[1], hidden, m.sizes[VOCAB], m.logits
+    if layer == m.places.shape[0]:
+        rows = m.sizes[LOGIT_ROWS]
+    elif kind == QKV:
+        outputs, out = q + 2 * m.sizes[KV_HEADS] * m.sizes[HEAD_DIM], m.qkv
+        place = m.places[layer, 0]
+    elif kind == OUT:
+        x, place, inputs, outputs, out = m.attended, m.places[layer, 1], q, hidden, m.residual
+    elif kind == GATE_UP:
+        place, outputs, out = m.places[layer, 2], 2 * ffn, m.residual
+    else:
+        x, place, inputs, outputs, out = m.act, m.places[layer, 3], ffn, hidden, m.residual
+    gated, add = kind == GATE_UP, kind in (OUT, DOWN)
+    product(m, me, threads, counter, task, gated, add, x, place, inputs, outputs, rows, out)
+
+
+@jit
 def run(
     place: Any,
     control: Any,
@@ -195,112 +217,27 @@ def run(
     first: Any,
     last: Any,
 ) -> None:
-    rows, hidden, ffn = m.sizes[ROWS], m.sizes[HIDDEN], m.sizes[FFN]
     layers = m.places.shape[0]
-    head_dim, kv_heads = m.sizes[HEAD_DIM], m.sizes[KV_HEADS]
-    q = m.sizes[HEADS] * head_dim
-    for stage in range(first, last):
-        phase = (stage - first) * PHASES
-        layer = stage // 2
-        if layer == layers:
-            chosen = m.sizes[LOGIT_ROWS]
-            norm(m, threads, counter, phase, 2 * layers, chosen, False, True)
-            meet(place, control, counter, phase, threads)
-            product(
-                m,
-                me,
-                threads,
-                counter,
-                phase + 1,
-                False,
-                False,
-                m.x,
-                m.ends[1],
-                hidden,
-                m.sizes[VOCAB],
-                chosen,
-                m.logits,
-            )
-            meet(place, control, counter, phase + 1, threads)
-        elif stage % 2 == 0:
-            norm(m, threads, counter, phase, 2 * layer, rows, stage == 0, False)
-            meet(place, control, counter, phase, threads)
-            product(
-                m,
-                me,
-                threads,
-                counter,
-                phase + 1,
-                False,
-                False,
-                m.x,
-                m.places[layer, 0],
-                hidden,
-                q + 2 * kv_heads * head_dim,
-                rows,
-                m.qkv,
-            )
-            meet(place, control, counter, phase + 1, threads)
-            rotate(m, counter, phase + 2, layer)
-            meet(place, control, counter, phase + 2, threads)
-            attend(m, me, counter, phase + 3, layer)
-            meet(place, control, counter, phase + 3, threads)
+    for phase in range(first, last):
+        layer, kind, task = phase // PHASES, phase % PHASES, phase - first
+        if kind == NORM and layer == layers:
+            norm(m, threads, counter, task, 2 * layers, m.sizes[LOGIT_ROWS], False, True)
+        elif kind == NORM:
+            norm(m, threads, counter, task, 2 * layer, m.sizes[ROWS], phase == 0, False)
+        elif kind == ROTATE:
+            rotate(m, counter, task, layer)
+        elif kind == ATTEND:
+            attend(m, me, counter, task, layer)
+        elif kind == FFN_NORM:
+            norm(m, threads, counter, task, 2 * layer + 1, m.sizes[ROWS], False, False)
         else:
-            product(
-                m,
-                me,
-                threads,
-                counter,
-                phase,
-                False,
-                True,
-                m.attended,
-                m.places[layer, 1],
-                q,
-                hidden,
-                rows,
-                m.residual,
-            )
-            meet(place, control, counter, phase, threads)
-            norm(m, threads, counter, phase + 1, 2 * layer + 1, rows, False, False)
-            meet(place, control, counter, phase + 1, threads)
-            product(
-                m,
-                me,
-                threads,
-                counter,
-                phase + 2,
-                True,
-                False,
-                m.x,
-                m.places[layer, 2],
-                hidden,
-                2 * ffn,
-                rows,
-                m.residual,
-            )
-            meet(place, control, counter, phase + 2, threads)
-            product(
-                m,
-                me,
-                threads,
-                counter,
-                phase + 3,
-                False,
-                True,
-                m.act,
-                m.places[layer, 3],
-                ffn,
-                hidden,
-                rows,
-                m.residual,
-            )
-            meet(place, control, counter, phase + 3, threads)
+            linear(m, me, threads, counter, task, layer, kind)
+        meet(place, control, counter, task, threads)
 
 
 @functools.cache
 def build_step() -> tuple[Drive, Serve]:
-    """`drive(place, control, memory, first, last, threads)` computes stages [first, last);
+    """`drive(place, control, memory, first, last, threads)` computes phases [first, last);
     `serve(place, control, memory, me, threads)` is the life of each other thread.
 
     These two are what numba's cache keeps, with all that they call compiled in. It looks at this
