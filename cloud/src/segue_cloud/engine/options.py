@@ -42,8 +42,8 @@ class EngineOptions:
     one per KV head.
     `graphs`: on a card, capture decode steps at start-up and replay them.
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
-    `matrix_units`: on a CPU with AMX, large steps through oneDNN; faster, but a token's last bits may
-    then depend on what else is in its step.
+    `matrix_units`: on a CPU with AMX, large steps through oneDNN; faster, but a token's last bits
+    may then depend on what else is in its step.
     """
 
     dtype: str = "auto"
