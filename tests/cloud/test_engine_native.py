@@ -16,7 +16,7 @@ from segue_cloud.engine.native.matrix_units import MatrixUnits
 from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.panels import interleaved, pack, pairs_of, reserve, size_of
 from segue_cloud.engine.native.runner import NativeRunner, serves
-from segue_cloud.engine.options import EngineOptions
+from segue_cloud.engine.options import EngineOptions, quota_cores
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.step_input import NativeInput
 from segue_cloud.engine.weights import open_tensors
@@ -157,6 +157,25 @@ async def replies_of(
     return found[0], found[1]
 
 
+def test_numbers_that_are_none_are_seen_in_the_logits(tmp_path: Path) -> None:
+    """Bad weights or a bad shipped key must fail their turn, and no other."""
+    build_tiny_llama(tmp_path)
+    runner = NativeRunner(tmp_path, TINY, 16, BF16)
+    good, bad = prompts_of(TINY, [40, 40])
+    try:
+        runner.warm_up(2)
+        before = logits_of(runner, good, [40])
+        runner.pages.bits[1, 0, 0, 1, 5] = 0x7FC0  # a key of the first page
+        runner._tables.array[0, :3] = [1, 2, 3]
+        one = np.array([32], np.int64)
+        spans = np.array([[0, 0, 33, 1]], np.int32)
+        step = NativeInput(np.array([bad[32]], np.int64), one, one + 16, spans, one * 0)
+        assert np.isnan(runner._model.step(step)).any()
+        np.testing.assert_array_equal(logits_of(runner, good, [40]), before)
+    finally:
+        runner.close()
+
+
 @pytest.mark.parametrize("window", [0, 24])
 async def test_a_reply_does_not_depend_on_its_company(tmp_path: Path, window: int) -> None:
     """bfloat16 rounds, but each row by itself: alone or among others, in one chunk or in many, by
@@ -171,6 +190,8 @@ async def test_a_reply_does_not_depend_on_its_company(tmp_path: Path, window: in
     alone, together = await replies_of(tmp_path, manifest, turns, options)
     assert all(len(reply) == 40 for reply in alone)
     assert alone == together
+    ahead, _ = await replies_of(tmp_path, manifest, turns, replace(options, ahead=True))
+    assert ahead == alone
     small = replace(options, step_tokens=24, mixed_tokens=24, max_batch=4, threads=3)
     chunked, crowded = await replies_of(tmp_path, manifest, turns, small)
     assert chunked == alone
@@ -193,9 +214,16 @@ def test_blocks_come_out_as_they_went_in() -> None:
     assert not pages.bits[:, :, :, [2, 4, 5, 7]].any()
 
 
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000\n", 0), ("", 0), ("150000 100000", 2), ("50000 100000", 1)]
+)
+def test_a_quota_of_cores_bounds_the_threads(text: str, cores: int) -> None:
+    assert quota_cores(text) == cores
+
+
 def test_panels_hold_every_weight_once_and_zeros_beside() -> None:
     weight = torch.arange(1, 36 * 5 + 1).reshape(36, 5).bfloat16()
-    numbers = reserve(size_of(36, 5))
+    numbers = reserve(size_of(36, 5), huge=True)
     pack(weight, numbers)
     panels = torch.from_numpy(numbers).view(torch.bfloat16).view(2, pairs_of(5), 32, 2)
     for output, line in enumerate(weight):

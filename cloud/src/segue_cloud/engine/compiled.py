@@ -21,11 +21,11 @@ def _cache_folder() -> Path:
     Never a shared folder: what lies in it is run.
     """
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
     try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "segue" / "numba"
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
+    except (OSError, RuntimeError):  # no home at all
         writable = False
     return folder if writable else Path(tempfile.mkdtemp(prefix="segue-numba-"))
 

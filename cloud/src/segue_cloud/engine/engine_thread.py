@@ -91,7 +91,11 @@ class EngineThread:
             target=self._main, args=(ready,), name="segue-engine", daemon=True
         )
         self._thread.start()
-        await ready
+        try:
+            await ready
+        except BaseException:
+            self.commands.put(Close())  # it may still be loading: then it ends when it has
+            raise
 
     async def join(self, timeout_s: float) -> None:
         """Wait for the end that a `Close` command asked for."""
@@ -128,7 +132,15 @@ class EngineThread:
         threads = rank_threads(self._options, 0)
         torch.set_num_threads(threads)
         runner = self._build()
-        runner.warm_up(threads)
+        try:
+            runner.warm_up(threads)
+            self._add_tier(runner)
+        except BaseException:
+            runner.close()
+            raise
+        return runner
+
+    def _add_tier(self, runner: StepRunner) -> None:
         if self._host_bytes and STEP not in self._codecs:
             # Asked for or not: nobody is to wonder where the memory saving went.
             log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
@@ -136,7 +148,6 @@ class EngineThread:
             self.tier = build_tier(runner.pages, self._host_bytes, self._recompute_s)
             self._pool.tier = self.tier
             self._pool.target = TARGET_SHARE
-        return runner
 
     def _recompute_s(self) -> float:
         rate = self.rates.prefill_tokens_per_s

@@ -121,8 +121,18 @@ def choose_threads(threads: int | None) -> int:
     if threads:
         return threads
     if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(cores, quota_cores(_read(Path("/sys/fs/cgroup/cpu.max"))) or cores)
+
+
+def quota_cores(cpu_max: str) -> int:
+    """Cores that a cgroup's `cpu.max` is worth, rounded up; 0: no limit."""
+    quota, _, period = cpu_max.strip().partition(" ")
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return 0
+    return max(1, -(-int(quota) // int(period)))
 
 
 def rank_threads(options: EngineOptions, rank: int) -> int:

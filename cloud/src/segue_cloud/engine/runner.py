@@ -46,8 +46,7 @@ class Prepared:
 
 
 class StepRunner(Protocol):
-    """What the engine needs of whatever computes its steps. One call at a time, except that the
-    next step may be prepared while one runs."""
+    """What the engine needs of whatever computes its steps. One call at a time."""
 
     @property
     def pages(self) -> BlockPages:

@@ -90,11 +90,12 @@ def weigh_line(m: Any, me: Any, line: Any, length: Any, count: Any) -> Any:
 
 
 @inline
-def mix_lines(m: Any, me: Any, at: Any, apart: Any, lines: Any, count: Any, factors: Any) -> None:
-    """Values by the weights and `factors`, into `attended`, where the queries lie in theirs."""
+def mix_lines(m: Any, me: Any, at: Any, apart: Any, lines: Any, count: Any) -> None:
+    """Values by the weights and factors, into `attended`, where the queries lie in theirs."""
     weights, listed, head_dim = m.weigh, m.listed, m.sizes[HEAD_DIM]
     width = weights.shape[2]
     mine, places = me * weights.shape[1] * width, (me * 3 + 1) * listed.shape[2]
+    factors, factors_at = m.factors, me * m.factors.shape[1]
     for line in range(0, lines, MIX_ROWS):
         rows = min(MIX_ROWS, lines - line)
         p = mine + line * width
@@ -113,7 +114,7 @@ def mix_lines(m: Any, me: Any, at: Any, apart: Any, lines: Any, count: Any, fact
                 count,
                 shape,
                 factors,
-                line,
+                factors_at + line,
                 out,
                 to,
                 apart,
@@ -128,7 +129,6 @@ def attend(m: Any, me: Any, counter: Any, phase: Any, layer: Any) -> None:
     """
     kv_heads, head_dim, width = m.sizes[KV_HEADS], m.sizes[HEAD_DIM], m.queries.shape[1]
     group = m.sizes[HEADS] // kv_heads
-    factors = np.empty(max(TILE_ROWS, group), np.float32)
     tasks = m.sizes[SPANS] * kv_heads
     while True:
         task = claim(counter, phase, 1)
@@ -147,5 +147,5 @@ def attend(m: Any, me: Any, counter: Any, phase: Any, layer: Any) -> None:
             score_lines(m, me, at, apart, lines, count)
             for line in range(lines):
                 own = length if alone else length + line
-                factors[line] = weigh_line(m, me, line, own, count)
-            mix_lines(m, me, at, apart, lines, count, factors)
+                m.factors[me, line] = weigh_line(m, me, line, own, count)
+            mix_lines(m, me, at, apart, lines, count)

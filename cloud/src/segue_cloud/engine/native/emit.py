@@ -74,7 +74,7 @@ def call(builder: Any, returns: Any, name: str, args: Sequence[Any], *, fast: bo
     function = module.globals.get(name) or ir.Function(
         module, ir.FunctionType(returns, [arg.type for arg in args]), name
     )
-    return builder.call(function, args, fastmath=("fast",) if fast else ())
+    return builder.call(function, args, fastmath=("reassoc",) if fast else ())
 
 
 def narrow(builder: Any, x: Any) -> Any:

@@ -56,13 +56,15 @@ class MatrixUnits:
         return torch.from_numpy(bits).view(torch.bfloat16)
 
 
-def pay_off(geometry: ModelGeometry) -> bool:
+def pay_off(geometry: ModelGeometry, pool_bytes: int) -> bool:
     """Whether this CPU has AMX for bfloat16, lets us use it, and has room for the second copy."""
     g = geometry
     q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
     copy = 2 * g.layers * g.hidden * (2 * q + 2 * kv + 3 * g.ffn)
+    panels = copy + 4 * g.vocab * g.hidden
+    free = available_memory_bytes() - panels - pool_bytes
     return (
-        copy <= available_memory_bytes() * _COPY_SHARE
+        copy <= free * _COPY_SHARE
         and bool(torch.cpu._is_amx_tile_supported())
         and bool(torch.cpu._init_amx())
     )

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numba
 
 # Calling a function passes `Memory` as some 300 numbers: what is called per row is made `inline`.
-jit = numba.njit(nogil=True, fastmath=True)
+# Sums in any order, but a number that is none stays none: bad weights must be seen in the logits.
+MATH = {"contract", "reassoc", "nsz", "arcp"}
+jit = numba.njit(nogil=True, fastmath=MATH)
 
 
 class Memory(NamedTuple):
@@ -21,7 +23,7 @@ class Memory(NamedTuple):
     tables i32 [S, pages] · chosen i64 [N] · reals f32: epsilon of the norms, scale of attention ·
     window i64: tokens, sinks · residual f32 [T, hidden] · x u16 [T, hidden] · qkv f32 ·
     queries u16 [T, q] · attended u16 [T, q] · act u16 [T, ffn] · logits f32 [N, vocab] ·
-    counters (`team.counters`) · and of each thread: scratch f32 [8, 32] ·
+    counters (`team.counters`) · and of each thread: factors f32 [rows] · scratch f32 [8, 32] ·
     scores f32, weigh u16 [rows, context] · listed i64 [3, pages] · tails u16 [16 * head_dim]
     """
 
@@ -50,6 +52,7 @@ class Memory(NamedTuple):
     act: Any
     logits: Any
     counters: Any
+    factors: Any
     scratch: Any
     scores: Any
     weigh: Any

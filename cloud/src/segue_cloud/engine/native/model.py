@@ -38,6 +38,7 @@ from segue_cloud.engine.native.team import (
     GENERATION,
     PLACE_SIZE,
     STOP,
+    aligned_bytes,
     announce,
     counters,
     open_place,
@@ -47,8 +48,6 @@ from segue_cloud.engine.step_input import NativeInput
 from segue_cloud.engine.weights import LayerTensors
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
-
-_LINE = 64  # bytes that a tile is aligned to
 
 
 class TensorSource(Protocol):
@@ -64,7 +63,7 @@ class TensorSource(Protocol):
 
 
 class NativeModel:
-    """Weights as panels, the buffers of a step, and the threads. Used by one thread only.
+    """Weights as panels, the buffers of a step, and the threads. One call at a time.
 
     Args:
         tensors: read one layer at a time; none is kept.
@@ -134,6 +133,7 @@ class NativeModel:
             act=narrow(max_rows, wide(g.ffn)),
             logits=zeros(len(tables), wide(g.vocab), dtype=np.float32),
             counters=counters(g.layers * PHASES + 2),
+            factors=_aligned(threads, lines),
             scratch=_aligned(threads, TILE_ROWS, PANEL),
             scores=_aligned(threads, lines, context),
             weigh=_aligned(threads, lines, context // 2).view(np.uint16),
@@ -144,7 +144,8 @@ class NativeModel:
 
     def start(self) -> None:
         """Compile or load the step's code, then start the other threads."""
-        self._drive(self._place, self._control, self._memory, 0, 0, 1)
+        # With words of their own: no step that somebody could take for one to compute.
+        self._drive(self._place, np.zeros_like(self._control), self._memory, 0, 0, 1)
         over = np.zeros_like(self._control)
         over[STOP] = over[GENERATION] = 1  # a life that ends at once, for its code
         self._serve(self._place, over, self._memory, 0, 1)
@@ -191,7 +192,7 @@ class NativeModel:
 
     def _run_with(self, units: MatrixUnits, rows: int) -> None:
         """All layers, with their linear layers by `units`."""
-        m, ffn, threads = self._memory, self._geometry.ffn, torch.get_num_threads()
+        m, ffn = self._memory, self._geometry.ffn
         torch.set_num_threads(self._threads)
         x, act, attended = (units.view(a[:rows]) for a in (m.x, m.act, m.attended))
         qkv, residual = torch.from_numpy(m.qkv[:rows]), torch.from_numpy(m.residual[:rows])
@@ -207,7 +208,7 @@ class NativeModel:
             both = layer.gate_up(x[:, :hidden])
             torch.mul(torch.nn.functional.silu(both[:, :ffn]), both[:, ffn:], out=act[:, :ffn])
             residual[:, :hidden] += layer.down(act[:, :ffn])
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # as the runner left it
 
 
 def _pack_all(
@@ -223,7 +224,8 @@ def _pack_all(
         size_of(g.hidden, g.ffn),
     ]
     head = size_of(g.vocab, g.hidden)
-    weights = reserve(g.layers * sum(sizes) + head * (1 if g.tied_embeddings else 2))
+    numbers = g.layers * sum(sizes) + head * (1 if g.tied_embeddings else 2)
+    weights = reserve(numbers, huge=True)
     places = np.zeros((g.layers, 4), np.int64)
     norms = np.zeros((2 * g.layers + 1, g.hidden), np.float32)
     at = 0
@@ -249,7 +251,4 @@ def _pack_all(
 
 def _aligned(*shape: int) -> NDArray[np.float32]:
     """float32 zeros whose first byte begins a cache line."""
-    size = 4 * int(np.prod(shape))
-    raw = np.zeros(size + _LINE, np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + size].view(np.float32).reshape(shape)
+    return aligned_bytes(4 * int(np.prod(shape))).view(np.float32).reshape(shape)

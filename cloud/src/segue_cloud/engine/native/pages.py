@@ -25,7 +25,7 @@ class NativePages:
         shape = (geometry.layers, 2, geometry.kv_heads, pages, KV_PAGE_TOKENS * geometry.head_dim)
         self.geometry = geometry
         # The system gives memory, and zeros, to pages as they are first used.
-        self.bits = reserve(int(np.prod(shape))).reshape(shape)
+        self.bits = reserve(int(np.prod(shape)), huge=False).reshape(shape)
         self._all = torch.from_numpy(self.bits).view(torch.bfloat16)
 
     def write_block(self, pages: Sequence[int], block: KvBlock) -> None:

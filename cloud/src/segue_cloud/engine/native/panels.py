@@ -32,10 +32,13 @@ def size_of(outputs: int, inputs: int) -> int:
     return panels_of(outputs) * pairs_of(inputs) * 2 * PANEL
 
 
-def reserve(numbers: int) -> Numbers:
-    """Memory for panels, page-aligned; in large pages where the system gives them."""
-    memory = mmap.mmap(-1, max(1, 2 * numbers))
-    if _HUGE is not None:
+def reserve(numbers: int, *, huge: bool) -> Numbers:
+    """Zeros for panels, page-aligned, which the system gives as they are first used.
+
+    `huge`: in large pages where there are any; for what is used as a whole.
+    """
+    memory = mmap.mmap(-1, max(1, 2 * numbers), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and _HUGE is not None:
         memory.madvise(_HUGE)
     return np.frombuffer(memory, np.uint16)[:numbers]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -37,13 +38,12 @@ log = structlog.get_logger(__name__)
 def serves(geometry: ModelGeometry) -> bool:
     """Whether this CPU has the instruction that the tiles are made of, and the model's heads are
     whole registers wide."""
-    return geometry.head_dim % LANES == 0 and bool(
-        binding.get_host_cpu_features().get("avx512bf16")
-    )
+    native = bool(binding.get_host_cpu_features().get("avx512bf16", False))
+    return native and sys.platform == "linux" and geometry.head_dim % LANES == 0
 
 
 class NativeRunner:
-    """Implements `runner.StepRunner`. Used by one thread only, the one that built it.
+    """Implements `runner.StepRunner`. One call at a time.
 
     Raises (from the constructor):
         ModelMissing, ModelMismatch: see `weights.open_tensors`.
@@ -55,7 +55,7 @@ class NativeRunner:
         self.pages = NativePages(geometry.kv, pages)
         self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         with open_tensors(directory, geometry, torch.bfloat16, "cpu") as tensors:
-            wanted = options.matrix_units and pay_off(geometry)
+            wanted = options.matrix_units and pay_off(geometry, self.pages.bits.nbytes)
             units = MatrixUnits(tensors.layers()) if wanted else None
             self._model = NativeModel(
                 geometry,

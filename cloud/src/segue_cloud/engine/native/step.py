@@ -29,6 +29,7 @@ from segue_cloud.engine.native.memory import (
     HIDDEN,
     KV_HEADS,
     LOGIT_ROWS,
+    MATH,
     ROWS,
     SPANS,
     VOCAB,
@@ -66,7 +67,7 @@ def _digest() -> int:
     """Of the sources that are compiled in: numba's cache looks at this file alone."""
     here = Path(__file__).parent
     files = sorted([here.parent / "compiled.py", *here.glob("*.py")])
-    return zlib.crc32(b"".join(file.read_bytes() for file in files))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files), KV_PAGE_TOKENS)
 
 
 @jit
@@ -245,7 +246,7 @@ def build_step() -> tuple[Drive, Serve]:
     """
     source = _digest()
 
-    @numba.njit(nogil=True, fastmath=True, cache=True)
+    @numba.njit(nogil=True, fastmath=MATH, cache=True)
     def drive(place: Any, control: Any, m: Any, first: Any, last: Any, threads: Any) -> None:
         parity = (control[GENERATION] + source * 0 + 1) % 2
         control[FIRST], control[LAST], control[PARITY] = first, last, parity
@@ -253,7 +254,7 @@ def build_step() -> tuple[Drive, Serve]:
         announce(place, control)
         run(place, control, m, 0, threads, m.counters[parity], first, last)
 
-    @numba.njit(nogil=True, fastmath=True, cache=True)
+    @numba.njit(nogil=True, fastmath=MATH, cache=True)
     def serve(place: Any, control: Any, m: Any, me: Any, threads: Any) -> None:
         seen = source * 0
         while True:

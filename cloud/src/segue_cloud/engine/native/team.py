@@ -87,9 +87,17 @@ def _at(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
 
 
+def aligned_bytes(size: int) -> NDArray[np.uint8]:
+    """Zeros whose first byte begins a cache line."""
+    raw = np.zeros(size + 8 * _LINE, np.uint8)
+    start = -raw.ctypes.data % (8 * _LINE)
+    return raw[start : start + size]
+
+
 def counters(phases: int) -> NDArray[np.int64]:
     """Room for two steps' phases: while a slow thread leaves one step, the next is prepared."""
-    return np.zeros((2, phases * 2 * _LINE), np.int64)
+    size = phases * 2 * _LINE
+    return aligned_bytes(2 * size * 8).view(np.int64).reshape(2, size)
 
 
 @njit(inline="always")
@@ -132,7 +140,7 @@ def open_place(place: Any) -> None:
     _cond_init(place.ctypes.data + 8 * _MEET, 0)
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def announce(place: Any, control: Any) -> None:
     """Begin the next step: wake whoever parks."""
     _mutex_lock(place.ctypes.data + 8 * _LOCK)

@@ -1,4 +1,4 @@
-"""What is neither a product nor worth a loop of numba's: softmax, SiLU and RoPE, 16 numbers a time.
+"""What is neither a product nor worth a loop of numba's: softmax and SiLU, 16 numbers a time.
 
 Written as LLVM code because numba's loops over parts of larger arrays often stay scalar: an index
 that might be negative, or memory that might overlap, is enough.
