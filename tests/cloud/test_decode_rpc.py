@@ -24,6 +24,7 @@ from segue_contract.errors import (
 )
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
+from segue_contract.kv.steps import codec_named
 from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import decode_turns
@@ -69,10 +70,12 @@ def kv_bytes(cloud: CloudRpc, ids: list[bytes] | None = None) -> list[bytes]:
     sizes = cloud.manifest.geometry.kv
     shape = (sizes.layers, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim)
     random = np.random.default_rng(7)
+    codec = codec_named(recipe.codec)
     blocks = []
-    for one in ids or block_ids(recipe.digest, PROMPT):
+    for index, one in enumerate(ids or block_ids(recipe.digest, PROMPT)):
         k, v = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
-        blocks.append(encode_frames(KvBlock(one, recipe.digest, k, v), recipe.codec))
+        block, sinks = KvBlock(one, recipe.digest, k, v), codec.sinks_of(index)
+        blocks.append(encode_frames(block, codec.step.name, sink_tokens=sinks))
     return blocks
 
 

@@ -38,6 +38,7 @@ from segue_cloud.engine.port import EngineStats, EngineTurn
 from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
 from segue_cloud.engine.streams import TurnStream
+from segue_cloud.engine.tensor_parallel.group import check_devices
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.start import start_ranks
 from segue_cloud.engine.weights import check_size
@@ -146,6 +147,8 @@ class TorchEngine:
         """
         options = choose_window(options or EngineOptions(), manifest.geometry)
         geometry = manifest.geometry
+        if options.tensor_parallel > 1:
+            check_devices(options.device, options.tensor_parallel)
         pages = count_pages(options, geometry)
         if options.tensor_parallel == 1:
             build = partial(_build_runner, directory, manifest, pages, options)

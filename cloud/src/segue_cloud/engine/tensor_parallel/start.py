@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from segue_cloud.engine.options import EngineOptions
-from segue_cloud.engine.tensor_parallel.group import check_devices
 from segue_cloud.engine.tensor_parallel.lead import LeadRunner
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.split import split
@@ -19,12 +18,13 @@ async def start_ranks(
 ) -> tuple[Ranks, Callable[[], LeadRunner]]:
     """The processes of the other ranks, connected; and what builds the first one, in its thread.
 
+    Whether there are devices enough is the caller's to check (`group.check_devices`).
+
     Raises:
-        InvalidArgument: the model has too few KV heads, or the machine too few devices.
+        InvalidArgument: the model has too few KV heads.
         Internal, DeadlineExceeded: a process did not start.
     """
     shards = split(geometry, options.tensor_parallel)
-    check_devices(options.device, len(shards))
     ranks = await Ranks.start(len(shards), options.device)
     build = partial(LeadRunner, directory, geometry, pages, options, shards=shards, ranks=ranks)
     return ranks, build
