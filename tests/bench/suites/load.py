@@ -177,7 +177,7 @@ async def _run(report: Report, quick: bool) -> None:
         for turns in (4, bound) if quick else (1, 8, 32, CONCURRENT):
             await level(stack, report, turns, 8 if quick else REPLY_TOKENS, bound)
         await refusals(stack, report, bound)
-    small = ("--pool-mb", "128")
+    small = ("--pool-mb", "128", "--host-mb", "32")
     async with LocalStack(cloud_args=small, edge_args=("--cache-mb", "32")) as stack:
         await memory(stack, report, 40 if quick else 1000)
 
