@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not serves(TINY), reason="this CPU has no AVX512
 
 BF16 = EngineOptions(dtype="bf16", pool_bytes=32 << 20, threads=2, matrix_units=False)
 SEED = 31
-# Sizes that fill no panel, no tile and no page; heads wider than a tile of values; one group of 5.
+# Sizes that fill no panel, no tile and no page, in one group of 5.
 ODD = ModelGeometry(
     layers=2,
     hidden=75,
@@ -42,6 +42,7 @@ ODD = ModelGeometry(
     rope_base=10000.0,
     norm_eps=1e-5,
 )
+# Heads wider than a tile of values; a head of its own.
 WIDE = ModelGeometry(
     layers=1,
     hidden=128,

@@ -19,6 +19,7 @@ from segue_cloud.engine.kv_pages import BlockPages, KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
 from segue_cloud.engine.page_tables import PageTables
+from segue_cloud.engine.rows import logit_rows, rows_of
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
 from segue_cloud.engine.sequence import pages_for
@@ -33,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 # Chunks up to this size attend row by row through the page table: cheaper than a gather.
 _ROW_CHUNK = 16
-WARM_UP_TOKENS = 128
+_WARM_UP_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Prepared:
     input: StepInput | NativeInput
     samplings: tuple[Sampling, ...]
     indexes: tuple[int, ...]
+
+    @staticmethod
+    def of(step: Step, made: StepInput | NativeInput) -> Prepared:
+        sampling = [work.sequence for work in step.sampling]
+        return Prepared(
+            made,
+            tuple(sequence.turn.sampling for sequence in sampling),
+            tuple(sequence.reply_index for sequence in sampling),
+        )
 
 
 class StepRunner(Protocol):
@@ -120,13 +130,8 @@ class Runner:
     # -- a step -------------------------------------------------------------------------------
 
     def prepare(self, step: Step) -> Prepared:
-        sampling = [work.sequence for work in step.sampling]
         with torch.inference_mode():
-            return Prepared(
-                self._build(step.works),
-                tuple(sequence.turn.sampling for sequence in sampling),
-                tuple(sequence.reply_index for sequence in sampling),
-            )
+            return Prepared.of(step, self._build(step.works))
 
     def run(self, prepared: Prepared) -> list[int]:
         assert isinstance(prepared.input, StepInput)
@@ -158,52 +163,35 @@ class Runner:
 
     def touch(self) -> None:
         """The rest of `warm_up`: a chunk and a row, as steps will bring them."""
-        tokens = min(WARM_UP_TOKENS, self._geometry.context, self._slots)
+        tokens = min(_WARM_UP_TOKENS, self._geometry.context, self._slots)
         chunk = np.arange(tokens, dtype=np.int64)
         tables = np.zeros_like(self._tables.array)
         segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
-        with torch.inference_mode():
-            self._model.step(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))
-            one = chunk[:1]
-            self._model.step(self._input(one, one, one, [(0, 0, 1)], tables, (), [0]))
+        self.compute(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))
+        one = chunk[:1]
+        self.compute(self._input(one, one, one, [(0, 0, 1)], tables, (), [0]))
 
     # -- building a step's arrays -------------------------------------------------------------
 
     def _build(self, works: Seq[Work]) -> StepInput:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rows: list[tuple[int, int, int]] = []
+        attending: list[tuple[int, int, int]] = []
         segments: list[Segment] = []
-        logit_rows: list[int] = []
         self._tables.update([work.sequence for work in works])
-        for work in works:
-            sequence, start, end = work.sequence, work.start, work.start + work.count
-            first = len(tokens)
-            if work.count == 1:  # the common case, kept short
-                tokens.append(sequence.tokens[start])
-                positions.append(start)
-                page = sequence.pages[start // KV_PAGE_TOKENS]
-                slots.append(page * KV_PAGE_TOKENS + start % KV_PAGE_TOKENS)
-            else:
-                tokens.extend(sequence.tokens[start:end])
-                positions.extend(range(start, end))
-                slots.extend(slots_of(sequence.pages)[start:end].tolist())
+        rows = rows_of(works)
+        for work, first in zip(works, rows.firsts, strict=True):
             if work.count <= _ROW_CHUNK:
-                table = self._tables.index(sequence)
-                rows.extend((first + i, table, start + i + 1) for i in range(work.count))
+                table, seen = self._tables.index(work.sequence), work.start + 1
+                attending.extend((first + i, table, seen + i) for i in range(work.count))
             else:
                 segments.append(self._segment(work, first))
-            if work.samples:
-                logit_rows.append(first + work.count - 1)
         return self._input(
-            np.array(tokens, np.int64),
-            np.array(positions, np.int64),
-            np.array(slots, np.int64),
-            rows,
+            rows.tokens,
+            rows.positions,
+            rows.slots,
+            attending,
             self._tables.array,
             tuple(segments),
-            logit_rows,
+            logit_rows(works, rows.firsts),
         )
 
     def _input(

@@ -34,6 +34,17 @@ class Layer:
     gate_up: Linear
     down: Linear
 
+    @staticmethod
+    def of(tensors: LayerTensors) -> Layer:
+        return Layer(
+            input_norm=tensors.input_norm,
+            qkv=make_linear(tensors.qkv),
+            out=make_linear(tensors.out),
+            ffn_norm=tensors.ffn_norm,
+            gate_up=make_linear(torch.cat([tensors.gate, tensors.up])),
+            down=make_linear(tensors.down),
+        )
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -185,17 +196,7 @@ def load_weights(
     `out` and `down` then give partial products, to be summed over the ranks.
     """
     with open_tensors(directory, geometry, dtype, device, shard) as tensors:
-        layers = [
-            Layer(
-                input_norm=layer.input_norm,
-                qkv=make_linear(layer.qkv),
-                out=make_linear(layer.out),
-                ffn_norm=layer.ffn_norm,
-                gate_up=make_linear(torch.cat([layer.gate, layer.up])),
-                down=make_linear(layer.down),
-            )
-            for layer in tensors.layers()
-        ]
+        layers = [Layer.of(layer) for layer in tensors.layers()]
         embed = tensors.embed()
         return Weights(
             embed=embed,

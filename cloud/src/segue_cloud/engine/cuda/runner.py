@@ -25,7 +25,7 @@ from segue_cloud.engine.cuda.sampling import choose_tokens, pick
 from segue_cloud.engine.cuda.transfers import CudaTransfers, DirectTransfers, Transfers
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.options import EngineOptions
-from segue_cloud.engine.runner import WARM_UP_TOKENS, Prepared, Runner
+from segue_cloud.engine.runner import Prepared, Runner
 from segue_cloud.engine.scheduler import Work
 from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.step_input import Segment, StepInput
@@ -94,16 +94,14 @@ class DeviceRunner(Runner):
             return choose_tokens(*found, prepared.samplings, prepared.indexes)
 
     def warm_up(self, threads: int) -> None:
-        tokens = min(WARM_UP_TOKENS, self._geometry.context, self._slots)
-        chunk = np.arange(tokens, dtype=np.int64)
-        tables = np.zeros_like(self._tables.array)
-        segment = Segment(first=0, count=tokens, start=0, slots=None, mask=None)
-        with torch.inference_mode():
-            self._eager(self._input(chunk, chunk, chunk, [], tables, (segment,), [tokens - 1]))
-            one = chunk[:1]
-            self._eager(self._input(one, one, one, [(0, 0, 1)], tables, (), [0]))
-            if self._wants_graphs:
+        self.touch()
+        if self._wants_graphs:
+            with torch.inference_mode():
                 self._capture()
+
+    def compute(self, step: StepInput) -> torch.Tensor:
+        with torch.inference_mode():
+            return self._eager(step)[0]
 
     def _capture(self) -> None:
         try:

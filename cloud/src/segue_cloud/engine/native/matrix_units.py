@@ -8,14 +8,13 @@ linear layers, laid out for it, and their numbers are rounded a little different
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from segue_cloud.engine.options import available_memory_bytes
-from segue_cloud.engine.weights import LayerTensors, Linear, make_linear
+from segue_cloud.engine.weights import Layer, LayerTensors
 from segue_contract.model.manifest import ModelGeometry
 
 # Below it a weight is read for so few rows that memory decides, not multiplying.
@@ -23,32 +22,12 @@ ROWS = 48
 _COPY_SHARE = 0.25  # of the free memory, at most
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """`q`: inputs of `out`."""
-
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
-    q: int
-
-
 class MatrixUnits:
     """The linear layers as torch computes them. `rows`: from how many on they are used."""
 
     def __init__(self, layers: Iterable[LayerTensors], rows: int = ROWS) -> None:
         self.rows = rows
-        self.layers = [
-            _Layer(
-                make_linear(layer.qkv),
-                make_linear(layer.out),
-                make_linear(torch.cat([layer.gate, layer.up])),
-                make_linear(layer.down),
-                layer.out.shape[1],
-            )
-            for layer in layers
-        ]
+        self.layers = [Layer.of(layer) for layer in layers]
 
     @staticmethod
     def view(bits: NDArray[np.uint16]) -> torch.Tensor:

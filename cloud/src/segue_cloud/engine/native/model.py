@@ -192,18 +192,18 @@ class NativeModel:
 
     def _run_with(self, units: MatrixUnits, rows: int) -> None:
         """All layers, with their linear layers by `units`."""
-        m, ffn = self._memory, self._geometry.ffn
+        m, g = self._memory, self._geometry
+        hidden, ffn, q = g.hidden, g.ffn, g.heads * g.head_dim
         torch.set_num_threads(self._threads)
         x, act, attended = (units.view(a[:rows]) for a in (m.x, m.act, m.attended))
         qkv, residual = torch.from_numpy(m.qkv[:rows]), torch.from_numpy(m.residual[:rows])
-        hidden = self._geometry.hidden
         for index, layer in enumerate(units.layers):
             first = index * PHASES
             self._run(first + NORM, first + QKV)
             made = layer.qkv(x[:, :hidden])
             qkv[:, : made.shape[1]] = made
             self._run(first + ROTATE, first + OUT)
-            residual[:, :hidden] += layer.out(attended[:, : layer.q])
+            residual[:, :hidden] += layer.out(attended[:, :q])
             self._run(first + FFN_NORM, first + GATE_UP)
             both = layer.gate_up(x[:, :hidden])
             torch.mul(torch.nn.functional.silu(both[:, :ffn]), both[:, ffn:], out=act[:, :ffn])

@@ -14,7 +14,6 @@ from llvmlite import binding  # type: ignore[import-untyped]
 
 from segue_cloud.engine.attention import Window
 from segue_cloud.engine.compiled import cached
-from segue_cloud.engine.kv_pages import slots_of
 from segue_cloud.engine.native.emit import LANES
 from segue_cloud.engine.native.matrix_units import MatrixUnits, pay_off
 from segue_cloud.engine.native.model import NativeModel
@@ -22,6 +21,7 @@ from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.tiles import TILE_ROWS
 from segue_cloud.engine.options import EngineOptions, choose_threads
 from segue_cloud.engine.page_tables import PageTables
+from segue_cloud.engine.rows import logit_rows, rows_of
 from segue_cloud.engine.runner import Prepared
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.scheduler import Step, Work
@@ -29,7 +29,6 @@ from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.step_input import NativeInput
 from segue_cloud.engine.weights import open_tensors
 from segue_contract.kv.layout import KvBlock
-from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
 
 log = structlog.get_logger(__name__)
@@ -81,12 +80,7 @@ class NativeRunner:
         self._model.step(NativeInput(one, one, one, np.array([[0, 0, 1, 1]], np.int32), one))
 
     def prepare(self, step: Step) -> Prepared:
-        sampling = [work.sequence for work in step.sampling]
-        return Prepared(
-            self._build(step.works),
-            tuple(sequence.turn.sampling for sequence in sampling),
-            tuple(sequence.reply_index for sequence in sampling),
-        )
+        return Prepared.of(step, self._build(step.works))
 
     def run(self, prepared: Prepared) -> list[int]:
         assert isinstance(prepared.input, NativeInput)
@@ -100,35 +94,20 @@ class NativeRunner:
         self._model.close()
 
     def _build(self, works: Seq[Work]) -> NativeInput:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
         spans: list[tuple[int, int, int, int]] = []
-        chosen: list[int] = []
         self._tables.update([work.sequence for work in works])
-        for work in works:
-            sequence, start, end = work.sequence, work.start, work.start + work.count
-            first, table = len(tokens), self._tables.index(sequence)
-            if work.count == 1:  # the common case, kept short
-                tokens.append(sequence.tokens[start])
-                positions.append(start)
-                page = sequence.pages[start // KV_PAGE_TOKENS]
-                slots.append(page * KV_PAGE_TOKENS + start % KV_PAGE_TOKENS)
-                spans.append((first, table, start + 1, 1))
-            else:
-                tokens.extend(sequence.tokens[start:end])
-                positions.extend(range(start, end))
-                slots.extend(slots_of(sequence.pages)[start:end].tolist())
-                while start < end:  # to the next multiple of a tile's rows
-                    count = min(TILE_ROWS - start % TILE_ROWS, end - start)
-                    spans.append((len(tokens) - (end - start), table, start + 1, count))
-                    start += count
-            if work.samples:
-                chosen.append(first + work.count - 1)
+        rows = rows_of(works)
+        for work, first in zip(works, rows.firsts, strict=True):
+            table, done = self._tables.index(work.sequence), 0
+            while done < work.count:  # to the next multiple of a tile's rows
+                start = work.start + done
+                count = min(TILE_ROWS - start % TILE_ROWS, work.count - done)
+                spans.append((first + done, table, start + 1, count))
+                done += count
         return NativeInput(
-            np.array(tokens, np.int64),
-            np.array(positions, np.int64),
-            np.array(slots, np.int64),
+            rows.tokens,
+            rows.positions,
+            rows.slots,
             np.array(spans, np.int32).reshape(-1, 4),
-            np.array(chosen, np.int64),
+            np.array(logit_rows(works, rows.firsts), np.int64),
         )
