@@ -35,7 +35,6 @@ from segue_cloud.engine.native.step import (
 )
 from segue_cloud.engine.native.team import (
     CONTROL_SIZE,
-    GENERATION,
     PLACE_SIZE,
     STOP,
     aligned_bytes,
@@ -87,7 +86,7 @@ class NativeModel:
         self._geometry = g = geometry
         self._threads = threads
         self._units = units
-        self._drive, self._serve = build_step()
+        self._enter = build_step()
         self._place = np.zeros(PLACE_SIZE, np.int64)
         self._control = np.zeros(CONTROL_SIZE, np.int64)
         open_place(self._place)
@@ -145,14 +144,11 @@ class NativeModel:
     def start(self) -> None:
         """Compile or load the step's code, then start the other threads."""
         # With words of their own: no step that somebody could take for one to compute.
-        self._drive(self._place, np.zeros_like(self._control), self._memory, 0, 0, 1)
-        over = np.zeros_like(self._control)
-        over[STOP] = over[GENERATION] = 1  # a life that ends at once, for its code
-        self._serve(self._place, over, self._memory, 0, 1)
+        self._enter(self._place, np.zeros_like(self._control), self._memory, 0, 1, 0, 0)
         for me in range(1, self._threads):
             helper = threading.Thread(
-                target=self._serve,
-                args=(self._place, self._control, self._memory, me, self._threads),
+                target=self._enter,
+                args=(self._place, self._control, self._memory, me, self._threads, 0, 0),
                 name=f"segue-step-{me}",
                 daemon=True,
             )
@@ -188,7 +184,7 @@ class NativeModel:
         return logits
 
     def _run(self, first: int, last: int) -> None:
-        self._drive(self._place, self._control, self._memory, first, last, self._threads)
+        self._enter(self._place, self._control, self._memory, 0, self._threads, first, last)
 
     def _run_with(self, units: MatrixUnits, rows: int) -> None:
         """All layers, with their linear layers by `units`."""

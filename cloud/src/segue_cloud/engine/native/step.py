@@ -59,8 +59,7 @@ PHASES = 8  # of a layer
 NORM, QKV, ROTATE, ATTEND, OUT, FFN_NORM, GATE_UP, DOWN = range(PHASES)
 
 
-Drive = Callable[[Any, Any, Memory, int, int, int], None]
-Serve = Callable[[Any, Any, Memory, int, int], None]
+Enter = Callable[[Any, Any, Memory, int, int, int, int], None]
 
 
 def _digest() -> int:
@@ -237,26 +236,28 @@ def run(
 
 
 @functools.cache
-def build_step() -> tuple[Drive, Serve]:
-    """`drive(place, control, memory, first, last, threads)` computes phases [first, last);
-    `serve(place, control, memory, me, threads)` is the life of each other thread.
+def build_step() -> Enter:
+    """`enter(place, control, memory, me, threads, first, last)`: thread 0 computes phases
+    [first, last) with the others; for them it is their whole life.
 
-    These two are what numba's cache keeps, with all that they call compiled in. It looks at this
-    file alone, and at the numbers that a function closes over: so they close over the sources'.
+    One function for both, for it is what numba's cache keeps, with all that it calls compiled in.
+    The cache looks at this file alone, and at the numbers that a function closes over: so it closes
+    over the sources'.
     """
     source = _digest()
 
     @numba.njit(nogil=True, fastmath=MATH, cache=True)
-    def drive(place: Any, control: Any, m: Any, first: Any, last: Any, threads: Any) -> None:
-        parity = (control[GENERATION] + source * 0 + 1) % 2
-        control[FIRST], control[LAST], control[PARITY] = first, last, parity
-        m.counters[parity, :] = 0
-        announce(place, control)
-        run(place, control, m, 0, threads, m.counters[parity], first, last)
-
-    @numba.njit(nogil=True, fastmath=MATH, cache=True)
-    def serve(place: Any, control: Any, m: Any, me: Any, threads: Any) -> None:
+    def enter(
+        place: Any, control: Any, m: Any, me: Any, threads: Any, first: Any, last: Any
+    ) -> None:
         seen = source * 0
+        if me == 0:
+            parity = (control[GENERATION] + 1) % 2
+            control[FIRST], control[LAST], control[PARITY] = first, last, parity
+            m.counters[parity, :] = 0
+            announce(place, control)
+            run(place, control, m, 0, threads, m.counters[parity], first, last)
+            return
         while True:
             seen = park(place, control, seen)
             if control[STOP]:
@@ -264,4 +265,4 @@ def build_step() -> tuple[Drive, Serve]:
             counter = m.counters[control[PARITY]]
             run(place, control, m, me, threads, counter, control[FIRST], control[LAST])
 
-    return drive, serve
+    return enter
