@@ -11,9 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
+from segue_contract.transport.channel import open_channel
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.server import start_server
 from segue_contract.urls import without_password
+from tests.support.slow_proxy import SlowProxy
 
 
 def _needs_ipv6() -> None:
@@ -59,6 +61,23 @@ async def test_an_address_that_cannot_be_bound_is_no_taken_port(
     monkeypatch.setattr("segue_contract.transport.server.check_loopback", lambda host: host)
     with pytest.raises(Internal, match=r"listen on 192\.0\.2\.1:7411"):
         await start_server("192.0.2.1", 7411, [])
+
+
+async def test_a_far_server_is_reached() -> None:
+    # Longer on the way than any pause between two attempts to connect, which begin at 0.1 s.
+    running = await start_server("127.0.0.1", 0, [])
+    port = int(running.address.rpartition(":")[2])
+    try:
+        async with (
+            SlowProxy(port, delay=lambda: 0.4) as proxy,
+            open_channel(f"127.0.0.1:{proxy.port}") as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert proxy.accepted == 1
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await running.stop(0)
 
 
 async def test_other_hosts_are_refused() -> None:
