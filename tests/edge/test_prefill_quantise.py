@@ -16,7 +16,7 @@ from segue_edge.prefill.head import split_head
 from segue_edge.prefill.providers import CPU, Device
 from segue_edge.prefill.quality import compare, summarise, windows_of
 from segue_edge.prefill.runner import HEAD_FILE, LAST_HIDDEN, LOGITS, open_head
-from segue_edge.prefill.smooth import find_sites, smooth
+from segue_edge.prefill.smooth import STRENGTHS, find_sites, smooth
 
 HIDDEN, FFN, OUT = 64, 128, 32
 
@@ -74,7 +74,7 @@ def test_smoothing_changes_no_result(tmp_path: Path, strength: float) -> None:
         "n": np.linspace(0.1, 50, HIDDEN).astype(np.float32),
         "h": np.linspace(0.01, 9, FFN).astype(np.float32),
     }
-    smooth(graph, sites, peaks, strength)
+    smooth(graph, sites, peaks, dict.fromkeys(STRENGTHS, strength))
     np.testing.assert_allclose(run(graph, tmp_path, IDS), before, rtol=2e-4, atol=2e-4)
 
 
@@ -100,7 +100,7 @@ def test_smoothing_takes_most_of_the_error_of_large_channels(tmp_path: Path) -> 
         found.activation: peak
         for found, peak in zip(sites, activation_peaks(graph, tmp_path), strict=True)
     }
-    smooth(graph, sites, peaks, 0.65)
+    smooth(graph, sites, peaks)
     assert mean_error(tmp_path, graph) < 0.6 * plain
 
 
@@ -133,6 +133,18 @@ def test_a_token_is_quantised_by_itself(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             run(graph, tmp_path, part), whole[part[0] : part[-1] + 1], rtol=1e-5, atol=1e-5
         )
+
+
+def test_a_scale_that_the_next_rounding_undoes_comes_late(tmp_path: Path) -> None:
+    def rescaled(heavier: list[str]) -> set[str]:
+        graph = mlp_graph(tmp_path)
+        quantise.w8a8(graph, heavier)
+        return {n.name.removesuffix("_rescale") for n in graph.nodes if n.name.endswith("_rescale")}
+
+    assert rescaled([]) == {"gate_proj", "down_proj"}
+    # Where down_proj reads floats, or up_proj writes them, nothing is left out.
+    assert rescaled(["down_proj"]) == {"gate_proj", "up_proj"}
+    assert rescaled(["up_proj"]) == {"gate_proj", "down_proj"}
 
 
 def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from segue_edge.prefill.exact import ExactModel, write_scorer
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.head import split_head
 from segue_edge.prefill.kv import PastKv
+from segue_edge.prefill.last_layer import prune_last_layer
 from segue_edge.prefill.providers import CPU, Device
 from segue_edge.prefill.quality import (
     Prefill,
@@ -40,9 +41,9 @@ from segue_edge.prefill.quality import (
 )
 from segue_edge.prefill.runner import HEAD_FILE, GraphRunner, open_session
 from segue_edge.prefill.sensitivity import groups_of, search, suffix
-from segue_edge.prefill.smooth import STRENGTH, Floats, find_sites, measure_peaks, smooth
+from segue_edge.prefill.smooth import Floats, find_sites, measure_peaks, smooth
 
-EDGE_QUANT = "w8a8-rows-smooth065-embed8b64"
+EDGE_QUANT = "w8a8-rows-smooth85-65-60-embed8b64"
 DECODE_QUANT = "w8-block32-embed8b64"
 CALIBRATION_WINDOW = 512  # tokens
 TARGET_AGREEMENT = 0.97
@@ -74,7 +75,9 @@ def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGRE
     quantise.quantise_embedding(graph)
     shared = shared_files(head_name, edge, tied=geometry.tied_embeddings)
     decode = graph.copy()
-    smooth(graph, sites, peaks, STRENGTH)
+    prune_last_layer(decode)
+    smooth(graph, sites, peaks)
+    single = {head, *prune_last_layer(graph)}
     tell(_CALIBRATED, "Quantising the decode graph")
     quantise.weight_only(decode, accuracy_level=4)
     split_head(decode).save(edge / HEAD_FILE, shared)
@@ -83,13 +86,13 @@ def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGRE
 
     def measure(heavier: frozenset[str]) -> Quality:
         candidate = graph.copy()
-        quantise.w8a8(candidate, {head, *heavier})
+        quantise.w8a8(candidate, single | heavier)
         split_head(candidate)  # the same as the decode graph's
         candidate.save(edge / "prefill.onnx", shared)
         return scale.measure(edge / "prefill.onnx")
 
     tell(_QUANTISED, "Quantising the prefill graph and measuring its KV")
-    groups = groups_of({n.name for n in graph.matmuls()}, geometry.layers)
+    groups = groups_of({n.name for n in graph.matmuls()} - single, geometry.layers)
     found = search(groups, measure, target)
     if found.measured > 1:
         measure(found.heavier)  # the last one tried need not be the best

@@ -41,10 +41,11 @@ from segue_edge.prefill.gate import BUILD_WINDOWS, package_text
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.ladder import Bench
 from segue_edge.prefill.sensitivity import suffix
-from segue_edge.prefill.smooth import STRENGTH, Floats, feeds, find_sites, measure_peaks, smooth
+from segue_edge.prefill.smooth import STRENGTHS, Floats, feeds, find_sites, measure_peaks, smooth
 from segue_edge.prefill.tensorrt import QDQ, QDQ_GRAPH
 
 QDQ_QUANT = "qdq8-smooth065-embed8b64"
+_STRENGTHS = dict.fromkeys(STRENGTHS, 0.65)  # with one scale per tensor no site asks for its own
 # Matrices are kept heavier whose input loses more than this, relative to each token's size: tried
 # in order until the gate is content. The default model, 1,024 positions, in k8v8: at 0.2 the head
 # and 3 down_proj are heavier and the agreement is 0.963; at 0.1 6 of them, 0.973; at 0.05 31
@@ -225,7 +226,7 @@ def _smooth(
     peaks: dict[str, Floats] = {}
     for found in measure_peaks(graph, sites, texts, folder, head_dim, threads):
         peaks = {n: np.maximum(v, peaks[n]) if n in peaks else v for n, v in found.items()}
-    smooth(graph, sites, peaks, STRENGTH)
+    smooth(graph, sites, peaks, _STRENGTHS)
 
 
 def _search(

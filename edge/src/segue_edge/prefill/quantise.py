@@ -14,6 +14,7 @@ independent of the chunk it was computed in, so equal prefixes have equal KV.
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from onnxruntime.capi._pybind_state import quantize_matmul_8bits
 
 from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.runner import LOGITS
+from segue_edge.prefill.smooth import find_sites
 
 MICROSOFT = "com.microsoft"
 BLOCK = 32
@@ -93,8 +95,8 @@ def quantise_embedding(graph: Graph) -> None:
 
 
 def w8a8(graph: Graph, heavier: Collection[str], *, unsigned: bool | None = None) -> None:
-    """Quantise every MatMul; those named in `heavier` become MatMulNBits: the head, which sees one
-    token a call, and matrices whose activations need a scale per block instead of one per token.
+    """Quantise every MatMul; those named in `heavier` become MatMulNBits: those that see one token
+    a call, and matrices whose activations need a scale per block instead of one per token.
 
     `unsigned`: weights as uint8 around 128 instead of int8: same numbers, other machine code;
     None: what this machine computes exactly.
@@ -102,13 +104,18 @@ def w8a8(graph: Graph, heavier: Collection[str], *, unsigned: bool | None = None
     unsigned = not has_exact_mixed_dot() if unsigned is None else unsigned
     replacement: dict[str, list[NodeProto]] = {}
     quantised: set[str] = set()
+    late = _late_scales(graph, frozenset(heavier))
+    unscaled = {node.name for node in late.values()}
     for node in graph.matmuls():
         if node.name in heavier:
             replacement[node.name] = [_nbits(graph, node, accuracy_level=4)]
             continue
-        nodes = [] if node.input[0] in quantised else _quantise_rows(node.input[0])
-        quantised.add(node.input[0])
-        replacement[node.name] = [*nodes, *_w8a8_product(graph, node, unsigned)]
+        source = node.input[0]
+        nodes = [] if source in quantised else _quantise_rows(source, late.get(source))
+        quantised.add(source)
+        row_scale = _part(source, "row_scale" if source in late else "scale")
+        product = _w8a8_product(graph, node, unsigned, None if node.name in unscaled else row_scale)
+        replacement[node.name] = [*nodes, *product]
     graph.weights |= _CONSTANTS
     first = graph.nodes[0]
     shape = helper.make_node("Shape", ["input_ids"], ["w8a8.tokens"], "w8a8/tokens", start=1)
@@ -173,12 +180,41 @@ def quantise_blocks(
     return packed, scales
 
 
-def _quantise_rows(source: str) -> list[NodeProto]:
+def _late_scales(graph: Graph, heavier: frozenset[str]) -> dict[str, NodeProto]:
+    """Activation -> the projection among its factors whose scale per token can be left out.
+
+    silu(gate) * up is quantised by its own largest value in each token, so a factor per token
+    changes none of its 8-bit values: up_proj's is multiplied into the scale of down_proj's result,
+    one number a token instead of one a channel.
+    """
+    makers = {node.input[1]: node for node in graph.matmuls()}
+    readers = Counter(name for node in graph.nodes for name in node.input)
+    found = {}
+    for site in find_sites(graph):
+        if not site.absorbs_columns:
+            continue
+        up = makers[site.absorber]
+        names = {up.name, *(n.name for n in site.readers)}
+        if readers[up.output[0]] == 1 and heavier.isdisjoint(names):
+            found[site.activation] = up
+    return found
+
+
+def _part(source: str, part: str) -> str:
+    """Name of a value that belongs to the quantised activation `source`."""
+    return f"{source}/{part}"
+
+
+def _quantise_rows(source: str, late: NodeProto | None) -> list[NodeProto]:
     """`source` `[1, tokens, channels]` -> uint8 around 128, and a scale per token `[1, tokens, 1]`.
 
     QuantizeLinear takes one scale per index of an axis, also one computed in the graph.
+    `late`: the projection whose scale `source` lacks; then "row_scale" has both.
     """
-    names = {part: f"{source}/{part}" for part in ("abs", "peak", "raw", "scale", "flat", "q8")}
+    names = {
+        part: _part(source, part)
+        for part in ("abs", "peak", "raw", "scale", "flat", "q8", "row_scale")
+    }
     steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Abs", [source], "abs", {}),
         ("ReduceMax", [names["abs"], "w8a8.last_axis"], "peak", {"keepdims": 1}),
@@ -187,29 +223,38 @@ def _quantise_rows(source: str) -> list[NodeProto]:
         ("Reshape", [names["scale"], "w8a8.last_axis"], "flat", {}),
         ("QuantizeLinear", [source, names["flat"], _ROW_ZEROS], "q8", {"axis": 1}),
     ]
+    if late is not None:
+        factors = [names["scale"], _part(late.input[0], "scale")]
+        steps.append(("Mul", factors, "row_scale", {}))
     return [
         helper.make_node(kind, inputs, [names[part]], names[part], **options)
         for kind, inputs, part, options in steps
     ]
 
 
-def _w8a8_product(graph: Graph, node: NodeProto, unsigned: bool) -> list[NodeProto]:
+def _w8a8_product(
+    graph: Graph, node: NodeProto, unsigned: bool, row_scale: str | None
+) -> list[NodeProto]:
+    """`row_scale`: a factor per token of the result; None: the result stays without it."""
     source, name, output = node.input[0], node.input[1], node.output[0]
     values, scale = quantise_columns(graph.weights[name])
     weight = (values.astype(np.int16) + _MIDDLE).astype(np.uint8) if unsigned else values
     zero = np.full(scale.shape, _MIDDLE if unsigned else 0, weight.dtype)
     zero_name = f"w8a8.zero_{zero.size}"  # one for all matrices of this width
     graph.weights |= {f"{name}_q8": weight, f"{name}_scale": scale, zero_name: zero}
-    inputs = [f"{source}/q8", f"{name}_q8", "w8a8.one", f"{name}_scale", "w8a8.middle"]
+    inputs = [_part(source, "q8"), f"{name}_q8", "w8a8.one", f"{name}_scale", "w8a8.middle"]
+    unscaled = output if row_scale is None else _part(output, "unscaled")
     product = helper.make_node(
         "MatMulIntegerToFloat",
         [*inputs, zero_name],
-        [f"{output}/unscaled"],
+        [unscaled],
         f"{node.name}_w8a8",
         domain=MICROSOFT,
     )
-    rescale = [f"{output}/unscaled", f"{source}/scale"]
-    return [product, helper.make_node("Mul", rescale, [output], f"{node.name}_rescale")]
+    if row_scale is None:
+        return [product]
+    rescale = helper.make_node("Mul", [unscaled, row_scale], [output], f"{node.name}_rescale")
+    return [product, rescale]
 
 
 def _nbits(graph: Graph, node: NodeProto, accuracy_level: int) -> NodeProto:
