@@ -45,7 +45,10 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
     made: list[Program] = []
 
     def make_program(
-        script: str, timeout_s: float = WAIT_S, on_crash: Callable[[Part], None] | None = None
+        script: str,
+        timeout_s: float = WAIT_S,
+        on_crash: Callable[[Part], None] | None = None,
+        on_news: Callable[[Part, str], None] | None = None,
     ) -> Program:
         program = Program(
             "edge-1",
@@ -53,6 +56,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
             log=tmp_path / "edge-1.log",
             timeout_s=timeout_s,
             on_crash=on_crash,
+            on_news=on_news,
         )
         made.append(program)
         return program
@@ -84,6 +88,17 @@ async def test_a_program_is_ready_stops_and_comes_back_at_its_port(make: Make) -
     assert program.pid != first
     await program.stop()
     await program.stop()
+
+
+async def test_a_program_that_takes_long_says_what_it_does(make: Make) -> None:
+    news: list[tuple[str, str]] = []
+    said = [{"event": "preparing", "what": "compiles"}, {"event": "other", "what": "no"}, "x", [1]]
+    before = f"import json\nfor said in {said!r}: print(json.dumps(said), flush=True)\n"
+    program = make(
+        before + ready_on(free_port()), on_news=lambda part, what: news.append((part.name, what))
+    )
+    await program.start()
+    assert news == [("edge-1", "compiles")]
 
 
 async def test_a_program_that_ends_early_says_why(make: Make) -> None:

@@ -80,6 +80,7 @@ BROKER_RETRY_S: Final = 0.5
 BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0
+START_NOTICE_S: Final = 2.0  # a program that takes longer to be ready says what it does
 START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
 
 # -- ranks of a tensor-parallel engine -------------------------------------------------------

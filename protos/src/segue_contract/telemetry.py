@@ -39,5 +39,6 @@ FANOUT_DROPPED: Final = "segue_fanout_dropped_total"
 
 # -- structured log events --------------------------------------------------------------------
 EVENT_READY: Final = "ready"
+EVENT_PREPARING: Final = "preparing"  # before it, where that takes long; field `what`
 EVENT_TURN: Final = "turn"
 EVENT_PROVIDER: Final = "execution_provider"

@@ -60,7 +60,7 @@ async def _demo(script: Script, model: str, console: Console) -> DemoNumbers:
     view, starting = DemoView(console), StartView(console)
     view.scene("A store, a broker, the cloud and an edge node start on this machine")
     began = time.monotonic()
-    stack = LocalStack(model=model, on_started=starting.started)
+    stack = LocalStack(model=model, on_started=starting.started, on_news=starting.news)
     with starting:
         await stack.__aenter__()
     start_s = time.monotonic() - began

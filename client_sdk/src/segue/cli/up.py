@@ -59,6 +59,7 @@ def up(
         data=data,
         edge_args=("--plan", plan) if plan else (),
         on_started=view.started,
+        on_news=view.news,
     )
     run(_serve(stack, view, out()))
 
@@ -116,7 +117,8 @@ def activity(sessions: Sequence[SessionInfo]) -> str:
 class StartView:
     """What starts and what is ready, as it happens; plain lines where no terminal shows it.
 
-    with StartView(console) as view: ... LocalStack(on_started=view.started) ...
+    with StartView(console) as view:
+        ... LocalStack(on_started=view.started, on_news=view.news) ...
     """
 
     def __init__(self, console: Console) -> None:
@@ -145,6 +147,9 @@ class StartView:
         self._console.print(
             f"  [green]✓[/] {part.name:<8} [dim]{what:<13}{seconds:5.1f} s[/]", highlight=False
         )
+
+    def news(self, part: Part, what: str) -> None:
+        self._console.print(f"  [dim]… {part.name:<8} {escape(what)}[/]", highlight=False)
 
     @property
     def seconds(self) -> float:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from segue.local.ready import Ready, parse_ready, readable
+from segue.local.ready import Ready, parse_news, parse_ready, readable
 from segue_contract.errors import DeadlineExceeded, Internal, StartFailed
 from segue_contract.limits import SHUTDOWN_GRACE_S, START_TIMEOUT_S
 from segue_contract.servers import Broker, ChildProcess, Valkey
@@ -121,6 +121,7 @@ class Program(Part):
         argv: the command, an absolute path first.
         log: file that everything it prints is appended to.
         env: its whole environment; None: ours.
+        on_news: told what it says that it does while it takes long to be ready.
     """
 
     def __init__(
@@ -132,8 +133,10 @@ class Program(Part):
         env: Mapping[str, str] | None = None,
         timeout_s: float = START_TIMEOUT_S,
         on_crash: Callable[[Part], None] | None = None,
+        on_news: Callable[[Part, str], None] | None = None,
     ) -> None:
         super().__init__(name, on_crash)
+        self._on_news = on_news
         self.argv = tuple(argv)
         self.log = log
         self.ready: Ready | None = None
@@ -156,6 +159,8 @@ class Program(Part):
             del said[:-_HINT_LINES]
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
+            if self._on_news is not None and (news := parse_news(line)):
+                self._on_news(self, news)
 
         def is_ready(line: str) -> bool:
             return parse_ready(line) is not None

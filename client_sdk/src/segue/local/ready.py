@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from segue_contract.telemetry import EVENT_PREPARING, EVENT_READY
+
 _MAX_LINE_CHARS = 160
 
 
@@ -45,7 +47,7 @@ def parse_ready(line: str) -> Ready | None:
         facts = msgspec.json.decode(line, type=dict[str, object])
     except msgspec.MsgspecError:
         return None
-    if record.event != "ready" or not 0 < record.port <= 65535:
+    if record.event != EVENT_READY or not 0 < record.port <= 65535:
         return None
     known = set(_Line.__struct_fields__)
     return Ready(
@@ -56,6 +58,20 @@ def parse_ready(line: str) -> Ready | None:
         seconds=record.seconds,
         facts={name: value for name, value in facts.items() if name not in known},
     )
+
+
+class _News(msgspec.Struct):
+    event: str
+    what: str = ""
+
+
+def parse_news(line: str) -> str:
+    """What a program that is not ready yet says that it does; "" where the line is another one."""
+    try:
+        record = msgspec.json.decode(line, type=_News)
+    except msgspec.MsgspecError:
+        return ""
+    return record.what[:_MAX_LINE_CHARS] if record.event == EVENT_PREPARING else ""
 
 
 def readable(line: str) -> str:

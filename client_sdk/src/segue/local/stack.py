@@ -41,6 +41,7 @@ class LocalStack:
         redis_url, mqtt_url: use these servers instead of starting our own.
         data: keep the sessions in this folder over restarts; None: forget them.
         on_started: told each part and the seconds it took, as it becomes ready.
+        on_news: told a part, and what it does while it takes long to be ready.
         folder: where logs go; None: a temporary folder, removed after a clean run.
 
     Raises (on entering):
@@ -65,6 +66,7 @@ class LocalStack:
         folder: Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
         on_started: Callable[[Part, float], None] | None = None,
+        on_news: Callable[[Part, str], None] | None = None,
     ) -> None:
         if not 1 <= edges <= MAX_EDGES:
             raise InvalidArgument(f"{edges} edge nodes; 1 to {MAX_EDGES} are possible.")
@@ -85,6 +87,7 @@ class LocalStack:
         self._own_folder = folder is None
         self._start_timeout_s = start_timeout_s
         self._on_started = on_started
+        self._on_news = on_news
         self._used_ports: set[int] = set()
         self._crash: asyncio.Future[Part] | None = None
 
@@ -191,6 +194,7 @@ class LocalStack:
             env=self._cloud_environment(),
             timeout_s=self._start_timeout_s,
             on_crash=self._on_crash,
+            on_news=self._on_news,
         )
         self.processes[cloud.name] = cloud
         for port in edge_ports:
@@ -235,6 +239,7 @@ class LocalStack:
             env=_environment(),
             timeout_s=self._start_timeout_s,
             on_crash=self._on_crash,
+            on_news=self._on_news,
         )
         self.edges.append(edge)
         self.processes[name] = edge

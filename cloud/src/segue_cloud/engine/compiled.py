@@ -54,11 +54,6 @@ def inline(function: Function) -> Function:
     return compiled
 
 
-def cached(name: str) -> bool:
-    """Whether the cache folder holds the function `name` (numba checks its freshness)."""
-    return any(Path(os.environ["NUMBA_CACHE_DIR"]).glob(f"*/*{name}*.nbi"))
-
-
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)

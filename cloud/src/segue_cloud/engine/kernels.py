@@ -18,7 +18,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from segue_cloud.engine.compiled import Function, cached
+from segue_cloud.engine.compiled import Function
 from segue_cloud.engine.compiled import exp as _exp
 from segue_cloud.engine.compiled import load as _load
 from segue_cloud.engine.compiled import store as _store
@@ -44,11 +44,6 @@ class Kernel:
         """Run both forms once, so that neither is loaded or compiled in the middle of a turn."""
         self._serial(*args)
         self._parallel(*args)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether anything had to be compiled in this process (else it came from the cache)."""
-        return any(form.stats.cache_misses for form in (self._serial, self._parallel))
 
 
 def _compile(function: Function, *, parallel: bool) -> Any:
@@ -93,17 +88,6 @@ class Kernels:
     def set_threads(self, threads: int) -> None:
         """Threads that a kernel uses when the calling thread calls it."""
         numba.set_num_threads(min(threads, numba.get_num_threads()))
-
-    @property
-    def seem_cached(self) -> bool:
-        """Whether the cache folder holds kernels of this file (numba checks their freshness)."""
-        return cached("kernels._build_attend")
-
-    @property
-    def compiled(self) -> bool:
-        """Whether anything had to be compiled in this process (else it came from the cache)."""
-        parts = (self.add_norm, self.rope_store, self.attend, self.silu_mul, self.refine)
-        return any(part.compiled for part in parts)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import structlog
 import torch
 
 from segue_cloud.engine.attention import CompiledOps, StepOps, TorchOps, Window, chunk_mask
+from segue_cloud.engine.first_start import told_if_slow
 from segue_cloud.engine.kv_pages import BlockPages, KvPages, slots_of
 from segue_cloud.engine.model import LlamaModel
 from segue_cloud.engine.options import EngineOptions, choose_dtype
@@ -235,10 +235,6 @@ def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions)
 
 
 def _load_kernels(ops: CompiledOps, threads: int) -> None:
-    started = time.monotonic()
     ops.kernels.set_threads(threads)
-    if not ops.kernels.seem_cached:
-        log.info("compiling_cpu_kernels", note="once on this machine, some seconds")
-    ops.load_kernels()
-    if ops.kernels.compiled:
-        log.info("compiled_cpu_kernels", seconds=round(time.monotonic() - started, 1))
+    with told_if_slow("compiles its kernels for this CPU, once; half a minute at most"):
+        ops.load_kernels()

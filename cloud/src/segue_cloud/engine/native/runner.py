@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import numpy as np
-import structlog
 import torch
 from llvmlite import binding  # type: ignore[import-untyped]
 
 from segue_cloud.engine.attention import Window
-from segue_cloud.engine.compiled import cached
+from segue_cloud.engine.first_start import told_if_slow
 from segue_cloud.engine.native.emit import LANES
 from segue_cloud.engine.native.matrix_units import MatrixUnits, pay_off
 from segue_cloud.engine.native.model import NativeModel
@@ -30,8 +28,6 @@ from segue_cloud.engine.step_input import NativeInput
 from segue_cloud.engine.weights import open_tensors
 from segue_contract.kv.layout import KvBlock
 from segue_contract.model.manifest import ModelGeometry
-
-log = structlog.get_logger(__name__)
 
 
 def serves(geometry: ModelGeometry) -> bool:
@@ -68,14 +64,9 @@ class NativeRunner:
             )
 
     def warm_up(self, threads: int) -> None:
-        started = time.monotonic()
-        known = cached("step.build_step")
-        if not known:
-            log.info("compiling_cpu_step", note="once on this machine, under a minute")
-        self._model.start()
+        with told_if_slow("compiles its step for this CPU, once; half a minute at most"):
+            self._model.start()
         torch.set_num_threads(1)  # it only moves blocks from now on: waking threads costs more
-        if not known:
-            log.info("compiled_cpu_step", seconds=round(time.monotonic() - started, 1))
         one = np.zeros(1, np.int64)
         self._model.step(NativeInput(one, one, one, np.array([[0, 0, 1, 1]], np.int32), one))
 
