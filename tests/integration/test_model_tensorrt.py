@@ -60,6 +60,23 @@ def test_the_graph_is_added_measured_and_sealed(home: Path) -> None:
     assert np.corrcoef(found, expected)[0, 1] > 0.9
 
 
+def test_a_report_measures_it_with_the_others(home: Path) -> None:
+    before = read_manifest(home / "tiny")
+    text = home / "own.txt"
+    text.write_text("A text of one's own, long enough to be cut in windows. " * 80)
+    said = segue_model(home, "quality", "tiny", "--text", str(text), "--windows", "1")
+    assert QDQ in said
+    manifest = read_manifest(home / "tiny")
+    names = [name for name in manifest.recipes if name.startswith(QDQ)]
+    assert len(names) > 1
+    for name in names:
+        old, new = before.recipes[name], manifest.recipes[name]
+        assert old.quality is not None
+        assert new.quality is not None
+        assert new.quality.text_sha256 != old.quality.text_sha256
+        assert (new.recipe, new.allowed) == (old.recipe, old.allowed)
+
+
 def test_a_graph_that_loses_too_much_is_said_and_not_kept(home: Path) -> None:
     strict = msgspec.structs.replace(read_manifest(home / "tiny"), max_agreement_loss=0.0)
     write_manifest(home / "tiny", strict)

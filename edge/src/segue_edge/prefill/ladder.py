@@ -34,6 +34,7 @@ from segue_contract.model.gate import (
     choose,
     codecs_of,
     entries,
+    representative,
 )
 from segue_contract.model.manifest import (
     Manifest,
@@ -64,6 +65,7 @@ from segue_edge.prefill.graph import Graph
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import CPU, Device
 from segue_edge.prefill.runner import GraphRunner, open_head, open_session
+from segue_edge.prefill.tensorrt import QDQ, QDQ_GRAPH
 
 _GRAPH_SHARE = 0.3  # of the report's bar, where the float graph must be built first
 
@@ -218,6 +220,8 @@ def sides_of(directory: Path, manifest: Manifest) -> dict[str, tuple[str, Path]]
         sides[FLOAT if quant == FLOAT_QUANT else EDGE] = (quant, edge / "prefill.onnx")
     if decode_quant:
         sides[WEIGHT_ONLY] = (decode_quant, edge / "decode.onnx")
+    if QDQ in manifest.recipes and (directory / QDQ_GRAPH).is_file():
+        sides[QDQ] = (manifest.recipes[QDQ].recipe.weight_quant, directory / QDQ_GRAPH)
     return sides
 
 
@@ -233,6 +237,10 @@ def store(
         old = recipes.get(name)
         if choose_again or old is None:
             recipes[name] = entry
+    added = [one for one in measured if one.graph == QDQ]
+    if choose_again and added:
+        chosen = representative(added, manifest.geometry.kv, choice.max_loss)
+        recipes[QDQ] = fresh[chosen.name]
     by_digest = {entry.recipe.digest: entry for entry in fresh.values() if entry.quality}
     for name, entry in recipes.items():
         found = by_digest.get(entry.recipe.digest)

@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, helper
 
-from segue_contract.model.gate import MAX_AGREEMENT_LOSS, Measured, bytes_per_token
+from segue_contract.model.gate import MAX_AGREEMENT_LOSS, Measured, representative
 from segue_contract.model.manifest import (
     Manifest,
     RecipeEntry,
@@ -271,11 +271,7 @@ def enter(manifest: Manifest, built: Built, max_loss: float, directory: Path) ->
         recipe = msgspec.structs.replace(base, weight_quant=one.weight_quant, codec=one.codec)
         return RecipeEntry(recipe=recipe, allowed=one.within(max_loss), quality=one.quality)
 
-    allowed = [one for one in built.measured if one.within(max_loss)]
-    if allowed:
-        chosen = min(allowed, key=lambda m: bytes_per_token(m.codec, manifest.geometry.kv))
-    else:
-        chosen = max(built.measured, key=lambda m: m.quality.agreement)
+    chosen = representative(built.measured, manifest.geometry.kv, max_loss)
     recipes = {n: e for n, e in manifest.recipes.items() if not n.startswith(QDQ)}
     recipes |= {one.name: entry(one) for one in built.measured} | {QDQ: entry(chosen)}
     name = Path(QDQ_GRAPH)

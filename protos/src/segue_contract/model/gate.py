@@ -35,7 +35,8 @@ def codecs_of(graph: str) -> tuple[str, ...]:
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """The quality of one graph's KV in one codec; `graph` is one of `FALLBACKS`."""
+    """The quality of one graph's KV in one codec; `graph` is one of `FALLBACKS`, or one that was
+    added to a built model."""
 
     graph: str
     weight_quant: str
@@ -96,6 +97,15 @@ def choose(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) 
         weight_only=best[FALLBACKS.index(WEIGHT_ONLY)],
         max_loss=max_loss,
     )
+
+
+def representative(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) -> Measured:
+    """What one graph's short name stands for: its cheapest codec within the budget; where there is
+    none, its best one, which is then refused. `measured` is not empty."""
+    inside = [one for one in measured if one.within(max_loss)]
+    if inside:
+        return min(inside, key=lambda one: bytes_per_token(one.codec, geometry))
+    return max(measured, key=lambda one: one.quality.agreement)
 
 
 def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dict[str, RecipeEntry]:
