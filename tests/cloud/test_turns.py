@@ -14,7 +14,8 @@ import pytest
 from segue_cloud.hub.hub import Hub
 from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
-from segue_cloud.turns.manager import Begun, TurnManager, TurnRequest, find_turn
+from segue_cloud.turns.claims import TurnRequest
+from segue_cloud.turns.manager import Begun, TurnManager
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.recovery import recovering
 from segue_cloud.turns.spec import OwnedTurn
@@ -32,7 +33,7 @@ from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Sampling
-from segue_contract.sync.state import TurnState
+from segue_contract.sync.state import TurnState, find_turn
 from tests.support.scripted_engine import ScriptedEngine
 
 TENANT, SESSION = "default", "trip"
@@ -346,8 +347,8 @@ async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segue_cloud.turns.manager.TURN_LEASE_S", 0.3)
-    monkeypatch.setattr("segue_cloud.turns.writer.TURN_LEASE_S", 0.3)
+    for module in ("claims", "succession", "writer"):
+        monkeypatch.setattr(f"segue_cloud.turns.{module}.TURN_LEASE_S", 0.3)
 
 
 @pytest.mark.usefixtures("short_lease")

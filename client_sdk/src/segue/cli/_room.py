@@ -16,7 +16,7 @@ from segue.errors import SegueError, Unreachable
 from segue_contract.limits import RETRY_PAUSE_MAX_S
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.sync.ops import Frame, UserMessage
-from segue_contract.sync.state import SessionState, TurnState
+from segue_contract.sync.state import SessionState, TurnState, find_turn
 
 
 @dataclass(eq=False)
@@ -137,7 +137,7 @@ class Room:
 
     def _entry(self, entry: segue.Entry, state: SessionState) -> None:
         name = getattr(entry.op, "turn", "")
-        known = next((turn for turn in reversed(state.turns) if turn.turn == name), None)
+        known = find_turn(state, name)
         if known is None or name in self._done:
             return
         talk = self._talk(known)
@@ -223,7 +223,7 @@ class Room:
         """Our stream is gone for good; if the turn ever began, the log shows its rest."""
         talk.ours = False
         state = self._follower.state if self._follower is not None else SessionState()
-        known = next((turn for turn in state.turns if turn.turn == talk.turn), None)
+        known = find_turn(state, talk.turn)
         if known is None:
             self.live.pop(talk.turn, None)
         else:

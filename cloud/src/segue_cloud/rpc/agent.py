@@ -16,7 +16,7 @@ from segue_cloud.rpc.convert import (
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.port import Status
-from segue_cloud.turns.manager import TurnManager, find_turn
+from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
     InvalidArgument,
@@ -29,7 +29,7 @@ from segue_contract.ids import check_id
 from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS, decode_op
-from segue_contract.sync.state import Cursor
+from segue_contract.sync.state import Cursor, find_turn
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 

@@ -12,7 +12,7 @@ from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.sessions.log import SessionLog
 from segue_cloud.turns.intake import KvIntake
-from segue_cloud.turns.manager import TurnManager, find_turn
+from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_cloud.turns.owner import TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
@@ -21,7 +21,7 @@ from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
-from segue_contract.sync.state import TurnState, encode_turns
+from segue_contract.sync.state import TurnState, encode_turns, find_turn
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_contract.v1 import decode_pb2_grpc
 

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator
 
 from segue_cloud.hub.hub import Hub
 from segue_cloud.turns.feed import trim_frame
-from segue_cloud.turns.manager import find_turn
 from segue_cloud.turns.messages import folded_events, op_event
 from segue_contract.sync.ops import decode_op
-from segue_contract.sync.state import Cursor
+from segue_contract.sync.state import Cursor, find_turn
 from segue_contract.v1 import agent_pb2 as pb
 
 

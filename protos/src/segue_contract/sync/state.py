@@ -77,6 +77,11 @@ _state_decoder = msgspec.msgpack.Decoder(SessionState)
 _turns_decoder = msgspec.msgpack.Decoder(list[TurnState])
 
 
+def find_turn(state: SessionState, turn: str) -> TurnState | None:
+    """The turn of that id; None where the session has none."""
+    return next((known for known in reversed(state.turns) if known.turn == turn), None)
+
+
 def encode_state(state: SessionState) -> bytes:
     return msgspec.msgpack.encode(state)
 

@@ -1,0 +1,132 @@
+"""The claim of a session for a new turn: one turn at a time, others wait in order or are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.turns.gate import SessionGate, SessionKey
+from segue_cloud.turns.owner import OwnerDeps
+from segue_contract.errors import DeadlineExceeded, SessionBusy
+from segue_contract.limits import TURN_LEASE_S, TURN_WAIT_TIMEOUT_S
+from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, encode_op
+
+# Another instance may hold the session: its end is not heard here, so look again this often.
+_RETRY_S = 0.25
+
+TurnName = tuple[str, str, str]  # tenant, session, turn
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """What a device asked for, checked."""
+
+    tenant: str
+    session: str
+    device: str
+    turn: str
+    prompt: str
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    wait: bool = True
+
+    @property
+    def key(self) -> TurnName:
+        return self.tenant, self.session, self.turn
+
+
+class SessionClaims:
+    """Claims sessions for turns of this instance.
+
+    Args:
+        model: name written into turn_started.
+        recover: finishes a turn of (tenant, session) whose owner died, if there is one.
+    """
+
+    def __init__(
+        self, deps: OwnerDeps, *, model: str, recover: Callable[[str, str], Awaitable[bool]]
+    ) -> None:
+        self._deps = deps
+        self._model = model
+        self._recover = recover
+        self._gate = SessionGate()
+
+    def release(self, key: SessionKey) -> None:
+        """A turn of the session ended in this instance."""
+        self._gate.release(key)
+
+    async def claim(self, request: TurnRequest) -> TurnClaim:
+        """Append user_message and turn_started once the session is free; a turn that is known
+        already is said to be.
+
+        Raises:
+            SessionBusy, Overloaded, DeadlineExceeded, StoreUnavailable.
+        """
+        key = (request.tenant, request.session)
+        if not request.wait and self._gate.waiting(key):
+            raise _busy(request.session, "")
+        claim = await self._try_claim(request)
+        if claim.status is not Status.BUSY:
+            return claim
+        if not request.wait:
+            raise _busy(request.session, claim.holder)
+        try:
+            async with asyncio.timeout(TURN_WAIT_TIMEOUT_S), self._gate.pass_through(key) as ended:
+                while True:
+                    ended.clear()
+                    claim = await self._try_claim(request)
+                    if claim.status is not Status.BUSY:
+                        return claim
+                    try:
+                        async with asyncio.timeout(_RETRY_S):
+                            await ended.wait()
+                    except TimeoutError:
+                        continue
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"Session {request.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
+                hint="Stop the running turn, or ask again.",
+            ) from error
+
+    async def _try_claim(self, request: TurnRequest) -> TurnClaim:
+        # A turn whose owner died is finished first: the claim would only end it.
+        await self._recover(request.tenant, request.session)
+        now = self._deps.now_ms()
+        ops: list[Op] = [
+            UserMessage(
+                id=f"{request.turn}.user",
+                device=request.device,
+                at_ms=now,
+                turn=request.turn,
+                text=request.prompt,
+            ),
+            TurnStarted(
+                id=f"{request.turn}.started",
+                device=request.device,
+                at_ms=now,
+                turn=request.turn,
+                epoch=1,
+                model=self._model,
+                max_tokens=request.max_tokens,
+                sampling=request.sampling,
+                stop=request.stop,
+            ),
+        ]
+        return await self._deps.log.begin_turn(
+            request.tenant,
+            request.session,
+            request.turn,
+            [encode_op(op) for op in ops],
+            TURN_LEASE_S,
+        )
+
+
+def _busy(session: str, holder: str) -> SessionBusy:
+    return SessionBusy(
+        f"Session {session} has a running turn.",
+        hint="Wait for it (when_busy='wait') or stop it.",
+        turn=holder,
+    )

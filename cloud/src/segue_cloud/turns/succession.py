@@ -1,0 +1,142 @@
+"""A turn goes on after its decoder: taken over by whoever asks, or found as an orphan."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import structlog
+
+from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.turns.claims import TurnName
+from segue_cloud.turns.owner import OwnerDeps, TurnOwner
+from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.writer import TurnKey
+from segue_contract.errors import UnknownTurn
+from segue_contract.limits import TURN_LEASE_S
+from segue_contract.plan import Shape
+from segue_contract.sync.state import TurnState, find_turn, heard
+
+log = structlog.get_logger("segue.turns")
+
+
+class TurnsHere(Protocol):
+    """The turns of this instance (implemented by `manager.TurnManager`)."""
+
+    def admit(self) -> None: ...
+
+    def owned(self, tenant: str, session: str, turn: str) -> TurnOwner | None: ...
+
+    def knows(self, tenant: str, session: str, turn: str) -> bool: ...
+
+    def start(self, spec: OwnedTurn) -> TurnOwner: ...
+
+
+class Succession:
+    """Raises the epoch of turns that lost their owner, and starts them here."""
+
+    def __init__(self, deps: OwnerDeps, turns: TurnsHere) -> None:
+        self._deps = deps
+        self._turns = turns
+        self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
+
+    async def take_over(
+        self, spec_of: OwnedTurn, known_tokens: tuple[int, ...]
+    ) -> tuple[TurnOwner, bool]:
+        """Own a turn whose decoder is gone: epoch + 1, from the first token that is not durable.
+
+        Returns the owner and whether it was running here already (then nothing changed hands).
+
+        Raises:
+            UnknownTurn: the log has no such turn, or it has ended.
+            Overloaded: there is no room for it here.
+        """
+        key = spec_of.key
+        async with self._changing_hands(key.tenant, key.session, key.turn):
+            running = self._turns.owned(key.tenant, key.session, key.turn)
+            if running is not None:
+                return running, True
+            if not self._turns.knows(key.tenant, key.session, key.turn):
+                self._turns.admit()
+            claim = await self._deps.log.take_over(key.tenant, key.session, key.turn, TURN_LEASE_S)
+            state = await self._deps.log.state(key.tenant, key.session)
+            turn = find_turn(state, key.turn)
+            if turn is None or claim.status is not Status.OK:
+                raise UnknownTurn(
+                    f"Turn {key.turn} does not run in session {key.session}.",
+                    hint="Read the session's log: the turn may have ended.",
+                )
+            durable = tuple(turn.tokens)
+            adopted: tuple[int, ...] = ()
+            if known_tokens[: len(durable)] == durable:
+                adopted = known_tokens[len(durable) :]
+            return self._turns.start(_resumed(spec_of, claim, turn, adopted)), False
+
+    def _changing_hands(self, tenant: str, session: str, turn: str) -> asyncio.Lock:
+        """Held while a turn's epoch is raised and its owner made: two at once would fence off
+        each other and leave the turn to nobody."""
+        return self._hands.setdefault((tenant, session, turn), asyncio.Lock())
+
+    async def recover(self, tenant: str, session: str) -> bool:
+        """Finish a turn whose decoder and edge are both gone; True where one was found.
+
+        Its lease must have run out: `take_over` refuses while somebody renews it.
+        """
+        state = await self._deps.log.state(tenant, session)
+        for position, turn in enumerate(state.turns):
+            key = (tenant, session, turn.turn)
+            if turn.ended or self._turns.knows(*key):
+                continue
+            async with self._changing_hands(*key):
+                if self._turns.owned(*key) is None and await self._finish_orphan(
+                    tenant, session, position
+                ):
+                    return True
+        return False
+
+    async def _finish_orphan(self, tenant: str, session: str, position: int) -> bool:
+        state = await self._deps.log.state(tenant, session)
+        name = state.turns[position].turn
+        claim = await self._deps.log.take_over(
+            tenant, session, name, TURN_LEASE_S, only_expired=True
+        )
+        if claim.status is not Status.OK:
+            return False
+        state = await self._deps.log.state(tenant, session)  # with all that the old owner wrote
+        turn = state.turns[position]
+        prompt = await asyncio.to_thread(
+            self._deps.tokenizer.encode_conversation, heard(state.turns[:position]), turn.prompt
+        )
+        spec = OwnedTurn(
+            key=TurnKey(tenant, session, name, claim.epoch, turn.device),
+            prompt=tuple(prompt),
+            max_tokens=turn.max_tokens,
+            sampling=turn.sampling,
+            stop=turn.stop,
+            shape=Shape.TEXT,
+        )
+        log.info("turn_recovered", session=session, turn=name, epoch=claim.epoch)
+        self._turns.start(_resumed(spec, claim, turn, ()))
+        return True
+
+
+def _resumed(
+    spec: OwnedTurn, claim: TurnClaim, turn: TurnState, adopted: tuple[int, ...]
+) -> OwnedTurn:
+    return OwnedTurn(
+        key=TurnKey(spec.key.tenant, spec.key.session, spec.key.turn, claim.epoch, spec.key.device),
+        prompt=spec.prompt,
+        max_tokens=spec.max_tokens,
+        sampling=spec.sampling,
+        stop=spec.stop,
+        shape=spec.shape,
+        blocks=spec.blocks,
+        ship_blocks=spec.ship_blocks,
+        made=tuple(turn.tokens),
+        made_pieces=tuple(turn.pieces),
+        adopted=adopted,
+        edge_cached_tokens=spec.edge_cached_tokens,
+        has_edge=spec.has_edge,
+        started_offset=claim.cursor.offset,
+    )
