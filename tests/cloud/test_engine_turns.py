@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -251,6 +252,37 @@ async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest], ahead: 
     with pytest.raises(TurnFailed):
         engine.submit(turn("later"))
     await engine.close()
+
+
+class StuckRunner(Runner):
+    """Hangs in its first step until it is told to go on."""
+
+    go_on = threading.Event()
+
+    def run(self, prepared: Prepared) -> list[int]:
+        assert self.go_on.wait(DEADLINE_S)
+        return super().run(prepared)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_engine_that_hangs_is_dead(
+    model: tuple[Path, Manifest], ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StuckRunner.go_on.clear()
+    monkeypatch.setattr("segue_cloud.engine.worker.STEP_TIMEOUT_S", 0.1)
+    build = partial(StuckRunner, model[0], TINY, 128, OPTIONS)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
+    await engine.start()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            with pytest.raises(TurnFailed, match="hangs"):
+                await anext(engine.submit(turn()))
+        assert engine.died.is_set()
+        with pytest.raises(TurnFailed):
+            engine.submit(turn("later"))
+    finally:
+        StuckRunner.go_on.set()
+        await engine.close()
 
 
 async def test_closing_ends_running_turns_with_an_error(model: tuple[Path, Manifest]) -> None:

@@ -89,6 +89,7 @@ MAX_RANK_MESSAGE_BYTES: Final = 2 * MAX_KV_BLOCK_BYTES + MIB  # a block in float
 RANK_LOAD_TIMEOUT_S: Final = (
     600.0  # weights of a large model from a slow disk; a death shows at once
 )
+STEP_TIMEOUT_S: Final = 120.0  # of an engine; a CPU takes half a minute for a chunk of an 8B model
 RANK_STEP_TIMEOUT_S: Final = 20.0  # what one rank waits for another's part of one layer
 
 # -- log --------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class EngineThread:
         pages = scheduler.pool.pages_total
         # Replaced as a whole: any thread may read it.
         self.stats = EngineStats(0, 0, pages, pages, 0.0, 0.0, 0.0, 0, 0)
+        self.step_began = 0.0  # perf_counter, while a step runs; 0.0: none does
         self._pool: BlockPool = scheduler.pool
         self._options = options
         self._codecs = codecs
@@ -186,7 +187,7 @@ class EngineThread:
         step = self.scheduler.schedule()
         if not step.works:
             return
-        started = time.perf_counter()
+        self.step_began = started = time.perf_counter()
         try:
             sampled = self._runner.run(self._runner.prepare(step))
         except RankLost:
@@ -194,6 +195,8 @@ class EngineThread:
         except Exception as error:
             self._fail_step(step, error)
             return
+        finally:
+            self.step_began = 0.0
         outputs = self.scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
@@ -217,7 +220,7 @@ class EngineThread:
             ahead = Step(())
             if not step.works:
                 continue
-            started = time.perf_counter()
+            self.step_began = started = time.perf_counter()
             try:
                 running = model.submit(self._runner.run, self._runner.prepare(step))
             except Exception as unprepared:
@@ -227,6 +230,7 @@ class EngineThread:
             ahead = scheduler.schedule()
             self._send(outputs)
             error = running.exception()  # waits for the step
+            self.step_began = 0.0
             if error is None:
                 outputs = scheduler.end(step, running.result())
             elif isinstance(error, Exception) and not isinstance(error, RankLost):

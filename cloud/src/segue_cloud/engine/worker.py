@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ from segue_cloud.engine.port import EngineStats, EngineTurn
 from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, SchedulerLimits
 from segue_cloud.engine.streams import TurnStream
+from segue_cloud.engine.stuck import LOOKS, StuckWatch
 from segue_cloud.engine.tensor_parallel.group import check_devices
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.start import start_ranks
@@ -50,7 +52,7 @@ from segue_contract.errors import (
     TurnFailed,
 )
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
-from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
+from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S, STEP_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
 
 __all__ = ["EngineOptions", "TorchEngine", "own_recipe"]
@@ -132,6 +134,7 @@ class TorchEngine:
         )
         self._commands = self._thread.commands
         self._ranks = ranks
+        self._watch: asyncio.Task[None] | None = None
 
     @classmethod
     async def load(
@@ -169,6 +172,7 @@ class TorchEngine:
             raise
         if self._ranks is not None:
             self._ranks.watch(self._lose)
+        self._watch = asyncio.create_task(self._watch_steps(), name="watch engine steps")
         log.info(
             "engine_ready",
             device=self._options.device,
@@ -257,9 +261,10 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Stop after the current step; turns that still run end with TurnFailed."""
-        if not self._closed:
-            self._closed = True
-            self._commands.put(Close())
+        self._closed = True
+        self._commands.put(Close())  # also after `die`: a step that hung may have gone on since
+        if self._watch is not None:
+            self._watch.cancel()
         await self._thread.join(SHUTDOWN_GRACE_S)
         self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
         await self._stop_ranks()
@@ -273,6 +278,15 @@ class TorchEngine:
         self._closed = True
         self.die(TurnFailed(f"The engine died: {error}"))
         self._commands.put(Die(error))
+
+    async def _watch_steps(self) -> None:
+        watch = StuckWatch()
+        while not self.died.is_set():
+            await asyncio.sleep(STEP_TIMEOUT_S / LOOKS)
+            began = self._thread.step_began
+            if watch.look(began):
+                log.error("engine_stuck", step_s=round(time.perf_counter() - began, 1))
+                self.die(TurnFailed(f"The engine hangs: a step took over {STEP_TIMEOUT_S:.0f} s."))
 
     def _fail_all(self, error: SegueError) -> None:
         for stream in self._streams.values():
