@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from segue_cloud.engine.stuck import LOOKS, StuckWatch
 
-
 RUNS = st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0]), st.integers(1, LOOKS + 4)), max_size=8)
 
 
