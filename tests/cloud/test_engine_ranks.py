@@ -27,7 +27,7 @@ from segue_cloud.engine.tensor_parallel.messages import Array, Control, Failed, 
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.split import split
 from segue_cloud.engine.worker import TorchEngine
-from segue_contract.errors import BadLength, InvalidArgument, ModelMismatch, RankLost, TurnFailed
+from segue_contract.errors import BadLength, EngineGone, InvalidArgument, ModelMismatch, RankLost
 from tests.support.tiny_llama import TINY, WEIGHTS, build_tiny_llama
 from tests.support.tiny_ranks import (
     FP32,
@@ -188,11 +188,11 @@ async def test_a_rank_killed_in_mid_turn_fails_the_turns(uneven: Tiny) -> None:
             await anext(stream)
         child.kill()
         for stream in streams:
-            with pytest.raises(TurnFailed, match="The engine died"):
+            with pytest.raises(EngineGone, match="The engine died"):
                 async for _ in stream:
                     pass
         await asyncio.wait_for(engine.died.wait(), GONE_S)
-        with pytest.raises(TurnFailed):
+        with pytest.raises(EngineGone):
             engine.submit(uneven.turn(0))
 
 
@@ -201,7 +201,7 @@ async def test_a_rank_killed_while_nobody_asks_is_noticed(uneven: Tiny) -> None:
         await collect(engine, uneven.turn(3))
         rank_processes()[0].kill()
         await asyncio.wait_for(engine.died.wait(), GONE_S)
-        with pytest.raises(TurnFailed):
+        with pytest.raises(EngineGone):
             engine.submit(uneven.turn(0))
 
 
@@ -229,7 +229,7 @@ async def test_closing_in_mid_turn_ends_turn_and_ranks(uneven: Tiny) -> None:
         stream = engine.submit(uneven.turn(2, max_tokens=500, end_tokens=frozenset()))
         await anext(stream)
         await engine.close()
-        with pytest.raises(TurnFailed, match="shut down"):
+        with pytest.raises(EngineGone, match="shut down"):
             async for _ in stream:
                 pass
 

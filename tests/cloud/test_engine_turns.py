@@ -16,11 +16,14 @@ import pytest
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.runner import Prepared, Runner
+from segue_cloud.engine.scheduler import Step
+from segue_cloud.engine.stuck import LOOKS, StuckWatch
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.errors import (
     BadBlock,
     BadRecipe,
     EmptyPrompt,
+    EngineGone,
     InvalidArgument,
     ModelError,
     Overloaded,
@@ -245,11 +248,11 @@ async def test_an_engine_that_died_says_so(model: tuple[Path, Manifest], ahead: 
     engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
     await engine.start()
     assert not engine.died.is_set()
-    with pytest.raises(TurnFailed, match="died"):
+    with pytest.raises(EngineGone, match="died"):
         await anext(engine.submit(turn()))
     async with asyncio.timeout(DEADLINE_S):
         await engine.died.wait()
-    with pytest.raises(TurnFailed):
+    with pytest.raises(EngineGone):
         engine.submit(turn("later"))
     await engine.close()
 
@@ -275,14 +278,57 @@ async def test_an_engine_that_hangs_is_dead(
     await engine.start()
     try:
         async with asyncio.timeout(DEADLINE_S):
-            with pytest.raises(TurnFailed, match="hangs"):
+            with pytest.raises(EngineGone, match="hangs"):
                 await anext(engine.submit(turn()))
         assert engine.died.is_set()
-        with pytest.raises(TurnFailed):
+        assert engine.hangs
+        with pytest.raises(EngineGone):
             engine.submit(turn("later"))
     finally:
         StuckRunner.go_on.set()
         await engine.close()
+
+
+class ClumsyRunner(Runner):
+    """Cannot prepare its first step."""
+
+    clumsy = True
+
+    def prepare(self, step: Step) -> Prepared:
+        if self.clumsy:
+            self.clumsy = False
+            raise RuntimeError("clumsy")
+        return super().prepare(step)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_engine_that_waits_for_work_does_not_hang(
+    model: tuple[Path, Manifest], ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = asyncio.Event()
+    looks: list[float] = []
+
+    class Watch(StuckWatch):
+        def look(self, step: float) -> bool:
+            looks.append(step)
+            if len(looks) > 2 * LOOKS:
+                looked.set()
+            return super().look(step)
+
+    monkeypatch.setattr("segue_cloud.engine.worker.STEP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("segue_cloud.engine.worker.StuckWatch", Watch)
+    build = partial(ClumsyRunner, model[0], TINY, 128, OPTIONS)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
+    await engine.start()
+    with pytest.raises(TurnFailed, match="clumsy"):
+        await anext(engine.submit(turn()))
+    looks.clear()
+    async with asyncio.timeout(DEADLINE_S):
+        await looked.wait()
+    assert set(looks[LOOKS:]) == {0.0}
+    assert not engine.died.is_set()
+    assert [o.index async for o in engine.submit(turn(max_tokens=1))] == [0]
+    await engine.close()
 
 
 async def test_closing_ends_running_turns_with_an_error(model: tuple[Path, Manifest]) -> None:
@@ -291,10 +337,10 @@ async def test_closing_ends_running_turns_with_an_error(model: tuple[Path, Manif
     await anext(stream)
     await engine.close()
     await engine.close()
-    with pytest.raises(TurnFailed):
+    with pytest.raises(EngineGone):
         async for _ in stream:
             pass
-    with pytest.raises(TurnFailed):
+    with pytest.raises(EngineGone):
         engine.submit(turn())
     assert await engine.offer_blocks(random_blocks(model[1], PROMPT)) == 0
 

@@ -54,7 +54,11 @@ def test_quick_work_is_not_told(log: Log) -> None:
         assert not timer.is_alive()
 
 
-def test_work_that_fails_is_not_said_to_be_done(log: Log) -> None:
-    with pytest.raises(OSError), told_if_slow("compiles", after_s=WAIT_S):
+def test_work_that_fails_is_not_said_to_be_done(log: Log, heard: threading.Event) -> None:
+    def fail() -> None:
+        assert heard.wait(WAIT_S)
         raise OSError
-    assert log.events == []
+
+    with pytest.raises(OSError), told_if_slow("compiles", after_s=0.0):
+        fail()
+    assert [event for event, _ in log.events] == [EVENT_PREPARING]

@@ -22,6 +22,7 @@ from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import (
+    EngineGone,
     InvalidArgument,
     Overloaded,
     SessionBusy,
@@ -314,6 +315,27 @@ async def test_a_failing_engine_ends_the_turn_with_its_error(
         assert turn.reason == "error"
         assert turn.error_code == "turn_failed"
         assert turn.tokens == words[:3]
+
+
+async def test_a_turn_of_a_dead_engine_stays_open_and_goes_on_elsewhere(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    broken = ScriptedEngine(words)
+    broken.fail_at = (3, EngineGone("The engine died."))
+    async with bench_on(valkey.url, model_dir, broken) as old:
+        begun = await old.begin()
+        owner = old.manager.start(old.spec(begun, has_edge=False))
+        async with asyncio.timeout(WAIT_S):
+            kinds = [event.WhichOneof("kind") async for event in owner.feed.read()]
+        assert "ended" not in kinds
+        turn = await old.turn()
+        assert not turn.ended
+        assert turn.tokens == words[:3], "what it made is durable"
+        async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new:
+            second, attached = await new.manager.take_over(new.spec(begun), ())
+            assert not attached
+            second.edge_lost()
+            assert (await new.ended(second)).tokens == words
 
 
 async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(

@@ -70,6 +70,18 @@ async def test_ship_skips_blocks_that_the_cloud_has() -> None:
     assert told.plan.shipped_blocks == 2
 
 
+async def test_a_turn_of_the_edge_alone_leaves_no_kv_in_the_cloud() -> None:
+    async with serving() as (cloud, _node, device):
+        await device.run("t1", plan="edge")
+        cloud.script.have_blocks = 4
+        alone = await device.run("t2", plan="edge")
+        both = await device.run("t3", plan="ship")
+        after = await device.run("t4", plan="ship")
+    assert alone.plan.inputs["cloud_cached_tokens"] == 0
+    assert both.plan.inputs["cloud_cached_tokens"] == 4 * 64, "it said so to the turn before"
+    assert after.plan.inputs["cloud_cached_tokens"] > 4 * 64
+
+
 async def test_the_bridge_speaks_until_the_cloud_is_ready() -> None:
     async with serving() as (cloud, _node, device):
         cloud.script.ready.clear()

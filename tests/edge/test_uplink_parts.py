@@ -14,15 +14,23 @@ from hypothesis import strategies as st
 
 from segue_contract.errors import BadBlock, InvalidArgument, Unreachable
 from segue_contract.kv.layout import block_ids
-from segue_contract.limits import KV_PART_BYTES, UPLINK_QUEUE_BLOCKS
+from segue_contract.limits import (
+    KV_PART_BYTES,
+    PROBE_FIRST_BYTES,
+    PROBE_PAYLOAD_BYTES,
+    UPLINK_QUEUE_BLOCKS,
+)
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_contract.v1 import decode_pb2_grpc
 from segue_edge.uplink.clouds import Cloud, CloudSet
+from segue_edge.uplink.goodput_probe import next_payload, sending_s
 from segue_edge.uplink.pacer import Pacer, TokenBucket
 from segue_edge.uplink.rendezvous import rank
 from segue_edge.uplink.sender import KvSender, encode_with
 from segue_edge.uplink.stream import TurnStream
+from tests.support.scripted_cloud import scripted_cloud
+from tests.support.slow_proxy import SlowProxy
 from tests.support.tiny_edge import RECIPE, block_of
 
 TARGETS = [f"10.0.0.{n}:7412" for n in range(1, 6)]
@@ -79,6 +87,43 @@ def test_a_bucket_never_carries_more_than_its_rate(sends: list[tuple[int, float]
         left_at = now + bucket.reserve(size, now)
         sent += size
     assert sent <= 10_000.0 * (left_at - 100.0 + 0.002) * (1 + 1e-9) + 1e-6
+
+
+@given(st.floats(1e3, 1e10), st.floats(1e-4, 1.0), st.floats(0.0, 0.5))
+def test_a_goodput_probe_ends_and_wastes_little(rate: float, rtt_s: float, noise: float) -> None:
+    sent, seconds, total = 0, 0.0, 0.0
+    for _ in range(5):
+        size = next_payload(sent, seconds, rtt_s)
+        if not size:
+            break
+        assert sent < size <= PROBE_PAYLOAD_BYTES
+        sent, seconds = size, sending_s(size / rate + rtt_s * (1 + noise), rtt_s)
+        total += seconds
+    else:
+        pytest.fail("it goes on and on")
+    # Not far below what the link carries, and never above by more than round trips vary.
+    assert sent / seconds <= 1.001 * rate
+    if rate <= PROBE_PAYLOAD_BYTES / (4 * rtt_s * (1 + noise)):
+        assert total <= max(0.2, 4 * rtt_s) * 6 or sent == PROBE_FIRST_BYTES
+
+
+def test_a_probe_that_took_no_time_claims_no_endless_link() -> None:
+    assert sending_s(0.29, 0.3) == pytest.approx(0.075)
+    assert sending_s(0.0, 0.0) > 0
+
+
+async def test_a_thin_link_is_measured_and_not_taken_for_a_lost_one() -> None:
+    async with scripted_cloud() as far:
+        port = int(far.address.rpartition(":")[2])
+        async with SlowProxy(port, bytes_per_s=40_000) as proxy:
+            cloud = Cloud(f"127.0.0.1:{proxy.port}")
+            try:
+                await cloud.probe(Pacer(), goodput=True)
+                assert cloud.healthy
+                assert cloud.view.goodput.confidence > 0
+                assert cloud.view.goodput.bytes_per_s < 2 * PROBE_FIRST_BYTES
+            finally:
+                await cloud.close()
 
 
 async def test_without_a_rate_nothing_waits() -> None:

@@ -7,18 +7,26 @@ from collections.abc import Callable
 from types import TracebackType
 
 _CHUNK = 65536
+_UNDER_WAY = 256  # chunks: 16 MiB, more than any window of TCP here
 
 
 class SlowProxy:
     """`async with SlowProxy(port) as proxy:` forwards `proxy.port` to `port` on loopback.
 
-    Each chunk, in either direction, waits for `delay()` seconds. `stall()` lets nothing through
-    until `flow()`; `cut()` closes all connections; `refuse` makes new ones fail.
+    Each chunk, in either direction, arrives `delay()` seconds after it was sent, those behind it
+    right after it, and no more than `bytes_per_s` of them. `stall()` lets nothing through until
+    `flow()`; `cut()` closes all connections; `refuse` makes new ones fail.
     """
 
-    def __init__(self, target_port: int, delay: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        target_port: int,
+        delay: Callable[[], float] = lambda: 0.0,
+        bytes_per_s: float = float("inf"),
+    ) -> None:
         self._target_port = target_port
         self._delay = delay
+        self._bytes_per_s = bytes_per_s
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -84,9 +92,32 @@ class SlowProxy:
             back.transport.abort()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        """Ends with the first of both ends that does."""
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_UNDER_WAY)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._send(source, under_way))
+            group.create_task(self._arrive(under_way, sink))
+
+    async def _send(
+        self, source: asyncio.StreamReader, under_way: asyncio.Queue[tuple[float, bytes]]
+    ) -> None:
+        now = asyncio.get_running_loop().time
         while chunk := await source.read(_CHUNK):
-            if pause := self._delay():
-                await asyncio.sleep(pause)
+            if busy_s := len(chunk) / self._bytes_per_s:
+                await asyncio.sleep(busy_s)
+            await under_way.put((now() + self._delay(), chunk))
+        await under_way.put((now(), b""))
+
+    async def _arrive(
+        self, under_way: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter
+    ) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            due, chunk = await under_way.get()
+            if not chunk:
+                return
+            if (wait_s := due - now()) > 0:
+                await asyncio.sleep(wait_s)
             await self._flowing.wait()
             sink.write(chunk)
             await sink.drain()

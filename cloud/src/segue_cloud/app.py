@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import os
+import threading
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -28,8 +29,9 @@ from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.recovery import recovering
 from segue_contract.chat import ChatTokenizer
-from segue_contract.errors import SegueError, TurnFailed
+from segue_contract.errors import EngineGone, SegueError
 from segue_contract.ids import new_id
+from segue_contract.limits import SHUTDOWN_GRACE_S
 from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.servers import Broker, Valkey
@@ -75,10 +77,20 @@ async def serve(settings: CloudSettings) -> None:
         dying.cancel()
         log.info("stopping", running_turns=cloud.manager.running)
         if cloud.engine.died.is_set():
-            raise TurnFailed(
+            if cloud.engine.hangs:
+                _end_without(SHUTDOWN_GRACE_S)
+            raise EngineGone(
                 "The engine died; this instance ends, so that turns go to others.",
                 hint="Its log says why. Start it again.",
             )
+
+
+def _end_without(grace_s: float) -> None:
+    """End the process after twice the grace, whatever it waits for then: Python joins the threads
+    of its pools, and one of them may never return."""
+    last = threading.Timer(2 * grace_s, os._exit, (1,))
+    last.daemon = True
+    last.start()
 
 
 async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:

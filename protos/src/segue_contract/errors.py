@@ -17,6 +17,7 @@ SegueError
 ├── StoreUnavailable           the session store did not answer in time; nothing was written
 ├── Unreachable                the other side cannot be reached
 ├── RankLost                   a rank of a tensor-parallel engine ended or did not answer in time
+├── EngineGone                 this engine computes no more; a turn of it goes on elsewhere
 ├── DeadlineExceeded           it took longer than its bound
 ├── TurnFailed                 the turn ended with an error after it began
 ├── ModelError                 a model directory is missing, of another family, or was changed
@@ -176,6 +177,11 @@ class Unreachable(SegueError):
 
 
 class RankLost(SegueError):
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class EngineGone(SegueError):
     grpc_code = "UNAVAILABLE"
     retryable = True
 

@@ -55,6 +55,7 @@ WARM_QUEUE_TURNS: Final = 16  # idle warm-ups waiting; older ones are dropped
 
 # -- times, seconds ---------------------------------------------------------------------------
 CONNECT_TIMEOUT_S: Final = 5.0
+CONNECT_ATTEMPT_S: Final = 2.0  # one attempt of a channel: two round trips and a busy machine
 RPC_TIMEOUT_S: Final = 10.0  # unary calls
 TURN_TIMEOUT_S: Final = 600.0  # the longest reply at the slowest decode rate we support
 TURN_WAIT_TIMEOUT_S: Final = 120.0  # for the session's turn, where the caller chose to wait
@@ -71,8 +72,9 @@ LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn 
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
 PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
-RECONNECT_WAIT_S: Final = 0.5  # for a cloud that was gone: longer than its channel's back-off
-PROBE_PAYLOAD_BYTES: Final = 2 * MIB  # long enough to show goodput, short enough for a slow link
+RECONNECT_WAIT_S: Final = 0.5  # and 3 round trips, for a cloud that was gone: above its back-off
+PROBE_FIRST_BYTES: Final = 128 * KIB  # of a goodput probe: a thin link is known after this much
+PROBE_PAYLOAD_BYTES: Final = 2 * MIB  # its most: a fast link needs as much to show what it carries
 UPLINK_RETRY_S: Final = 10.0  # an edge tries to re-open a broken turn stream for this long
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
 HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append
@@ -89,7 +91,7 @@ MAX_RANK_MESSAGE_BYTES: Final = 2 * MAX_KV_BLOCK_BYTES + MIB  # a block in float
 RANK_LOAD_TIMEOUT_S: Final = (
     600.0  # weights of a large model from a slow disk; a death shows at once
 )
-STEP_TIMEOUT_S: Final = 120.0  # of an engine; a CPU takes half a minute for a chunk of an 8B model
+STEP_TIMEOUT_S: Final = 300.0  # of an engine: two weak cores take minutes for an 8B model's chunk
 RANK_STEP_TIMEOUT_S: Final = 20.0  # what one rank waits for another's part of one layer
 
 # -- log --------------------------------------------------------------------------------------

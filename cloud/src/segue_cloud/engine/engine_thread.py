@@ -30,7 +30,7 @@ from segue_cloud.engine.port import EngineOutput, EngineStats
 from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, Step
-from segue_contract.errors import RankLost, SegueError, TurnFailed
+from segue_contract.errors import EngineGone, RankLost, SegueError, TurnFailed
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock
 
 log = structlog.get_logger(__name__)
@@ -76,7 +76,7 @@ class EngineThread:
         pages = scheduler.pool.pages_total
         # Replaced as a whole: any thread may read it.
         self.stats = EngineStats(0, 0, pages, pages, 0.0, 0.0, 0.0, 0, 0)
-        self.step_began = 0.0  # perf_counter, while a step runs; 0.0: none does
+        self.working_since = 0.0  # perf_counter, with each step and command anew; 0.0: it waits
         self._pool: BlockPool = scheduler.pool
         self._options = options
         self._codecs = codecs
@@ -122,7 +122,7 @@ class EngineThread:
                 self._post(_fail_future, ready, error)
                 return
             log.exception("engine_died")
-            self._post(self._receiver.die, TurnFailed(f"The engine died: {error}."))
+            self._post(self._receiver.die, EngineGone(f"The engine died: {error}."))
 
     def _run(self) -> None:
         while self._drain():
@@ -161,11 +161,15 @@ class EngineThread:
             self.tier.at_leisure()
         while True:
             while block and self.commands.empty() and self._pool.relieve(1):
-                pass  # nobody waits: down to the target
+                self._mark()  # nobody waits: down to the target
             try:
+                if block:
+                    self.working_since = 0.0
                 command = self.commands.get(block=block)
             except queue.Empty:
                 return True
+            finally:
+                self._mark()
             block = False
             match command:
                 case Submit(turn):
@@ -183,11 +187,15 @@ class EngineThread:
             self._publish_stats()
             block = self.scheduler.idle and self.commands.empty()
 
+    def _mark(self) -> None:
+        """Tell whoever watches (`stuck.StuckWatch`) that the thread has got on."""
+        self.working_since = time.perf_counter()
+
     def _step(self) -> None:
         step = self.scheduler.schedule()
         if not step.works:
             return
-        self.step_began = started = time.perf_counter()
+        started = time.perf_counter()
         try:
             sampled = self._runner.run(self._runner.prepare(step))
         except RankLost:
@@ -195,8 +203,6 @@ class EngineThread:
         except Exception as error:
             self._fail_step(step, error)
             return
-        finally:
-            self.step_began = 0.0
         outputs = self.scheduler.postprocess(step, sampled)
         self._observe(step, time.perf_counter() - started)
         self._send(outputs)
@@ -220,7 +226,7 @@ class EngineThread:
             ahead = Step(())
             if not step.works:
                 continue
-            self.step_began = started = time.perf_counter()
+            started = time.perf_counter()
             try:
                 running = model.submit(self._runner.run, self._runner.prepare(step))
             except Exception as unprepared:
@@ -230,7 +236,6 @@ class EngineThread:
             ahead = scheduler.schedule()
             self._send(outputs)
             error = running.exception()  # waits for the step
-            self.step_began = 0.0
             if error is None:
                 outputs = scheduler.end(step, running.result())
             elif isinstance(error, Exception) and not isinstance(error, RankLost):

@@ -63,8 +63,10 @@ class Engine(Protocol):
     """Thread-safe seen from one event loop; the computing thread is the engine's own.
 
     `died` is set when the engine can compute no more; the process should then end, so that turns
-    go to other instances.
+    go to other instances. `hangs`: a thread of it will never end.
     """
+
+    hangs: bool
 
     @property
     def died(self) -> asyncio.Event: ...
@@ -76,6 +78,7 @@ class Engine(Protocol):
             Overloaded: the bound of admitted turns is reached (before anything is queued).
             PromptTooLong: the turn can never fit the context or the pool.
             TurnFailed: the engine failed while it computed this turn.
+            EngineGone: it computes nothing more, for nobody.
         """
         ...
 

@@ -46,10 +46,10 @@ from segue_cloud.engine.tensor_parallel.start import start_ranks
 from segue_cloud.engine.weights import check_size
 from segue_contract.errors import (
     DeadlineExceeded,
+    EngineGone,
     Overloaded,
     RankLost,
     SegueError,
-    TurnFailed,
 )
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
 from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S, STEP_TIMEOUT_S
@@ -106,6 +106,7 @@ class TorchEngine:
         self._numbers = itertools.count(1)
         self._closed = False
         self.died = asyncio.Event()
+        self.hangs = False
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
         window = ""
@@ -187,7 +188,7 @@ class TorchEngine:
     def submit(self, turn: EngineTurn) -> TurnStream:
         """See `port.Engine.submit`; also raises EmptyPrompt and InvalidArgument (token ids)."""
         if self._closed:
-            raise TurnFailed("The engine is shutting down.", hint="Another instance goes on.")
+            raise EngineGone("The engine computes no more.", hint="Another instance goes on.")
         check_turn(turn, self._geometry, self._pool.pages_total, self._scheduler.peak_pages)
         if len(self._streams) >= self._options.max_turns:
             retry_s = round(max(_MIN_RETRY_S, self._thread.stats.queue_s), 2)
@@ -260,13 +261,13 @@ class TorchEngine:
             self._thread.tier.check_integrity()
 
     async def close(self) -> None:
-        """Stop after the current step; turns that still run end with TurnFailed."""
+        """Stop after the current step; turns that still run end with EngineGone."""
         self._closed = True
         self._commands.put(Close())  # also after `die`: a step that hung may have gone on since
         if self._watch is not None:
             self._watch.cancel()
         await self._thread.join(SHUTDOWN_GRACE_S)
-        self._fail_all(TurnFailed("The engine was shut down.", hint="Another instance goes on."))
+        self._fail_all(EngineGone("The engine was shut down.", hint="Another instance goes on."))
         await self._stop_ranks()
 
     async def _stop_ranks(self) -> None:
@@ -276,17 +277,18 @@ class TorchEngine:
     def _lose(self, error: RankLost) -> None:
         # The thread may be idle, or stuck on a device: whoever waits for it is told first.
         self._closed = True
-        self.die(TurnFailed(f"The engine died: {error}"))
+        self.die(EngineGone(f"The engine died: {error}"))
         self._commands.put(Die(error))
 
     async def _watch_steps(self) -> None:
         watch = StuckWatch()
         while not self.died.is_set():
             await asyncio.sleep(STEP_TIMEOUT_S / LOOKS)
-            began = self._thread.step_began
+            began = self._thread.working_since
             if watch.look(began):
                 log.error("engine_stuck", step_s=round(time.perf_counter() - began, 1))
-                self.die(TurnFailed(f"The engine hangs: a step took over {STEP_TIMEOUT_S:.0f} s."))
+                self.hangs = True
+                self.die(EngineGone(f"The engine hangs: a step took over {STEP_TIMEOUT_S:.0f} s."))
 
     def _fail_all(self, error: SegueError) -> None:
         for stream in self._streams.values():

@@ -28,6 +28,7 @@ from segue_cloud.turns.writer import TurnWriter
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import (
     DeadlineExceeded,
+    EngineGone,
     Internal,
     InvalidArgument,
     PromptTooLong,
@@ -176,6 +177,9 @@ class TurnOwner:
             await self._end(reason, error)
         except StaleEpoch as error:
             log.info("turn_taken_over", session=key.session, turn=key.turn, current=error.fields)
+        except EngineGone as error:
+            # Left open: its edge, or whoever finds its lease run out, goes on after the last token.
+            log.warning("turn_left_open", session=key.session, turn=key.turn, error=str(error))
         except SegueError as error:
             log.warning("turn_not_closed", session=key.session, turn=key.turn, error=str(error))
             op = self._ended_op("error", error)
@@ -205,7 +209,11 @@ class TurnOwner:
             self._add(spec.adopted, pieces, "edge")
 
     async def _produce_and_write(self) -> tuple[str, SegueError | None]:
-        """The turn's reason, and the error behind reason "error". Everything is durable then."""
+        """The turn's reason, and the error behind reason "error". Everything is durable then.
+
+        Raises:
+            EngineGone: another instance can go on.
+        """
         writing = asyncio.create_task(self._writer.run(), name=f"write {self.spec.key.turn}")
         producing = asyncio.create_task(self._produce(), name=f"produce {self.spec.key.turn}")
         try:
@@ -219,6 +227,8 @@ class TurnOwner:
             reason, error = self._reason_of(producing)
             self._writer.close()
             await writing
+            if isinstance(error, EngineGone):
+                raise error
             return reason, error
         finally:
             for task in (writing, producing):

@@ -15,6 +15,7 @@ import asyncio
 import structlog
 
 from segue_contract.errors import Internal, PromptTooLong, SegueError, Unreachable
+from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.plan import PlanReport, Shape, encode_plan
 from segue_contract.sync.state import TurnState
 from segue_contract.telemetry import EVENT_TURN
@@ -206,7 +207,7 @@ class TurnRun:
             stop=request.stop,
             shape=shape.value,
             ship_blocks=len(planned.ids) if shape is Shape.SHIP else 0,
-            edge_cached_tokens=planned.report.edge_cached_blocks * 64,
+            edge_cached_tokens=planned.report.edge_cached_blocks * BLOCK_TOKENS,
         )
 
     def _plan_note(self, planned: Planned) -> dpb.RunRequest:
@@ -233,7 +234,7 @@ class TurnRun:
             usage=pb.Usage(
                 prompt_tokens=len(begun.prompt),
                 completion_tokens=self._reply.next_index,
-                edge_cached_tokens=report.edge_cached_blocks * 64,
+                edge_cached_tokens=report.edge_cached_blocks * BLOCK_TOKENS,
             ),
             plan=encode_plan(report),
             next_index=self._reply.next_index,
@@ -261,7 +262,11 @@ class TurnRun:
         final.CopyFrom(ended)
         final.plan = encode_plan(report)
         history = self._deps.histories.of(self.asked.session)
-        history.cloud_now_holds(cloud.instance, [*begun.prompt, *self._reply.tokens])
+        if report.shape == Shape.EDGE.value:  # it computed nothing: what it said when it opened
+            held = begun.prompt[: report.cloud_cached_blocks * BLOCK_TOKENS]
+        else:
+            held = [*begun.prompt, *self._reply.tokens]
+        history.cloud_now_holds(cloud.instance, held)
         await self._close(begun, final, report)
 
     async def _close(self, begun: Begun, ended: pb.TurnEnded, report: PlanReport) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 import grpc
 import structlog
 
-from segue_contract.errors import SegueError, Unreachable
+from segue_contract.errors import DeadlineExceeded, SegueError, Unreachable
 from segue_contract.limits import (
     PROBE_INTERVAL_S,
-    PROBE_PAYLOAD_BYTES,
     PROBE_TIMEOUT_S,
     RECONNECT_WAIT_S,
 )
@@ -24,6 +23,7 @@ from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.planner.estimators import CloudView
+from segue_edge.uplink.goodput_probe import next_payload, sending_s
 from segue_edge.uplink.pacer import Pacer
 from segue_edge.uplink.rendezvous import rank
 
@@ -70,8 +70,8 @@ class Cloud:
             log.warning("cloud_unreachable", cloud=self.target, error=str(error))
         self.healthy = False
 
-    async def probe(self, pacer: Pacer, payload_bytes: int = 0) -> None:
-        """Measure the round trip, and the goodput where a payload is sent.
+    async def probe(self, pacer: Pacer, *, goodput: bool = False) -> None:
+        """Measure the round trip, and what the link carries where `goodput`.
 
         Raises:
             Unreachable, DeadlineExceeded: no answer within `PROBE_TIMEOUT_S`.
@@ -80,14 +80,26 @@ class Cloud:
         reply = await self._probe_call(b"")
         rtt_s = time.monotonic() - started
         self.view.rtt_s.observe(rtt_s)
-        if payload_bytes:
-            started = time.monotonic()
-            await pacer.pass_through(payload_bytes)
-            # Random bytes: a link that compresses must not look faster than it is.
-            reply = await self._probe_call(os.urandom(payload_bytes))
-            seconds = max(time.monotonic() - started - rtt_s, 1e-6)
-            self.view.goodput.observe(reply.received_bytes, seconds, app_limited=False)
         self.take_facts(reply.facts)
+        if goodput:
+            await self._measure_goodput(pacer, rtt_s)
+
+    async def _measure_goodput(self, pacer: Pacer, rtt_s: float) -> None:
+        sent, seconds = 0, 0.0  # of the last one
+        while size := next_payload(sent, seconds, rtt_s):
+            began = time.monotonic()
+            await pacer.pass_through(size)
+            try:
+                # Random bytes: a link that compresses must not look faster than it is.
+                await self._probe_call(os.urandom(size))
+            except DeadlineExceeded:
+                # It answered a moment ago: a link this thin is a fact, not a loss. What came
+                # through before is measured; else all that is known is what did not.
+                if not sent:
+                    self.view.goodput.observe(size, time.monotonic() - began, app_limited=False)
+                break
+            sent, seconds = size, sending_s(time.monotonic() - began, rtt_s)
+        self.view.goodput.observe(sent, seconds, app_limited=False)
 
     async def reach(self) -> None:
         """Before a call to an instance that was gone: wait shortly for it to be back.
@@ -98,7 +110,9 @@ class Cloud:
         if self.healthy:
             return
         try:
-            reply = await self._probe_call(b"", RECONNECT_WAIT_S, wait_for_ready=True)
+            # To connect takes two round trips, to ask one.
+            patience_s = RECONNECT_WAIT_S + 3 * self.view.rtt_s.value
+            reply = await self._probe_call(b"", patience_s, wait_for_ready=True)
         except SegueError as error:
             raise Unreachable(
                 f"The cloud at {self.target} cannot be reached.",
@@ -134,7 +148,7 @@ class CloudSet:
         self._returned = asyncio.Event()
 
     async def start(self) -> None:
-        await asyncio.gather(*(self._try_probe(c, payload=True) for c in self.clouds.values()))
+        await asyncio.gather(*(self._try_probe(c, first=True) for c in self.clouds.values()))
         self._prober = asyncio.create_task(self._probe_forever(), name="cloud probes")
 
     def ranked(self, session: str) -> list[Cloud]:
@@ -163,19 +177,19 @@ class CloudSet:
     async def _probe_forever(self) -> None:
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S if self.any_healthy else PROBE_INTERVAL_S / 10)
-            await asyncio.gather(*(self._try_probe(c, payload=False) for c in self.clouds.values()))
+            await asyncio.gather(*(self._try_probe(c, first=False) for c in self.clouds.values()))
 
-    async def _try_probe(self, cloud: Cloud, *, payload: bool) -> None:
+    async def _try_probe(self, cloud: Cloud, *, first: bool) -> None:
         was_healthy = cloud.healthy
         unmeasured = cloud.view.goodput.confidence == 0
         try:
-            await cloud.probe(self.pacer, PROBE_PAYLOAD_BYTES if payload or unmeasured else 0)
+            await cloud.probe(self.pacer, goodput=first or unmeasured)
         except SegueError as error:
             cloud.failed(error)
             return
         if not was_healthy:
             log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)
-        if not was_healthy or payload:
+        if not was_healthy or first:
             self._returned.set()
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.limits import CONNECT_TIMEOUT_S, MAX_GRPC_MESSAGE_BYTES
+from segue_contract.limits import CONNECT_ATTEMPT_S, MAX_GRPC_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
@@ -16,7 +16,7 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Despite its name this is how long one attempt to connect may take, first frames included:
     # a far link needs two round trips, and a busy machine is slow to answer.
-    ("grpc.min_reconnect_backoff_ms", int(CONNECT_TIMEOUT_S * 1000)),
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_ATTEMPT_S * 1000)),
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business on these links
     ("grpc.use_local_subchannel_pool", 1),  # one TCP connection per channel, closed with it
 )
