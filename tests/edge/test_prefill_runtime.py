@@ -128,19 +128,20 @@ def test_decode_goes_on_from_prefill_and_the_buffer_grows(
 
 def test_both_graphs_use_one_kv_buffer_without_a_copy(model: EdgeModel, tokens: list[int]) -> None:
     kv = model.prefill(tokens[:100], room=50).kv
-    bound = kv.bound()
     first = kv.k.__array_interface__["data"][0]
-    places = {name: value.data_ptr() for name, value in bound.items()}
-    layer = kv.k[0].nbytes if kv.k[0].flags.c_contiguous else 0
-    assert places["0.key"] == first
-    assert places["1.key"] == first + layer
+    places = [value.data_ptr() for value in kv.binding(model._prefill._session).get_outputs()[:-1]]
+    assert places[:2] == [first, first + kv.k[0].nbytes]
     before = kv.k[:, :, :100].copy()
     kv.k[:, :, 100] = np.nan  # where the next token's key must come to lie
     model.decode_step(tokens[100], kv)
-    assert kv.bound() is bound, "the decode graph was given the very values of the prefill graph"
+    decode = kv.binding(model._decode._session)
+    assert sorted(value.data_ptr() for value in decode.get_outputs()[:-1]) == sorted(places)
     assert kv.k.__array_interface__["data"][0] == first
     np.testing.assert_array_equal(kv.k[:, :, :100], before)
     assert np.isfinite(kv.k[:, :, 100]).all()
+    assert kv.binding(model._decode._session) is decode
+    kv.reserve(kv.capacity + 1)
+    assert kv.binding(model._decode._session) is not decode, "it holds the old buffer"
 
 
 def test_a_graph_on_another_device_computes_the_same_by_copying(

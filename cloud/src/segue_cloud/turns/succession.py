@@ -42,7 +42,7 @@ class Succession:
         self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
 
     async def take_over(
-        self, spec_of: OwnedTurn, known_tokens: tuple[int, ...]
+        self, spec: OwnedTurn, known_tokens: tuple[int, ...]
     ) -> tuple[TurnOwner, bool]:
         """Own a turn whose decoder is gone: epoch + 1, from the first token that is not durable.
 
@@ -52,7 +52,7 @@ class Succession:
             UnknownTurn: the log has no such turn, or it has ended.
             Overloaded: there is no room for it here.
         """
-        key = spec_of.key
+        key = spec.key
         async with self._changing_hands(key.tenant, key.session, key.turn):
             running = self._turns.owned(key.tenant, key.session, key.turn)
             if running is not None:
@@ -71,7 +71,7 @@ class Succession:
             adopted: tuple[int, ...] = ()
             if known_tokens[: len(durable)] == durable:
                 adopted = known_tokens[len(durable) :]
-            return self._turns.start(_resumed(spec_of, claim, turn, adopted)), False
+            return self._turns.start(_resumed(spec, claim, turn, adopted)), False
 
     def _changing_hands(self, tenant: str, session: str, turn: str) -> asyncio.Lock:
         """Held while a turn's epoch is raised and its owner made: two at once would fence off

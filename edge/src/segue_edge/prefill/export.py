@@ -77,7 +77,7 @@ def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGRE
     decode = graph.copy()
     prune_last_layer(decode)
     smooth(graph, sites, peaks)
-    single = {head, *prune_last_layer(graph)}
+    one_token = {head, *prune_last_layer(graph)}
     tell(_CALIBRATED, "Quantising the decode graph")
     quantise.weight_only(decode, accuracy_level=4)
     split_head(decode).save(edge / HEAD_FILE, shared)
@@ -86,13 +86,13 @@ def export(artifact: Path, work: Path, threads: int, target: float = TARGET_AGRE
 
     def measure(heavier: frozenset[str]) -> Quality:
         candidate = graph.copy()
-        quantise.w8a8(candidate, single | heavier)
+        quantise.w8a8(candidate, one_token | heavier)
         split_head(candidate)  # the same as the decode graph's
         candidate.save(edge / "prefill.onnx", shared)
         return scale.measure(edge / "prefill.onnx")
 
     tell(_QUANTISED, "Quantising the prefill graph and measuring its KV")
-    groups = groups_of({n.name for n in graph.matmuls()} - single, geometry.layers)
+    groups = groups_of({n.name for n in graph.matmuls()} - one_token, geometry.layers)
     found = search(groups, measure, target)
     if found.measured > 1:
         measure(found.heavier)  # the last one tried need not be the best

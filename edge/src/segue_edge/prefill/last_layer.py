@@ -1,8 +1,8 @@
 """A prompt's last layer, for the last position only: of the others only its keys and values count.
 
 Behind the last attention nothing mixes positions any more and only the last position's logits are
-asked for, so the choice of that position moves from the end of the graph to right behind it. That
-is a thirtieth of the work for the default model, and no number changes.
+asked for, so the choice of that position moves from the end of the graph to right behind it. No
+number changes; of the default model's 30 layers it saves most of one.
 """
 
 from __future__ import annotations

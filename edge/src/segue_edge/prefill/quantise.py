@@ -187,13 +187,13 @@ def _late_scales(graph: Graph, heavier: frozenset[str]) -> dict[str, NodeProto]:
     changes none of its 8-bit values: up_proj's is multiplied into the scale of down_proj's result,
     one number a token instead of one a channel.
     """
-    makers = {node.input[1]: node for node in graph.matmuls()}
+    by_weight = {node.input[1]: node for node in graph.matmuls()}
     readers = Counter(name for node in graph.nodes for name in node.input)
     found = {}
     for site in find_sites(graph):
         if not site.absorbs_columns:
             continue
-        up = makers[site.absorber]
+        up = by_weight[site.absorber]
         names = {up.name, *(n.name for n in site.readers)}
         if readers[up.output[0]] == 1 and heavier.isdisjoint(names):
             found[site.activation] = up

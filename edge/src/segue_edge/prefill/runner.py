@@ -60,13 +60,10 @@ class GraphRunner:
             return self._run_by_copy(ids, kv)
         rows = 1 if self._last_only else len(ids)
         result: Floats = np.empty((1, rows, self._columns), np.float32)
-        binding = self._session.io_binding()
+        binding = kv.binding(self._session)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids[None]))
         binding.bind_cpu_input("attention_mask", self._mask(total))
         binding.bind_ortvalue_output(self._output, ort.OrtValue.ortvalue_from_numpy(result))
-        for name, value in kv.bound().items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
         self._session.run_with_iobinding(binding)
         kv.length = total
         return result.reshape(rows, self._columns)

@@ -121,7 +121,8 @@ def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dic
     by_name = {one.name: entry(one) for one in measured}
 
     def best(graphs: Sequence[str]) -> Measured:
-        candidates = [one for one in measured if one.graph in graphs] or list(measured)
+        usual = [one for one in measured if one.graph in FALLBACKS]
+        candidates = [one for one in usual if one.graph in graphs] or usual
         return max(candidates, key=lambda one: one.quality.agreement)
 
     return {
