@@ -3,12 +3,7 @@ through the same static buffers and padding that a captured step is replayed on.
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -26,80 +21,27 @@ from segue_cloud.engine.cuda.sampling import choose_tokens, pick
 from segue_cloud.engine.cuda.shapes import Shape, row_buckets, smallest
 from segue_cloud.engine.cuda.transfers import DirectTransfers
 from segue_cloud.engine.options import EngineOptions
-from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.runner import Runner
 from segue_cloud.engine.sampler import sample_rows
 from segue_cloud.engine.step_input import StepInput
-from segue_cloud.engine.worker import TorchEngine
-from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from tests.support.recorded_capture import RecordedCapture
-from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama
+from tests.support.tiny_engine import Tiny, engine_with, make_tiny, replies_of
+from tests.support.tiny_llama import TINY
 
 SEED = 31
-NEW = 30
-ENDS = frozenset((0, 3))
-PAGES = 600
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 410, 33]
 FP32 = EngineOptions(dtype="fp32", max_batch=8)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    directory: Path
-    manifest: Manifest
-    prompts: list[tuple[int, ...]]
-    replies: list[list[int]]
-
-    def turns(self, **changes: object) -> list[EngineTurn]:
-        base = [
-            EngineTurn(turn=f"t{i}", prompt=prompt, max_tokens=NEW, end_tokens=ENDS)
-            for i, prompt in enumerate(self.prompts)
-        ]
-        return [replace(turn, **changes) for turn in base]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    directory = tmp_path_factory.mktemp("tiny")
-    manifest = build_tiny_llama(directory)
-    reference = HfReference(directory, manifest)
-    print("prompt seed", SEED)
-    rng = random.Random(SEED)
-    sizes = [1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 410, 33]
-    prompts = [tuple(rng.randrange(4, 512) for _ in range(size)) for size in sizes]
-    replies = [reference.greedy(prompt, NEW, ENDS) for prompt in prompts]
-    return Tiny(directory, manifest, prompts, replies)
-
-
-@asynccontextmanager
-async def engine_of(
-    tiny: Tiny, options: EngineOptions, pages: int = PAGES, runner: type[Runner] = DeviceRunner
-) -> AsyncIterator[tuple[TorchEngine, list[Runner]]]:
-    built: list[Runner] = []
-
-    def build() -> Runner:
-        built.append(runner(tiny.directory, tiny.manifest.geometry, pages, options))
-        return built[0]
-
-    engine = TorchEngine(tiny.manifest, options, pages, build)
-    await engine.start()
-    try:
-        yield engine, built
-    finally:
-        await engine.close()
-        engine.check_integrity()
-
-
-async def replies_of(engine: TorchEngine, turns: Sequence[EngineTurn]) -> list[list[int]]:
-    async def one(turn: EngineTurn) -> list[int]:
-        return [token async for output in engine.submit(turn) for token in output.tokens]
-
-    return await asyncio.gather(*(one(turn) for turn in turns))
+    return make_tiny(tmp_path_factory.mktemp("tiny"), SIZES, new=30, seed=SEED)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_replayed_steps_give_the_same_tokens(tiny: Tiny, ahead: bool) -> None:
-    async with engine_of(tiny, replace(FP32, ahead=ahead)) as (engine, (runner,)):
+    async with engine_with(DeviceRunner, tiny, replace(FP32, ahead=ahead)) as (engine, runner):
         assert isinstance(runner, DeviceRunner)
         alone = [(await replies_of(engine, [turn]))[0] for turn in tiny.turns()]
         assert runner.replayed_steps > runner.eager_steps > 0
@@ -119,9 +61,9 @@ class RecordedRunner(DeviceRunner):
 @pytest.mark.parametrize("window", [0, 50])
 async def test_what_is_captured_depends_on_the_buffers_alone(tiny: Tiny, window: int) -> None:
     options = replace(FP32, window=window)
-    async with engine_of(tiny, options, runner=Runner) as (engine, _):
+    async with engine_with(Runner, tiny, options) as (engine, _):
         expected = await replies_of(engine, tiny.turns())
-    async with engine_of(tiny, options, runner=RecordedRunner) as (engine, (runner,)):
+    async with engine_with(RecordedRunner, tiny, options) as (engine, runner):
         assert isinstance(runner, RecordedRunner)
         assert await replies_of(engine, tiny.turns()) == expected
         assert runner.replayed_steps > 0
@@ -129,7 +71,7 @@ async def test_what_is_captured_depends_on_the_buffers_alone(tiny: Tiny, window:
 
 async def test_without_graphs_every_step_is_eager_and_the_same(tiny: Tiny) -> None:
     options = replace(FP32, graphs=False, step_tokens=64, mixed_tokens=64)
-    async with engine_of(tiny, options) as (engine, (runner,)):
+    async with engine_with(DeviceRunner, tiny, options) as (engine, runner):
         assert await replies_of(engine, tiny.turns()) == tiny.replies
         assert isinstance(runner, DeviceRunner)
         assert runner.replayed_steps == 0
@@ -138,10 +80,10 @@ async def test_without_graphs_every_step_is_eager_and_the_same(tiny: Tiny) -> No
 async def test_preempted_and_cancelled_turns_leave_nothing_behind(tiny: Tiny) -> None:
     """Rows come and go, pages change hands: what a shape's buffers held before must not show."""
     turns = tiny.turns(max_tokens=100, end_tokens=frozenset())[4:]
-    async with engine_of(tiny, FP32) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, FP32) as (engine, _):
         expected = await replies_of(engine, turns)
         assert engine.preemptions == 0
-    async with engine_of(tiny, FP32, pages=64) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, FP32, pages=64) as (engine, _):
         stream = engine.submit(replace(turns[0], turn="left"))
         await anext(aiter(stream))
         await stream.aclose()
@@ -155,25 +97,25 @@ async def test_sampled_rows_draw_what_the_plain_engine_draws(tiny: Tiny) -> None
         replace(turn, sampling=rule if index % 2 else Sampling())
         for index, turn in enumerate(tiny.turns())
     ]
-    async with engine_of(tiny, FP32, runner=Runner) as (engine, _):
+    async with engine_with(Runner, tiny, FP32) as (engine, _):
         expected = await replies_of(engine, mixed)
-    async with engine_of(tiny, FP32) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, FP32) as (engine, _):
         assert await replies_of(engine, mixed) == expected
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
 async def test_a_window_sees_the_same_tokens(tiny: Tiny, sinks: int) -> None:
     options = replace(FP32, window=50, sinks=sinks)
-    async with engine_of(tiny, options, runner=Runner) as (engine, _):
+    async with engine_with(Runner, tiny, options) as (engine, _):
         expected = await replies_of(engine, tiny.turns())
-    async with engine_of(tiny, options) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, options) as (engine, _):
         assert await replies_of(engine, tiny.turns()) == expected
     assert expected != tiny.replies
 
 
 async def test_bf16_stays_as_close_as_the_plain_form(tiny: Tiny) -> None:
     turns = tiny.turns(max_tokens=1, end_tokens=frozenset())
-    async with engine_of(tiny, replace(FP32, dtype="bf16")) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, replace(FP32, dtype="bf16")) as (engine, _):
         firsts = await replies_of(engine, turns)
     agreeing = sum(a == b[:1] for a, b in zip(firsts, tiny.replies, strict=True))
     assert agreeing >= len(turns) - 3

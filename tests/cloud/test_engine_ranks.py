@@ -28,13 +28,13 @@ from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.split import split
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.errors import BadLength, EngineGone, InvalidArgument, ModelMismatch, RankLost
+from tests.support.tiny_engine import Tiny
 from tests.support.tiny_llama import TINY, WEIGHTS, build_tiny_llama
 from tests.support.tiny_ranks import (
     FP32,
     GONE_S,
     SEED,
     UNEVEN,
-    Tiny,
     collect,
     engine_of,
     rank_processes,

@@ -20,14 +20,13 @@ from segue_contract.chat.tokenizer import ChatTokenizer
 from segue_contract.kv.layout import KvBlock, block_ids
 from segue_contract.model.manifest import read_manifest
 from segue_contract.sync.ops import Sampling
+from tests.support.tiny_engine import ENDS, Tiny
 from tests.support.tiny_llama import TINY, HfReference
 from tests.support.tiny_ranks import (
-    ENDS,
     FP32,
     NEW,
     SEED,
     UNEVEN,
-    Tiny,
     all_replies,
     collect,
     engine_of,
@@ -53,12 +52,15 @@ async def test_alone_batched_and_sampled_equal_one_rank(uneven: Tiny, ranks: int
     rule = Sampling(temperature=1.3, top_p=0.95, top_k=200, seed=5)
     sampled = [uneven.turn(i, turn=f"s{i}", sampling=rule) for i in range(4)]
     async with engine_of(uneven, 1) as engine:
-        assert await all_replies(engine, uneven.turns) == uneven.replies
+        assert await all_replies(engine, uneven.turns()) == uneven.replies
         expected = await all_replies(engine, sampled)
     async with engine_of(uneven, ranks) as engine:
-        alone = [(await collect(engine, turn))[0] for turn in uneven.turns[:4]]
+        alone = [(await collect(engine, turn))[0] for turn in uneven.turns()[:4]]
         assert alone == uneven.replies[:4]
-        assert await all_replies(engine, [*uneven.turns, *sampled]) == [*uneven.replies, *expected]
+        assert await all_replies(engine, [*uneven.turns(), *sampled]) == [
+            *uneven.replies,
+            *expected,
+        ]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +70,14 @@ async def test_alone_batched_and_sampled_equal_one_rank(uneven: Tiny, ranks: int
 )
 async def test_plain_torch_over_an_even_split(even: Tiny, changes: dict[str, object]) -> None:
     async with engine_of(even, 2, compiled=False, **changes) as engine:
-        assert await all_replies(engine, even.turns) == even.replies
+        assert await all_replies(engine, even.turns()) == even.replies
 
 
 async def test_a_window_hides_the_same_tokens_on_every_rank(uneven: Tiny) -> None:
     replies = []
     for ranks in (1, 2):
         async with engine_of(uneven, ranks, window=48, sinks=2, step_tokens=96) as engine:
-            replies.append(await all_replies(engine, uneven.turns))
+            replies.append(await all_replies(engine, uneven.turns()))
     assert replies[0] == replies[1]
     assert replies[0] != uneven.replies, "the window has no effect"
 

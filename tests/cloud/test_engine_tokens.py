@@ -4,56 +4,31 @@ shipped KV, handed over in mid-reply, preempted, in small chunks."""
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.worker import TorchEngine
-from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
-from tests.support.tiny_llama import HfReference, build_tiny_llama
+from tests.support.tiny_engine import ENDS, Tiny, make_tiny
 
 POOL = 32 << 20
 # Exact: what comes back from the host tier was coded in 8 bits.
 FP32 = EngineOptions(dtype="fp32", pool_bytes=POOL, host_bytes=0)
-ENDS = frozenset((0, 3))
 NEW = 40
 SEED = 20
 
 
-@dataclass(frozen=True)
-class Tiny:
-    directory: Path
-    manifest: Manifest
-    prompts: list[tuple[int, ...]]
-    replies: list[list[int]]
-    reference: HfReference
-
-    def turn(self, index: int, **changes: object) -> EngineTurn:
-        turn = EngineTurn(
-            turn=f"t{index}", prompt=self.prompts[index], max_tokens=NEW, end_tokens=ENDS
-        )
-        return replace(turn, **changes)  # type: ignore[arg-type]
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 66, 100, 128, 129, 150, 192, 200, 250, 300, 70, 90, 410]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    directory = tmp_path_factory.mktemp("tiny")
-    manifest = build_tiny_llama(directory)
-    reference = HfReference(directory, manifest)
-    print("prompt seed", SEED)
-    rng = random.Random(SEED)
-    sizes = [1, 2, 15, 16, 17, 63, 64, 65, 66, 100, 128, 129, 150, 192, 200, 250, 300, 70, 90, 410]
-    prompts = [tuple(rng.randrange(4, 512) for _ in range(size)) for size in sizes]
-    replies = [reference.greedy(prompt, NEW, ENDS) for prompt in prompts]
-    assert any(len(reply) == NEW for reply in replies)
-    return Tiny(directory, manifest, prompts, replies, reference)
+    return make_tiny(tmp_path_factory.mktemp("tiny"), SIZES, NEW, SEED)
 
 
 @asynccontextmanager
@@ -91,7 +66,7 @@ async def all_replies(engine: TorchEngine, turns: Sequence[EngineTurn]) -> list[
 async def test_alone_and_batched_equal_hugging_face(
     tiny: Tiny, compiled: bool, ahead: bool
 ) -> None:
-    turns = [tiny.turn(i) for i in range(len(tiny.prompts))]
+    turns = tiny.turns()
     options = replace(FP32, compiled=compiled, ahead=ahead)
     async with engine_of(tiny, options) as engine:
         alone = [(await collect(engine, turn))[0] for turn in turns]
@@ -153,7 +128,7 @@ async def test_small_chunks_and_a_small_pool_change_nothing(tiny: Tiny, ahead: b
         pool_bytes=1100 * 512,
         compiled=True,
     )
-    turns = [tiny.turn(i) for i in range(len(tiny.prompts))]
+    turns = tiny.turns()
     async with engine_of(tiny, options) as engine:
         assert await all_replies(engine, turns) == tiny.replies
 

@@ -3,13 +3,9 @@ through pinned memory; FlashInfer against torch. The same parts run in tests/clo
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -31,8 +27,8 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.worker import TorchEngine
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import STAGED_BLOCKS
-from segue_contract.model.manifest import Manifest
-from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama
+from tests.support.tiny_engine import Tiny, engine_with, make_tiny, replies_of
+from tests.support.tiny_llama import TINY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,79 +36,36 @@ pytestmark = [
 ]
 
 SEED = 4
-NEW = 24
-PAGES = 600
+SIZES = [1, 16, 64, 130, 300, 33]
 FP32 = EngineOptions(dtype="fp32", device="cuda", max_batch=8)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    directory: Path
-    manifest: Manifest
-    turns: list[EngineTurn]
-    replies: list[list[int]]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    directory = tmp_path_factory.mktemp("tiny")
-    manifest = build_tiny_llama(directory)
-    reference = HfReference(directory, manifest)
-    print("prompt seed", SEED)
-    rng = random.Random(SEED)
-    prompts = [tuple(rng.randrange(4, 512) for _ in range(n)) for n in (1, 16, 64, 130, 300, 33)]
-    turns = [EngineTurn(turn=f"t{i}", prompt=p, max_tokens=NEW) for i, p in enumerate(prompts)]
-    replies = [reference.greedy(prompt, NEW, frozenset()) for prompt in prompts]
-    return Tiny(directory, manifest, turns, replies)
-
-
-@asynccontextmanager
-async def engine_of(
-    tiny: Tiny, options: EngineOptions, pages: int = PAGES
-) -> AsyncIterator[tuple[TorchEngine, list[DeviceRunner]]]:
-    built: list[DeviceRunner] = []
-
-    def build() -> DeviceRunner:
-        built.append(DeviceRunner(tiny.directory, tiny.manifest.geometry, pages, options))
-        return built[0]
-
-    engine = TorchEngine(tiny.manifest, options, pages, build)
-    await engine.start()
-    try:
-        yield engine, built
-    finally:
-        await engine.close()
-        engine.check_integrity()
-
-
-async def replies_of(engine: TorchEngine, turns: Sequence[EngineTurn]) -> list[list[int]]:
-    async def one(turn: EngineTurn) -> list[int]:
-        return [token async for output in engine.submit(turn) for token in output.tokens]
-
-    return await asyncio.gather(*(one(turn) for turn in turns))
+    return make_tiny(tmp_path_factory.mktemp("tiny"), SIZES, new=24, seed=SEED)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_captured_steps_give_the_same_tokens(tiny: Tiny, ahead: bool) -> None:
-    async with engine_of(tiny, replace(FP32, ahead=ahead)) as (engine, (runner,)):
-        alone = [(await replies_of(engine, [turn]))[0] for turn in tiny.turns]
+    async with engine_with(DeviceRunner, tiny, replace(FP32, ahead=ahead)) as (engine, runner):
+        alone = [(await replies_of(engine, [turn]))[0] for turn in tiny.turns()]
         assert runner.replayed_steps > runner.eager_steps > 0
-        assert await replies_of(engine, tiny.turns) == tiny.replies
+        assert await replies_of(engine, tiny.turns()) == tiny.replies
     assert alone == tiny.replies
 
 
 async def test_without_graphs_the_same(tiny: Tiny) -> None:
     options = replace(FP32, graphs=False, step_tokens=64, mixed_tokens=64)
-    async with engine_of(tiny, options) as (engine, (runner,)):
-        assert await replies_of(engine, tiny.turns) == tiny.replies
+    async with engine_with(DeviceRunner, tiny, options) as (engine, runner):
+        assert await replies_of(engine, tiny.turns()) == tiny.replies
         assert runner.replayed_steps == 0
 
 
 async def test_preempted_turns_give_the_same_tokens(tiny: Tiny) -> None:
-    turns = [replace(turn, max_tokens=150) for turn in tiny.turns]
-    async with engine_of(tiny, FP32) as (engine, _):
+    turns = tiny.turns(max_tokens=150, end_tokens=frozenset())
+    async with engine_with(DeviceRunner, tiny, FP32) as (engine, _):
         expected = await replies_of(engine, turns)
-    async with engine_of(tiny, FP32, pages=64) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, FP32, pages=64) as (engine, _):
         assert await replies_of(engine, turns) == expected
         assert engine.preemptions > 0
 
@@ -124,7 +77,7 @@ async def test_load_finds_the_pages_that_the_card_has_room_for(tiny: Tiny) -> No
         tiny.directory, tiny.manifest, replace(FP32, pool_bytes=8 << 20)
     )
     try:
-        assert await replies_of(engine, tiny.turns[:2]) == tiny.replies[:2]
+        assert await replies_of(engine, tiny.turns()[:2]) == tiny.replies[:2]
     finally:
         await engine.close()
 
@@ -134,7 +87,10 @@ async def test_evicted_blocks_come_back_from_pinned_memory(tiny: Tiny) -> None:
     rng = random.Random(SEED)
     prompts = [tuple(rng.randrange(4, 512) for _ in range(260)) for _ in range(12)]
     turns = [EngineTurn(turn=f"e{i}", prompt=p, max_tokens=4) for i, p in enumerate(prompts)]
-    async with engine_of(tiny, replace(FP32, host_bytes=64 << 20), pages=80) as (engine, _):
+    async with engine_with(DeviceRunner, tiny, replace(FP32, host_bytes=64 << 20), pages=80) as (
+        engine,
+        _,
+    ):
         tier = engine.tier
         assert isinstance(tier, PinnedTier)
         tier.recompute_s = lambda: 0.0

@@ -6,21 +6,18 @@ from pathlib import Path
 
 import torch
 
-from segue_cloud.engine.cuda.runner import DeviceRunner
 from segue_cloud.engine.weights import Layer, Weights, make_linear
 from segue_contract.kv.layout import KvRecipe
 from segue_contract.model.manifest import Manifest, ModelGeometry, RecipeEntry
 
 
-class RandomRunner(DeviceRunner):
-    """The runner of a card, with numbers from a generator in place of a file's."""
+def random_weights(
+    directory: Path, geometry: ModelGeometry, dtype: torch.dtype, device: str
+) -> Weights:
+    """As `load_weights`, from a generator with seed 1; nothing is read from `directory`.
 
-    def _load(self, directory: Path, dtype: torch.dtype) -> Weights:
-        return random_weights(self._geometry, dtype, self._device)
-
-
-def random_weights(geometry: ModelGeometry, dtype: torch.dtype, device: str) -> Weights:
-    """Scaled so that activations keep their size from layer to layer; seed 1."""
+    Scaled so that activations keep their size from layer to layer.
+    """
     g = geometry
     generator = torch.Generator(device).manual_seed(1)
 

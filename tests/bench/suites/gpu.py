@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from segue_cloud.engine.cuda.memory import token_bytes, weight_bytes
+from segue_cloud.engine.cuda.runner import DeviceRunner
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.sequence import pages_for
@@ -33,7 +34,7 @@ from segue_contract.model.manifest import ModelGeometry
 from tests.bench.harness import Report, median_of
 from tests.bench.suites._hf_batch import hf_decode, hf_model
 from tests.bench.suites._prompts import random_prompts
-from tests.bench.suites._random_llama import RandomRunner, random_manifest
+from tests.bench.suites._random_llama import random_manifest, random_weights
 from tests.support.shapes import LLAMA_8B
 from tests.support.tiny_llama import TINY
 
@@ -124,10 +125,12 @@ async def engine_rows(report: Report, plan: Plan, bandwidth: float) -> dict[int,
         step_tokens=2048,
         mixed_tokens=1024,
     )
-    runners: list[RandomRunner] = []
+    runners: list[DeviceRunner] = []
 
-    def build() -> RandomRunner:
-        runners.append(RandomRunner(Path(), plan.geometry, plan.pages, options))
+    def build() -> DeviceRunner:
+        runners.append(
+            DeviceRunner(Path(), plan.geometry, plan.pages, options, load=random_weights)
+        )
         return runners[0]
 
     began = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import structlog
@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 # Chunks up to this size attend row by row through the page table: cheaper than a gather.
 _ROW_CHUNK = 16
 _WARM_UP_TOKENS = 128
+
+LoadWeights: TypeAlias = Callable[[Path, ModelGeometry, torch.dtype, str], Weights]
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,17 @@ class Runner:
         geometry: ModelGeometry,
         pages: int,
         options: EngineOptions,
-        load: Callable[[Path, ModelGeometry, torch.dtype, str], Weights] = load_weights,
+        load: LoadWeights = load_weights,
     ) -> None:
         device = options.device
         dtype = choose_dtype(options.dtype, device)
         self._device = device
+        self._input_device = device
         self._geometry = geometry
         self._window = Window(options.window, options.sinks)
-        self._loader = load
         self.pages = self._make_pages(pages, dtype, options)
         self._ops = self._make_ops(options)
-        weights = self._load(directory, dtype)
+        weights = load(directory, geometry, dtype, device)
         self._model = LlamaModel(geometry, weights, self.pages, self._ops)
         self._tables = PageTables(options.max_batch, pages_for(geometry.context))
         self._dtype = dtype
@@ -123,9 +125,6 @@ class Runner:
 
     def _make_ops(self, options: EngineOptions) -> StepOps:
         return _choose_ops(self._geometry, self.pages, options)
-
-    def _load(self, directory: Path, dtype: torch.dtype) -> Weights:
-        return self._loader(directory, self._geometry, dtype, self._device)
 
     # -- a step -------------------------------------------------------------------------------
 
@@ -205,13 +204,13 @@ class Runner:
         logit_rows: list[int],
     ) -> StepInput:
         return StepInput(
-            tokens=torch.from_numpy(tokens).to(self._device),
+            tokens=torch.from_numpy(tokens).to(self._input_device),
             positions_np=positions,
             slots_np=slots,
             rows=np.array(rows, np.int32).reshape(-1, 3),
             tables=tables,
             segments=segments,
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=self._input_device),
         )
 
     def _segment(self, work: Work, first: int) -> Segment:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import structlog
 import torch
 
@@ -25,10 +23,11 @@ from segue_cloud.engine.cuda.sampling import choose_tokens, pick
 from segue_cloud.engine.cuda.transfers import CudaTransfers, DirectTransfers, Transfers
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.options import EngineOptions
-from segue_cloud.engine.runner import Prepared, Runner
+from segue_cloud.engine.runner import LoadWeights, Prepared, Runner
 from segue_cloud.engine.scheduler import Work
 from segue_cloud.engine.sequence import pages_for
 from segue_cloud.engine.step_input import Segment, StepInput
+from segue_cloud.engine.weights import load_weights
 from segue_contract.limits import KV_PAGE_TOKENS
 from segue_contract.model.manifest import ModelGeometry
 
@@ -43,13 +42,19 @@ class DeviceRunner(Runner):
     """
 
     def __init__(
-        self, directory: Path, geometry: ModelGeometry, pages: int, options: EngineOptions
+        self,
+        directory: Path,
+        geometry: ModelGeometry,
+        pages: int,
+        options: EngineOptions,
+        load: LoadWeights = load_weights,
     ) -> None:
         device = torch.device(options.device)
         self._on_card = device.type == "cuda"
         if device.index is not None:
             torch.cuda.set_device(device)  # of this thread, which computes
-        super().__init__(directory, geometry, pages, options)
+        super().__init__(directory, geometry, pages, options, load)
+        self._input_device = "cpu"  # `run` moves a step as a whole
         assert isinstance(self.pages, DevicePages)
         assert isinstance(self._ops, DeviceOps)
         self._device_ops = self._ops
@@ -115,28 +120,6 @@ class DeviceRunner(Runner):
         self._device_ops.begin(moved)
         logits = self._model.step(moved)
         return logits, pick(logits)
-
-    # -- building a step's arrays: they stay on the host --------------------------------------
-
-    def _input(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        slots: np.ndarray,
-        rows: Seq[tuple[int, int, int]],
-        tables: np.ndarray,
-        segments: tuple[Segment, ...],
-        logit_rows: list[int],
-    ) -> StepInput:
-        return StepInput(
-            tokens=torch.from_numpy(tokens),
-            positions_np=positions,
-            slots_np=slots,
-            rows=np.array(rows, np.int32).reshape(-1, 3),
-            tables=tables,
-            segments=segments,
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        )
 
     def _segment(self, work: Work, first: int) -> Segment:
         """As the plain one; where all is in sight, no mask: the fused kernels know that case."""
