@@ -54,9 +54,19 @@ def inline(function: Function) -> Function:
     return compiled
 
 
-_LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
+# expf after Cephes: e^x = 2^n e^r with n = round(x / ln 2), ln 2 in two parts, and e^r is
+# 1 + r + r^2 p(r) with these factors of p, highest power first.
+EXP_LIMIT, LOG2_E, LN2_HIGH, LN2_LOW = 60.0, 1.4426950408889634, 0.693359375, -2.12194440e-4
+EXP_FACTORS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LIMIT, _LOG2_E, _LN2_HIGH, _LN2_LOW = np.array([EXP_LIMIT, LOG2_E, LN2_HIGH, LN2_LOW], np.float32)
+_F7, _F6, _F5, _F4, _F3, _F2 = np.array(EXP_FACTORS, np.float32)
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
@@ -102,16 +112,15 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
 def exp(x: Any) -> Any:
     """expf after Cephes, which unlike libm's vectorises: relative error under 2e-7.
 
-    Clamped to [-60, 60], so that no weight becomes a (slow) denormal number.
+    Clamped to `EXP_LIMIT`, so that no weight becomes a (slow) denormal number.
     """
-    x = min(max(x, np.float32(-60.0)), np.float32(60.0))
+    x = min(max(x, -_LIMIT), _LIMIT)
     n = np.floor(x * _LOG2_E + np.float32(0.5))
     x = x - n * _LN2_HIGH - n * _LN2_LOW
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
+    y = _F7 * x + _F6
+    y = y * x + _F5
+    y = y * x + _F4
+    y = y * x + _F3
+    y = y * x + _F2
     y = y * x * x + x + np.float32(1.0)
     return y * _as_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))

@@ -11,7 +11,14 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from segue_cloud.engine.compiled import intrinsic
+from segue_cloud.engine.compiled import (
+    EXP_FACTORS,
+    EXP_LIMIT,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    intrinsic,
+)
 from segue_cloud.engine.native.emit import (
     BYTES,
     F32,
@@ -157,25 +164,20 @@ def _gate(module: Any) -> Any:
 
 
 def exp(builder: Any, x: Any) -> Any:
-    """As `compiled.exp`, of 16 numbers: expf after Cephes, clamped to [-60, 60]."""
-    x = builder.select(builder.fcmp_ordered("<", x, floats(-60.0)), floats(-60.0), x)
-    x = builder.select(builder.fcmp_ordered(">", x, floats(60.0)), floats(60.0), x)
-    scaled = builder.fmul(x, floats(1.4426950408889634))
+    """As `compiled.exp`, of 16 numbers."""
+    least, most = floats(-EXP_LIMIT), floats(EXP_LIMIT)
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    x = builder.select(builder.fcmp_ordered(">", x, most), most, x)
+    scaled = builder.fmul(x, floats(LOG2_E))
     n = call(builder, FLOATS, "llvm.rint.v16f32", [scaled])
 
     def multiply_add(a: Any, b: Any, c: Any) -> Any:
         return call(builder, FLOATS, "llvm.fma.v16f32", [a, b, c])
 
-    x = multiply_add(n, floats(-0.693359375), x)
-    x = multiply_add(n, floats(2.12194440e-4), x)
-    y = floats(1.9875691500e-4)
-    for factor in (
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    ):
+    x = multiply_add(n, floats(-LN2_HIGH), x)
+    x = multiply_add(n, floats(-LN2_LOW), x)
+    y = floats(EXP_FACTORS[0])
+    for factor in EXP_FACTORS[1:]:
         y = multiply_add(y, x, floats(factor))
     y = multiply_add(builder.fmul(y, x), x, builder.fadd(x, floats(1.0)))
     power = builder.add(builder.fptosi(n, INTS), ir.Constant(INTS, [127] * LANES))
