@@ -281,7 +281,6 @@ async def test_an_engine_that_hangs_is_dead(
             with pytest.raises(EngineGone, match="hangs"):
                 await anext(engine.submit(turn()))
         assert engine.died.is_set()
-        assert engine.hangs
         with pytest.raises(EngineGone):
             engine.submit(turn("later"))
     finally:

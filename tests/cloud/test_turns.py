@@ -29,7 +29,7 @@ from segue_contract.errors import (
     StoreUnavailable,
     TurnFailed,
 )
-from segue_contract.limits import STORE_TIMEOUT_S
+from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES
 from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
@@ -336,6 +336,42 @@ async def test_a_turn_of_a_dead_engine_stays_open_and_goes_on_elsewhere(
             assert not attached
             second.edge_lost()
             assert (await new.ended(second)).tokens == words
+
+
+async def test_a_dead_engine_takes_no_turns(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words)
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        begun = await bench.begin()
+        engine.died.set()
+        with pytest.raises(EngineGone):
+            await bench.begin("t2")
+        async with bench_on(valkey.url, model_dir, engine) as again:
+            assert not await again.manager.recover(TENANT, SESSION)
+            with pytest.raises(EngineGone):
+                await again.manager.take_over(again.spec(begun), ())
+        assert (await bench.turn()).epoch == begun.epoch
+
+
+async def test_a_turn_under_which_engine_after_engine_dies_is_ended(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    broken = ScriptedEngine(words)
+    broken.fail_at = (0, EngineGone("The engine died."))
+    async with bench_on(valkey.url, model_dir, broken) as bench:
+        begun = await bench.begin()
+        owner = bench.manager.start(bench.spec(begun, has_edge=False))
+        for epoch in range(2, TURN_ENGINES + 1):
+            async with asyncio.timeout(WAIT_S):
+                await owner.ended.wait()
+            assert not (await bench.turn()).ended
+            owner, _ = await bench.manager.take_over(bench.spec(begun), ())
+            assert owner.spec.key.epoch == epoch
+            owner.edge_lost()
+        turn = await bench.ended(owner)
+        assert turn.reason == "error"
+        assert turn.error_code == "engine_gone"
 
 
 async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(

@@ -126,6 +126,25 @@ async def test_a_thin_link_is_measured_and_not_taken_for_a_lost_one() -> None:
                 await cloud.close()
 
 
+async def test_an_answer_that_waits_behind_kv_is_late_not_lost() -> None:
+    async with scripted_cloud() as far, SlowProxy(int(far.address.rpartition(":")[2])) as proxy:
+        target = f"127.0.0.1:{proxy.port}"
+        clouds = CloudSet([target], Pacer())
+        cloud = clouds.clouds[target]
+        try:
+            await clouds._try_probe(cloud, first=True)
+            assert cloud.healthy
+            proxy.stall()
+            with cloud.shipping(1):
+                await clouds._try_probe(cloud, first=False)
+                assert cloud.healthy
+            await clouds._try_probe(cloud, first=False)
+            assert not cloud.healthy
+        finally:
+            proxy.flow()
+            await clouds.close()
+
+
 async def test_without_a_rate_nothing_waits() -> None:
     async with asyncio.timeout(1):
         await Pacer().pass_through(10**12)

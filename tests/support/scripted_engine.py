@@ -23,7 +23,6 @@ class ScriptedEngine:
         self.fail_at: tuple[int, SegueError] | None = None
         self.blocks: dict[bytes, KvBlock] = {}
         self.died = asyncio.Event()
-        self.hangs = False
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 

@@ -77,18 +77,17 @@ async def serve(settings: CloudSettings) -> None:
         dying.cancel()
         log.info("stopping", running_turns=cloud.manager.running)
         if cloud.engine.died.is_set():
-            if cloud.engine.hangs:
-                _end_without(SHUTDOWN_GRACE_S)
+            _end_after(4 * SHUTDOWN_GRACE_S)
             raise EngineGone(
                 "The engine died; this instance ends, so that turns go to others.",
                 hint="Its log says why. Start it again.",
             )
 
 
-def _end_without(grace_s: float) -> None:
-    """End the process after twice the grace, whatever it waits for then: Python joins the threads
-    of its pools, and one of them may never return."""
-    last = threading.Timer(2 * grace_s, os._exit, (1,))
+def _end_after(seconds: float) -> None:
+    """End the process then, whatever it waits for: Python joins the threads of its pools, and one
+    of a dead engine's may never return."""
+    last = threading.Timer(seconds, os._exit, (1,))
     last.daemon = True
     last.start()
 

@@ -64,8 +64,11 @@ STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half 
 TURN_LEASE_S: Final = 6.0  # an owner renews it with every append and every third of it
 RECOVERY_SWEEP_S: Final = 2.0  # with the lease: the longest that an orphaned turn lies still
 RECOVERY_SESSIONS: Final = 256  # newest sessions that the sweep looks at
+TURN_ENGINES: Final = 4  # epochs of a turn after which a dying engine ends it: it may be the cause
 OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
-KV_STALL_TIMEOUT_S: Final = 3.0  # KV began and stopped for this long: the cloud recomputes
+KV_STALL_TIMEOUT_S: Final = 10.0  # KV began and stopped: then the cloud recomputes. A part takes
+# this long on a link of 26 kB/s, and so may a chunk's prefill on a slow edge.
+KV_DRAIN_S: Final = 30.0  # the longest that sent KV is believed to be in buffers on the way
 READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
 KV_FIRST_BYTE_TIMEOUT_S: Final = 60.0  # an edge with a full prefill queue may start this late
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing

@@ -78,18 +78,19 @@ async def probe_store(url: str) -> RoundTrips:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379)
-            try:
-                for _ in range(ROUNDS):
-                    began = time.monotonic()
-                    writer.write(b"PING\r\n")
+        try:
+            for _ in range(ROUNDS):
+                began = time.monotonic()
+                writer.write(b"PING\r\n")
+                async with asyncio.timeout(TIMEOUT_S):
                     answer = await reader.readline()
-                    times.append(time.monotonic() - began)
-                    if not answer.startswith((b"+PONG", b"-NOAUTH")):
-                        raise Unreachable("It does not answer as Redis does.")
-            finally:
-                writer.close()
+                times.append(time.monotonic() - began)
+                if not answer.startswith((b"+PONG", b"-NOAUTH")):
+                    raise Unreachable("It does not answer as Redis does.")
+        finally:
+            writer.close()
     except (OSError, TimeoutError) as error:
-        raise Unreachable(f"Nothing answers there ({error or 'too late'}).") from None
+        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
     return RoundTrips(tuple(sorted(times)))
 
 
@@ -113,7 +114,7 @@ async def probe_broker(url: str) -> RoundTrips:
                 await client.subscribe(topic)
                 return RoundTrips(tuple(sorted(await _echoes(client, topic))))
     except (aiomqtt.MqttError, OSError, TimeoutError) as error:
-        raise Unreachable(f"No MQTT 5 broker answers there ({error or 'too late'}).") from None
+        raise Unreachable(f"No MQTT 5 broker answers there ({str(error) or 'too late'}).") from None
 
 
 async def _echoes(client: aiomqtt.Client, topic: str) -> list[float]:

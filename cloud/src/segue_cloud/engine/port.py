@@ -63,10 +63,8 @@ class Engine(Protocol):
     """Thread-safe seen from one event loop; the computing thread is the engine's own.
 
     `died` is set when the engine can compute no more; the process should then end, so that turns
-    go to other instances. `hangs`: a thread of it will never end.
+    go to other instances.
     """
-
-    hangs: bool
 
     @property
     def died(self) -> asyncio.Event: ...

@@ -106,7 +106,6 @@ class TorchEngine:
         self._numbers = itertools.count(1)
         self._closed = False
         self.died = asyncio.Event()
-        self.hangs = False
         self._dtype = choose_dtype(options.dtype, options.device)
         self._pool = BlockPool(pages)
         window = ""
@@ -287,7 +286,6 @@ class TorchEngine:
             began = self._thread.working_since
             if watch.look(began):
                 log.error("engine_stuck", step_s=round(time.perf_counter() - began, 1))
-                self.hangs = True
                 self.die(EngineGone(f"The engine hangs: a step took over {STEP_TIMEOUT_S:.0f} s."))
 
     def _fail_all(self, error: SegueError) -> None:

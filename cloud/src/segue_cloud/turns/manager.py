@@ -14,7 +14,7 @@ from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.succession import Succession
 from segue_cloud.turns.writer import TurnKey
-from segue_contract.errors import Overloaded, SegueError
+from segue_contract.errors import EngineGone, Overloaded, SegueError
 from segue_contract.limits import OPEN_TURN_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import Cursor, find_turn, heard
@@ -99,7 +99,9 @@ class TurnManager:
         return None
 
     def admit(self) -> None:
-        """Raises Overloaded where the bound of turns is reached."""
+        """Raises Overloaded where the bound of turns is reached, EngineGone after the engine."""
+        if self._deps.engine.died.is_set():
+            raise EngineGone("The engine of this instance died.", hint="Another instance goes on.")
         busy = len(self._owners) + len(self._begun) + self._admitted
         if busy >= self._max_turns:
             stats = self._deps.engine.stats()

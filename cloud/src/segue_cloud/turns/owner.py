@@ -36,7 +36,7 @@ from segue_contract.errors import (
     StaleEpoch,
     StoreUnavailable,
 )
-from segue_contract.limits import STORE_TIMEOUT_S, TURN_TIMEOUT_S
+from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES, TURN_TIMEOUT_S
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
 
@@ -227,7 +227,7 @@ class TurnOwner:
             reason, error = self._reason_of(producing)
             self._writer.close()
             await writing
-            if isinstance(error, EngineGone):
+            if isinstance(error, EngineGone) and self.spec.key.epoch < TURN_ENGINES:
                 raise error
             return reason, error
         finally:
@@ -290,8 +290,8 @@ class TurnOwner:
             max_tokens=max_tokens,
             end_tokens=self._deps.end_tokens,
         )
-        stopped = asyncio.create_task(self.stopping.wait())
         outputs = self._deps.engine.submit(turn)
+        stopped = asyncio.create_task(self.stopping.wait())
         step: asyncio.Future[EngineOutput | None] | None = None
         try:
             while True:

@@ -83,6 +83,8 @@ class Succession:
 
         Its lease must have run out: `take_over` refuses while somebody renews it.
         """
+        if self._deps.engine.died.is_set():
+            return False
         state = await self._deps.log.state(tenant, session)
         for position, turn in enumerate(state.turns):
             key = (tenant, session, turn.turn)

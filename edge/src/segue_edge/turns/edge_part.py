@@ -145,14 +145,13 @@ class EdgePart:
         backlog = int(self._deps.speeds.kv_bytes_per_token.value * 64) * max(
             0, len(self._planned.ids) - opened.have_blocks
         )
-        link.cloud.backlog_bytes += backlog
         try:
-            await sender.run(link.stream, opened.have_blocks)
+            with link.cloud.shipping(backlog):
+                await sender.run(link.stream, opened.have_blocks)
         except SegueError as error:
             log.warning("kv_not_shipped", turn=self._asked.turn, error=str(error))
             link.silence.set()
         finally:
-            link.cloud.backlog_bytes -= backlog
             self._note_shipped()
         if sender.sent_blocks:
             per_token = sender.sent_bytes / sender.sent_blocks / 64

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -14,6 +14,7 @@ import structlog
 
 from segue_contract.errors import DeadlineExceeded, SegueError, Unreachable
 from segue_contract.limits import (
+    KV_DRAIN_S,
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
     RECONNECT_WAIT_S,
@@ -51,6 +52,7 @@ class Cloud:
         self.recipes: frozenset[str] = frozenset()
         self.weights_digest = ""
         self.backlog_bytes = 0
+        self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
 
     def take_facts(self, facts: dpb.CloudFacts) -> None:
         """What the cloud says of itself, with every Begin, Opened and Probe."""
@@ -64,6 +66,23 @@ class Cloud:
             decode_step_s=facts.decode_step_s,
         )
 
+    @contextlib.contextmanager
+    def shipping(self, size: int) -> Iterator[None]:
+        """While inside, about `size` bytes of KV are on their way up."""
+        self.backlog_bytes += size
+        try:
+            yield
+        finally:
+            self.backlog_bytes -= size
+            # Twice what it should take: buffers on the way may hold KV of an earlier turn, too.
+            lasts_s = min(2 * size / self.view.goodput.bytes_per_s, KV_DRAIN_S)
+            self._drained_at = max(self._drained_at, time.monotonic() + lasts_s)
+
+    @property
+    def carries_kv(self) -> bool:
+        """KV is under way, or still in the buffers: whatever else is asked waits behind it."""
+        return self.backlog_bytes > 0 or time.monotonic() < self._drained_at
+
     def failed(self, error: SegueError) -> None:
         """A call did not reach it."""
         if self.healthy:
@@ -76,13 +95,18 @@ class Cloud:
         Raises:
             Unreachable, DeadlineExceeded: no answer within `PROBE_TIMEOUT_S`.
         """
+        rtt_s = await self._round_trip()
+        if goodput:
+            # Anew: the first one may have connected as well.
+            await self._measure_goodput(pacer, min(rtt_s, await self._round_trip()))
+
+    async def _round_trip(self) -> float:
         started = time.monotonic()
         reply = await self._probe_call(b"")
         rtt_s = time.monotonic() - started
         self.view.rtt_s.observe(rtt_s)
         self.take_facts(reply.facts)
-        if goodput:
-            await self._measure_goodput(pacer, rtt_s)
+        return rtt_s
 
     async def _measure_goodput(self, pacer: Pacer, rtt_s: float) -> None:
         sent, seconds = 0, 0.0  # of the last one
@@ -93,10 +117,11 @@ class Cloud:
                 # Random bytes: a link that compresses must not look faster than it is.
                 await self._probe_call(os.urandom(size))
             except DeadlineExceeded:
-                # It answered a moment ago: a link this thin is a fact, not a loss. What came
-                # through before is measured; else all that is known is what did not.
-                if not sent:
-                    self.view.goodput.observe(size, time.monotonic() - began, app_limited=False)
+                # It answered a moment ago: a link this thin is a fact, not a loss, and what did not
+                # come through bounds it.
+                elapsed_s = time.monotonic() - began
+                if not sent or size / elapsed_s < sent / seconds:
+                    sent, seconds = size, elapsed_s
                 break
             sent, seconds = size, sending_s(time.monotonic() - began, rtt_s)
         self.view.goodput.observe(sent, seconds, app_limited=False)
@@ -185,7 +210,8 @@ class CloudSet:
         try:
             await cloud.probe(self.pacer, goodput=first or unmeasured)
         except SegueError as error:
-            cloud.failed(error)
+            if not (isinstance(error, DeadlineExceeded) and cloud.carries_kv):
+                cloud.failed(error)
             return
         if not was_healthy:
             log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)
