@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, helper
 
-from segue_contract.model.gate import MAX_AGREEMENT_LOSS, Measured, representative
+from segue_contract.model.gate import MAX_AGREEMENT_LOSS, Measured, recipe_entry, representative
 from segue_contract.model.manifest import (
     Manifest,
     RecipeEntry,
@@ -268,8 +268,7 @@ def enter(manifest: Manifest, built: Built, max_loss: float, directory: Path) ->
     base = manifest.edge_recipe
 
     def entry(one: Measured) -> RecipeEntry:
-        recipe = msgspec.structs.replace(base, weight_quant=one.weight_quant, codec=one.codec)
-        return RecipeEntry(recipe=recipe, allowed=one.within(max_loss), quality=one.quality)
+        return recipe_entry(one, base, max_loss)
 
     chosen = representative(built.measured, manifest.geometry.kv, max_loss)
     recipes = {n: e for n, e in manifest.recipes.items() if not n.startswith(QDQ)}

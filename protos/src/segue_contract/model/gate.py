@@ -87,11 +87,10 @@ def bytes_per_token(codec: str, geometry: KvGeometry) -> float:
 def choose(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) -> Choice:
     """The fastest graph that has a codec within the budget, with its cheapest such codec."""
 
-    def cheapest(graph: str) -> Measured | None:
-        inside = [m for m in measured if m.graph == graph and m.within(max_loss)]
-        return min(inside, key=lambda m: bytes_per_token(m.codec, geometry), default=None)
-
-    best = [cheapest(graph) for graph in FALLBACKS]
+    best = [
+        _cheapest([one for one in measured if one.graph == graph], geometry, max_loss)
+        for graph in FALLBACKS
+    ]
     return Choice(
         edge=next((one for one in best if one is not None), None),
         weight_only=best[FALLBACKS.index(WEIGHT_ONLY)],
@@ -102,10 +101,24 @@ def choose(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) 
 def representative(measured: Sequence[Measured], geometry: KvGeometry, max_loss: float) -> Measured:
     """What one graph's short name stands for: its cheapest codec within the budget; where there is
     none, its best one, which is then refused. `measured` is not empty."""
+    return _cheapest(measured, geometry, max_loss) or _best(measured)
+
+
+def _cheapest(
+    measured: Sequence[Measured], geometry: KvGeometry, max_loss: float
+) -> Measured | None:
     inside = [one for one in measured if one.within(max_loss)]
-    if inside:
-        return min(inside, key=lambda one: bytes_per_token(one.codec, geometry))
+    return min(inside, key=lambda one: bytes_per_token(one.codec, geometry), default=None)
+
+
+def _best(measured: Sequence[Measured]) -> Measured:
     return max(measured, key=lambda one: one.quality.agreement)
+
+
+def recipe_entry(one: Measured, base: KvRecipe, max_loss: float) -> RecipeEntry:
+    """What the manifest says of `one`; `base` says its weights, RoPE and layout."""
+    recipe = msgspec.structs.replace(base, weight_quant=one.weight_quant, codec=one.codec)
+    return RecipeEntry(recipe=recipe, allowed=one.within(max_loss), quality=one.quality)
 
 
 def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dict[str, RecipeEntry]:
@@ -115,15 +128,13 @@ def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dic
     """
 
     def entry(one: Measured) -> RecipeEntry:
-        recipe = msgspec.structs.replace(base, weight_quant=one.weight_quant, codec=one.codec)
-        return RecipeEntry(recipe=recipe, allowed=one.within(choice.max_loss), quality=one.quality)
+        return recipe_entry(one, base, choice.max_loss)
 
     by_name = {one.name: entry(one) for one in measured}
 
     def best(graphs: Sequence[str]) -> Measured:
         usual = [one for one in measured if one.graph in FALLBACKS]
-        candidates = [one for one in usual if one.graph in graphs] or usual
-        return max(candidates, key=lambda one: one.quality.agreement)
+        return _best([one for one in usual if one.graph in graphs] or usual)
 
     return {
         "edge": entry(choice.edge or best((EDGE,))),
