@@ -159,10 +159,10 @@ class Program(Part):
             del said[:-_HINT_LINES]
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
+
+        def is_ready(line: str) -> bool:  # asked of each line until one is
             if self._on_news is not None and (news := parse_news(line)):
                 self._on_news(self, news)
-
-        def is_ready(line: str) -> bool:
             return parse_ready(line) is not None
 
         try:
