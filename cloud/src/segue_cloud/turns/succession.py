@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -126,19 +127,11 @@ class Succession:
 def _resumed(
     spec: OwnedTurn, claim: TurnClaim, turn: TurnState, adopted: tuple[int, ...]
 ) -> OwnedTurn:
-    return OwnedTurn(
-        key=TurnKey(spec.key.tenant, spec.key.session, spec.key.turn, claim.epoch, spec.key.device),
-        prompt=spec.prompt,
-        max_tokens=spec.max_tokens,
-        sampling=spec.sampling,
-        stop=spec.stop,
-        shape=spec.shape,
-        blocks=spec.blocks,
-        ship_blocks=spec.ship_blocks,
+    return replace(
+        spec,
+        key=replace(spec.key, epoch=claim.epoch),
         made=tuple(turn.tokens),
         made_pieces=tuple(turn.pieces),
         adopted=adopted,
-        edge_cached_tokens=spec.edge_cached_tokens,
-        has_edge=spec.has_edge,
         started_offset=claim.cursor.offset,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from segue_contract.errors import SegueError
+from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.plan import Shape
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
@@ -142,7 +143,7 @@ class EdgePart:
     async def _ship(self, sender: KvSender, link: TurnLink) -> None:
         """A block that cannot be sent costs time, not the turn: the cloud computes it."""
         opened = await asyncio.shield(link.opened)
-        backlog = int(self._deps.speeds.kv_bytes_per_token.value * 64) * max(
+        backlog = int(self._deps.speeds.kv_bytes_per_token.value * BLOCK_TOKENS) * max(
             0, len(self._planned.ids) - opened.have_blocks
         )
         try:
@@ -154,7 +155,7 @@ class EdgePart:
         finally:
             self._note_shipped()
         if sender.sent_blocks:
-            per_token = sender.sent_bytes / sender.sent_blocks / 64
+            per_token = sender.sent_bytes / sender.sent_blocks / BLOCK_TOKENS
             self._deps.speeds.kv_bytes_per_token.observe(per_token)
 
     def _note_shipped(self) -> None:
@@ -191,7 +192,7 @@ class EdgePart:
         prefill = await self._job.done
         self._measure.mark("prefilled")
         self._measure.model_s = prefill.model_s
-        self._measure.edge_cached_blocks = prefill.cached_tokens // 64
+        self._measure.edge_cached_blocks = prefill.cached_tokens // BLOCK_TOKENS
         if self._link is not None:
             self._measure.shipped_before_prefill_end = self._link.stream.sent_kv_bytes
         for tokens, seconds in prefill.rates:

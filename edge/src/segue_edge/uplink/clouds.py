@@ -95,20 +95,19 @@ class Cloud:
         Raises:
             Unreachable, DeadlineExceeded: no answer within `PROBE_TIMEOUT_S`.
         """
-        rtt_s = await self._round_trip()
+        await self._round_trip()
         if goodput:
-            # Anew: the first one may have connected as well.
-            await self._measure_goodput(pacer, min(rtt_s, await self._round_trip()))
+            await self._round_trip()  # the first one may have connected as well
+            await self._measure_goodput(pacer)
 
-    async def _round_trip(self) -> float:
+    async def _round_trip(self) -> None:
         started = time.monotonic()
         reply = await self._probe_call(b"")
-        rtt_s = time.monotonic() - started
-        self.view.rtt_s.observe(rtt_s)
+        self.view.rtt_s.observe(time.monotonic() - started)
         self.take_facts(reply.facts)
-        return rtt_s
 
-    async def _measure_goodput(self, pacer: Pacer, rtt_s: float) -> None:
+    async def _measure_goodput(self, pacer: Pacer) -> None:
+        rtt_s = self.view.rtt_s.value
         sent, seconds = 0, 0.0  # of the last one
         while size := next_payload(sent, seconds, rtt_s):
             began = time.monotonic()
@@ -206,9 +205,8 @@ class CloudSet:
 
     async def _try_probe(self, cloud: Cloud, *, first: bool) -> None:
         was_healthy = cloud.healthy
-        unmeasured = cloud.view.goodput.confidence == 0
         try:
-            await cloud.probe(self.pacer, goodput=first or unmeasured)
+            await cloud.probe(self.pacer, goodput=cloud.view.goodput.confidence == 0)
         except SegueError as error:
             if not (isinstance(error, DeadlineExceeded) and cloud.carries_kv):
                 cloud.failed(error)
