@@ -235,5 +235,5 @@ def _choose_ops(geometry: ModelGeometry, pages: KvPages, options: EngineOptions)
 
 def _load_kernels(ops: CompiledOps, threads: int) -> None:
     ops.kernels.set_threads(threads)
-    with told_if_slow("compiles its kernels for this CPU, once; half a minute at most"):
+    with told_if_slow("compiles its kernels for this CPU, once"):
         ops.load_kernels()

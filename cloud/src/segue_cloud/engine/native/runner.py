@@ -64,7 +64,7 @@ class NativeRunner:
             )
 
     def warm_up(self, threads: int) -> None:
-        with told_if_slow("compiles its step for this CPU, once; half a minute at most"):
+        with told_if_slow("compiles its step for this CPU, once"):
             self._model.start()
         torch.set_num_threads(1)  # it only moves blocks from now on: waking threads costs more
         one = np.zeros(1, np.int64)
