@@ -96,7 +96,8 @@ _MEANING = {
     "plan": "ship: the edge prefills, its KV goes up, the cloud decodes; text: the cloud does "
     "both; edge: the edge does both. Turn 1 ships because the demo asked for it.",
     "first token": "From asking until the asking device has it, all included; who made it.",
-    "foreseen": "What the planner expected of each plan.",
+    "foreseen": "When the planner expected each plan's first token; it also weighs the gap after "
+    "it and the whole reply.",
     "devices apart": "Per token, how far apart in time both devices had it, by one clock.",
     "KV shipped": "Attention state sent from edge to cloud, of what it would be in fp16.",
     "blocks reused": "64-token blocks of the prompt whose KV was there from before.",
