@@ -33,7 +33,7 @@ class EngineOptions:
     `dtype`: "auto" (bfloat16 where the CPU multiplies it natively, else float32), "bf16", "fp32".
     `threads`: of the computing pool. `pool_bytes`: for KV pages. `device`: "cpu" or "cuda[:N]".
     `step_tokens` bounds one step, `mixed_tokens` the prompt tokens of a step that also decodes.
-    `ahead`: plan the next step while one runs, in a second thread; see ARCHITECTURE.md.
+    `ahead`: plan the next step while one runs, in a second thread; see docs/decisions.md.
     `host_bytes`: for blocks that the pool had to give up, coded in 8 bits; 0: none are kept; None:
     a share of the machine's memory, see `choose_host_bytes`.
     `window`: a token sees that many tokens, itself among them, and the first `sinks`; 0: what the
