@@ -53,6 +53,8 @@ OUTBOX_TURNS: Final = 64  # turns served offline that wait for the cloud; then O
 PREFILL_QUEUE_JOBS: Final = 256  # jobs of the edge's compute thread: turns and warm-ups
 WARM_QUEUE_TURNS: Final = 16  # idle warm-ups waiting; older ones are dropped
 
+LOG_QUEUE_BYTES: Final = 1 * MIB  # lines for a stderr that nobody reads; then they are dropped
+
 # -- times, seconds ---------------------------------------------------------------------------
 CONNECT_TIMEOUT_S: Final = 5.0
 CONNECT_ATTEMPT_S: Final = 2.0  # one attempt of a channel: two round trips and a busy machine
@@ -85,6 +87,7 @@ BROKER_RETRY_S: Final = 0.5
 BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0
+LOG_FLUSH_S: Final = 1.0  # at the end of a program, for log lines that wait
 START_NOTICE_S: Final = 2.0  # a program that takes longer to be ready says what it does
 START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
 
