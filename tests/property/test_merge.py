@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.sync.merge import Durable, Fresh, Merged, Rewound, TurnMerger
+from segue_contract.turn.events import Durable, Frame, Rewound
+from segue_contract.turn.merge import Merged, Merger
 
-Push = tuple[int, int, list[int], list[str], bool]
+Push = Frame
 
 
 class Screen:
@@ -25,7 +27,7 @@ class Screen:
     def show(self, events: list[Merged]) -> None:
         for event in events:
             match event:
-                case Fresh():
+                case Frame():
                     assert event.index == len(self.pieces), "a hole or a repetition on the screen"
                     self.pieces.extend(event.pieces)
                     if event.durable and self.durable == event.index:
@@ -41,6 +43,10 @@ class Screen:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+
+def frame(epoch: int, index: int, tokens: list[int], pieces: Sequence[str], durable: bool) -> Frame:
+    return Frame(epoch, index, tuple(tokens), tuple(pieces), durable)
 
 
 def cut(random: Random, tokens: list[int], pieces: list[str], first: int) -> list[tuple[int, int]]:
@@ -72,7 +78,7 @@ def test_any_order_duplicates_overlaps_and_a_failover_give_the_logs_text(
 
     def frames(tokens: list[int], epoch: int, first: int, last: int, durable: bool) -> list[Push]:
         return [
-            (epoch, a, tokens[a:b], [words[t] for t in tokens[a:b]], durable)
+            Frame(epoch, a, tuple(tokens[a:b]), tuple(words[t] for t in tokens[a:b]), durable)
             for a, b in cut(random, tokens[:last], [], first)
         ]
 
@@ -81,12 +87,12 @@ def test_any_order_duplicates_overlaps_and_a_failover_give_the_logs_text(
     arrivals = log + [one for one in previews + log if random.random() < 0.7]
     random.shuffle(arrivals)
 
-    merger, screen = TurnMerger(), Screen()
+    merger, screen = Merger(), Screen()
     end_at = random.randrange(len(arrivals) + 1)
     for number, arrival in enumerate(arrivals):
         if number == end_at:
             screen.show(merger.end(length))
-        screen.show(merger.push(*arrival))
+        screen.show(merger.push(arrival))
         merger.check_integrity()
         assert screen.text == merger.text
         assert screen.durable == merger.durable_index
@@ -102,24 +108,24 @@ def test_any_order_duplicates_overlaps_and_a_failover_give_the_logs_text(
 
 
 def test_a_preview_that_never_became_durable_is_taken_back() -> None:
-    merger, screen = TurnMerger(), Screen()
-    screen.show(merger.push(1, 0, [1, 2, 3, 4], list("abcd"), False))
-    screen.show(merger.push(1, 0, [1, 2], list("ab"), True))
+    merger, screen = Merger(), Screen()
+    screen.show(merger.push(frame(1, 0, [1, 2, 3, 4], list("abcd"), False)))
+    screen.show(merger.push(frame(1, 0, [1, 2], list("ab"), True)))
     assert (screen.text, screen.durable) == ("abcd", 2)
-    screen.show(merger.push(2, 2, [3, 9], list("cx"), True))
+    screen.show(merger.push(frame(2, 2, [3, 9], list("cx"), True)))
     assert screen.rewinds == [3]
     assert screen.text == "abcx"
-    screen.show(merger.push(1, 4, [5], ["e"], False))
+    screen.show(merger.push(frame(1, 4, [5], ["e"], False)))
     assert screen.text == "abcx", "an epoch that is over goes on talking"
 
 
 def test_an_announced_rewind_and_the_end_drop_what_is_void() -> None:
-    merger, screen = TurnMerger(), Screen()
-    screen.show(merger.push(1, 0, [1, 2, 3], list("abc"), False))
+    merger, screen = Merger(), Screen()
+    screen.show(merger.push(frame(1, 0, [1, 2, 3], list("abc"), False)))
     screen.show(merger.confirm(1))
     screen.show(merger.rewind(2, 1))
     assert (screen.text, screen.rewinds) == ("a", [1])
-    screen.show(merger.push(2, 1, [7, 8], list("yz"), False))
+    screen.show(merger.push(frame(2, 1, [7, 8], list("yz"), False)))
     screen.show(merger.end(2))
     assert screen.text == "ay"
     assert merger.complete
@@ -127,13 +133,23 @@ def test_an_announced_rewind_and_the_end_drop_what_is_void() -> None:
 
 
 def test_a_durable_token_is_final() -> None:
-    merger = TurnMerger()
-    merger.push(1, 0, [1], ["a"], True)
-    assert merger.push(5, 0, [2], ["b"], True) == []
+    merger = Merger()
+    merger.push(frame(1, 0, [1], ["a"], True))
+    assert merger.push(frame(5, 0, [2], ["b"], True)) == []
     assert merger.text == "a"
+
+
+def test_a_log_that_lost_tokens_takes_back_what_was_durable() -> None:
+    merger, screen = Merger(), Screen()
+    screen.show(merger.push(frame(1, 0, [1, 2, 3], "abc", True)))
+    told = merger.rewind(2, 1)
+    assert told == [Rewound(2, 1)]
+    assert (merger.text, merger.durable_index) == ("a", 1)
+    assert merger.push(frame(2, 1, [8, 9], "yz", True)) == [frame(2, 1, [8, 9], "yz", True)]
+    merger.check_integrity()
 
 
 @pytest.mark.parametrize(("index", "tokens"), [(-1, [1]), (1 << 30, [1]), (0, [1, 2])])
 def test_impossible_frames_are_refused(index: int, tokens: list[int]) -> None:
     with pytest.raises(InvalidArgument):
-        TurnMerger().push(1, index, tokens, ["x"], True)
+        Merger().push(frame(1, index, tokens, ["x"], True))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from segue import events
 from segue_contract.errors import InvalidArgument, TurnFailed
 from segue_contract.plan import PlanReport, decode_plan
-from segue_contract.sync.merge import Durable, Fresh, Rewound, TurnMerger
-from segue_contract.sync.ops import Usage
+from segue_contract.turn.events import Durable, Ended, Frame, Reason, Rewound, Started, TurnEvent
+from segue_contract.turn.merge import Merged, Merger
+from segue_contract.turn.wire import from_wire
 from segue_contract.v1 import agent_pb2 as pb
 
 
@@ -21,7 +22,7 @@ class ReplyView:
 
     def __init__(self, turn: str) -> None:
         self.turn = turn
-        self.merger = TurnMerger()
+        self.merger = Merger()
         self.started = False
         self.ended: events.Ended | None = None
         self.incomplete = False
@@ -37,51 +38,39 @@ class ReplyView:
         Raises:
             InvalidArgument: a frame that is none.
         """
-        if self.ended is not None:
+        event = from_wire(wire)
+        if self.ended is not None or event is None:
             return []
         self.incomplete = False
         out: list[events.TurnEvent] = []
-        kind = wire.WhichOneof("kind")
-        if not self.started and kind is not None:
-            # a joined turn may begin with a frame
+        if not self.started:  # a joined turn may begin with a frame
             self.started = True
-            first = wire.started
+            first = event if isinstance(event, Started) else Started(self.turn, 1)
             out.append(events.Started(first.turn or self.turn, first.epoch or 1, first.offset))
-        match kind:
-            case "frame":
-                out += self._frame(wire.frame)
-            case "durable":
-                merged = self.merger.confirm(wire.durable.next_index)
-                out += self._events(merged, offset=wire.durable.offset)
-            case "rewound":
-                merged = self.merger.rewind(wire.rewound.epoch, wire.rewound.index)
-                out += self._events(merged)
-            case "ended":
-                out += self._end(wire.ended)
-        return out
+        return out + self._take(event)
 
-    def _frame(self, frame: pb.TokenFrame) -> list[events.TurnEvent]:
-        merged = self.merger.push(
-            frame.epoch, frame.index, tuple(frame.tokens), tuple(frame.pieces), frame.durable
-        )
-        return self._events(merged, offset=frame.offset, made_by=frame.made_by)
+    def _take(self, event: TurnEvent) -> list[events.TurnEvent]:
+        match event:
+            case Frame():
+                return _told(self.merger.push(event))
+            case Durable():
+                return _told(self.merger.confirm(event.next_index, event.offset))
+            case Rewound():
+                return _told(self.merger.rewind(event.epoch, event.index))
+            case Ended():
+                return self._end(event)
+            case Started():
+                return []
 
-    def _end(self, end: pb.TurnEnded) -> list[events.TurnEvent]:
-        merged = self.merger.confirm(end.next_index) if end.durable else []
-        merged = merged + self.merger.end(end.next_index)
-        out = self._events(merged, offset=end.offset)
+    def _end(self, end: Ended) -> list[events.TurnEvent]:
+        merged = self.merger.confirm(end.next_index, end.offset) if end.durable else []
+        out = _told(merged + self.merger.end(end.next_index))
         self.incomplete = not self.merger.complete
         if self.incomplete:
             return out
-        usage = Usage(
-            prompt_tokens=end.usage.prompt_tokens,
-            completion_tokens=end.usage.completion_tokens,
-            edge_cached_tokens=end.usage.edge_cached_tokens,
-            cloud_cached_tokens=end.usage.cloud_cached_tokens,
-        )
         self.ended = events.Ended(
             reason=end.reason,
-            usage=usage,
+            usage=end.usage,
             plan=_plan(end.plan),
             epoch=end.epoch,
             offset=end.offset,
@@ -90,30 +79,28 @@ class ReplyView:
         )
         return [*out, self.ended]
 
-    def _events(
-        self, merged: Sequence[Fresh | Durable | Rewound], *, offset: int = 0, made_by: str = ""
-    ) -> list[events.TurnEvent]:
-        out: list[events.TurnEvent] = []
-        epoch = self.merger.epoch
-        for one in merged:
-            match one:
-                case Fresh():
-                    out.append(
-                        events.Frame(
-                            index=one.index,
-                            tokens=one.tokens,
-                            pieces=one.pieces,
-                            durable=one.durable,
-                            made_by=made_by,
-                            epoch=epoch,
-                            offset=offset if one.durable else 0,
-                        )
+
+def _told(merged: Sequence[Merged]) -> list[events.TurnEvent]:
+    out: list[events.TurnEvent] = []
+    for one in merged:
+        match one:
+            case Frame():
+                out.append(
+                    events.Frame(
+                        index=one.index,
+                        tokens=one.tokens,
+                        pieces=one.pieces,
+                        durable=one.durable,
+                        made_by=one.made_by,
+                        epoch=one.epoch,
+                        offset=one.offset,
                     )
-                case Durable():
-                    out.append(events.Durable(one.next_index, offset))
-                case Rewound():
-                    out.append(events.Rewound(one.index, epoch))
-        return out
+                )
+            case Durable():
+                out.append(events.Durable(one.next_index, one.offset))
+            case Rewound():
+                out.append(events.Rewound(one.index, one.epoch))
+    return out
 
 
 def _plan(data: bytes) -> PlanReport | None:
@@ -125,7 +112,7 @@ def _plan(data: bytes) -> PlanReport | None:
         return None  # a later version's report: not worth failing a reply that is whole
 
 
-def _error(end: pb.TurnEnded) -> TurnFailed | None:
-    if end.reason != "error":
+def _error(end: Ended) -> TurnFailed | None:
+    if end.reason is not Reason.ERROR:
         return None
     return TurnFailed(end.error_message or "The turn failed.", code=end.error_code)

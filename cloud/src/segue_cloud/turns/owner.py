@@ -23,7 +23,6 @@ from segue_cloud.turns.messages import ended_event, frame_event, started_event
 from segue_cloud.turns.ports import TurnLog
 from segue_cloud.turns.report import EdgeNote, TurnTimes, final_report, read_note
 from segue_cloud.turns.spec import OwnedTurn
-from segue_cloud.turns.text import ReplyText
 from segue_cloud.turns.writer import TurnWriter
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import (
@@ -39,6 +38,7 @@ from segue_contract.errors import (
 from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES, TURN_TIMEOUT_S
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
+from segue_contract.turn.text import ReplyText
 
 log = structlog.get_logger("segue.turn")
 

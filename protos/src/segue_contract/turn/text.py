@@ -1,10 +1,18 @@
-"""The engine's tokens as text, going on where another maker of the same reply stopped."""
+"""A maker's tokens as text, going on where another maker of the same reply stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from segue_contract.chat import ChatTokenizer, Scan, StopScanner
+from segue_contract.chat.detokenizer import Detokenizer
+from segue_contract.chat.stops import Scan, StopScanner
+
+
+class MakesDetokenizers(Protocol):
+    """What is needed of a tokenizer (implemented by `segue_contract.chat.ChatTokenizer`)."""
+
+    def detokenizer(self) -> Detokenizer: ...
 
 
 class ReplyText:
@@ -15,7 +23,9 @@ class ReplyText:
             them is completed by the next ones, and they themselves are not given back again.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str], made: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: MakesDetokenizers, stop: Sequence[str], made: Sequence[int]
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._scanner = StopScanner(stop)
         pieces = [self._detokenizer.push(token) for token in made]

@@ -15,43 +15,14 @@ another decoder made alike are no change: sampling is counter-based, so mostly n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.limits import MAX_NEW_TOKENS
+from segue_contract.turn.events import Durable, Frame, MadeBy, Rewound
 
-
-@dataclass(frozen=True)
-class Fresh:
-    """Tokens [index, index + len(tokens)) to show, right after what is shown."""
-
-    index: int
-    tokens: tuple[int, ...]
-    pieces: tuple[str, ...]
-    durable: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-
-@dataclass(frozen=True)
-class Durable:
-    """Everything shown before `next_index` is in the log now."""
-
-    next_index: int
-
-
-@dataclass(frozen=True)
-class Rewound:
-    """What was shown from `index` on never became durable and is taken back."""
-
-    index: int
-
-
-Merged: TypeAlias = Fresh | Durable | Rewound
+Merged: TypeAlias = Frame | Durable | Rewound
 
 
 @dataclass
@@ -60,9 +31,15 @@ class _Slot:
     piece: str
     epoch: int
     durable: bool
+    made_by: MadeBy
+    offset: int
+
+    def joins(self, other: _Slot) -> bool:
+        """Whether both may be told in one frame."""
+        return (self.durable, self.made_by) == (other.durable, other.made_by)
 
 
-class TurnMerger:
+class Merger:
     """Collects the tokens of one turn; each call returns what its reader must do, in order."""
 
     def __init__(self) -> None:
@@ -99,49 +76,52 @@ class TurnMerger:
     def text(self) -> str:
         return "".join(self._slots[i].piece for i in range(self._shown))
 
-    def push(
-        self,
-        epoch: int,
-        index: int,
-        tokens: Sequence[int],
-        pieces: Sequence[str],
-        durable: bool,
-    ) -> list[Merged]:
+    def push(self, frame: Frame) -> list[Merged]:
         """Take one frame in.
 
         Raises:
             InvalidArgument: tokens and pieces differ in length, or the index is out of bounds.
         """
+        tokens, pieces = frame.tokens, frame.pieces
         if len(tokens) != len(pieces):
             raise InvalidArgument(f"A frame has {len(tokens)} tokens and {len(pieces)} pieces.")
-        if index < 0 or index + len(tokens) > MAX_NEW_TOKENS:
-            raise InvalidArgument(f"A frame of {len(tokens)} tokens at index {index} is no reply.")
-        if epoch < self._epoch and not durable:
+        if frame.index < 0 or frame.next_index > MAX_NEW_TOKENS:
+            raise InvalidArgument(
+                f"A frame of {len(tokens)} tokens at index {frame.index} is no reply."
+            )
+        if frame.epoch < self._epoch and not frame.durable:
             return []
-        self._epoch = max(self._epoch, epoch)
+        self._epoch = max(self._epoch, frame.epoch)
         changed = self._shown
-        for at, (token, piece) in enumerate(zip(tokens, pieces, strict=True), index):
+        for at, (token, piece) in enumerate(zip(tokens, pieces, strict=True), frame.index):
             if self._end is not None and at >= self._end:
                 break
-            if self._put(at, _Slot(token, piece, epoch, durable)):
+            slot = _Slot(token, piece, frame.epoch, frame.durable, frame.made_by, frame.offset)
+            if self._put(at, slot):
                 changed = min(changed, at)
         return self._settle(changed)
 
-    def confirm(self, next_index: int) -> list[Merged]:
+    def confirm(self, next_index: int, offset: int = 0) -> list[Merged]:
         """The log holds the tokens before `next_index`, as they were sent under this epoch."""
         for at in range(self._durable, next_index):
             slot = self._slots.get(at)
             if slot is None:
                 break
-            slot.durable = True
+            self._slots[at] = replace(slot, durable=True, offset=offset)
         return self._settle(self._shown)
 
     def rewind(self, epoch: int, index: int) -> list[Merged]:
-        """A decoder of `epoch` goes on at `index`: older previews from there on are void."""
+        """A decoder of `epoch` goes on at `index`: older previews from there on are void.
+
+        An `index` below what is durable says that the log itself lost those tokens.
+        """
         if epoch < self._epoch:
             return []
         self._epoch = epoch
-        return self._settle(self._drop(index, epoch))
+        if index < self._durable:
+            for at in range(index, self._durable):
+                del self._slots[at]
+        return self._settle(min(self._drop(index, epoch), max(index, 0)))
 
     def end(self, next_index: int) -> list[Merged]:
         """The turn ended with `next_index` tokens: undurable ones beyond never were."""
@@ -193,20 +173,23 @@ class TurnMerger:
         events: list[Merged] = []
         preview_to = self._shown
         if changed < self._shown:
-            events.append(Rewound(changed))
+            events.append(Rewound(self._epoch, changed))
             self._shown = preview_to = changed
             self._durable = min(self._durable, changed)
         while (slot := self._slots.get(self._shown)) is not None:
             start, run = self._shown, [slot]
-            while (nxt := self._slots.get(start + len(run))) and nxt.durable == slot.durable:
+            while (nxt := self._slots.get(start + len(run))) is not None and nxt.joins(slot):
                 run.append(nxt)
             self._shown += len(run)
             events.append(
-                Fresh(
+                Frame(
+                    self._epoch,
                     start,
                     tuple(one.token for one in run),
                     tuple(one.piece for one in run),
                     slot.durable,
+                    run[-1].offset if slot.durable else 0,
+                    slot.made_by,
                 )
             )
         before = self._durable
@@ -214,5 +197,5 @@ class TurnMerger:
             self._durable += 1
         # Said only where a preview became durable: fresh durable tokens say it themselves.
         if self._durable > before and before < preview_to:
-            events.append(Durable(self._durable))
+            events.append(Durable(self._durable, self._slots[self._durable - 1].offset))
         return events
