@@ -28,6 +28,7 @@ from segue_contract.errors import (
     UnknownModel,
     UnknownSession,
 )
+from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Feedback, Frame, Set, UserMessage, encode_op
 from segue_contract.sync.state import decode_state
@@ -94,7 +95,7 @@ async def test_a_bad_turn_is_refused_by_name(
 ) -> None:
     found = await refused(lambda: run(cloud, turn(**changes)))
     assert type(found) is error
-    state = await cloud.log.state("default", "trip")
+    state = await cloud.log.state(SessionName("default", "trip"))
     assert not state.turns
 
 
@@ -147,7 +148,7 @@ async def test_appends_are_fenced_and_counted(cloud: CloudRpc) -> None:
     stale = await refused(lambda: append(cloud, 1, 3, value("c", 3)))
     assert isinstance(stale, StaleEpoch)
     assert stale.fields["current"] == 2
-    state = await cloud.log.state("default", "trip")
+    state = await cloud.log.state(SessionName("default", "trip"))
     assert sorted(state.values) == ["a", "b", "d"]
     assert state.cursor.offset == 3
 

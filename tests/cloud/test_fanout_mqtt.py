@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 import aiomqtt
 import pytest
 
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
-from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.port import LogOp, Producer
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import InvalidArgument
+from segue_contract.ids import SessionName
 from segue_contract.servers import Broker, Valkey
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
@@ -28,18 +29,18 @@ from segue_contract.topics import (
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
 from tests.support.servers import require_broker
 
-T, S = "default", "trip"
+S = SessionName("default", "trip")
 DEADLINE_S = 30
 
 
-def op(text: str) -> bytes:
-    return ops.encode_op(ops.Set(id=text, name="last", value=text.encode()))
+def op(text: str) -> LogOp:
+    return LogOp.of(ops.Set(id=text, name="last", value=text.encode()))
 
 
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
     store = await RedisStore.connect(valkey.url)
-    await store.open_session(T, S)
+    await store.open_session(S)
     yield store
     await store.close()
 
@@ -47,9 +48,12 @@ async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
 @asynccontextmanager
 async def cloud(url: str, store: RedisStore, **options: float) -> AsyncIterator[SessionLog]:
     """One instance's fan-out, connected."""
-    async with Publisher(url, store, **options) as publisher, Hub(store) as hub:  # type: ignore[arg-type]
+    async with (
+        Publisher(url, store, **options) as publisher,  # type: ignore[arg-type]
+        SessionLog(store, publisher) as log,
+    ):
         assert await publisher.wait_connected(DEADLINE_S)
-        yield SessionLog(store, hub, publisher)
+        yield log
         publisher.check_integrity()
 
 
@@ -79,7 +83,7 @@ async def messages_until(
 
 
 def head_of(message: aiomqtt.Message) -> Cursor | None:
-    if not message.topic.matches(head_topic(T, S)) or not message.payload:
+    if not message.topic.matches(head_topic(S)) or not message.payload:
         return None
     assert isinstance(message.payload, bytes)
     return decode_head(message.payload)
@@ -91,9 +95,9 @@ async def test_devices_get_every_entry_in_order_and_late_ones_the_head(
 ) -> None:
     require_broker(kind)
     async with Broker.start(kind=kind) as broker, cloud(broker.url, store) as log:
-        async with device(broker.url, log_topic(T, S)) as client:
+        async with device(broker.url, log_topic(S)) as client:
             for seq in range(1, 51):
-                await log.append(T, S, "p", 0, seq, [op(str(seq))])
+                await log.append(S, Producer("p", 0, seq), [op(str(seq))])
             replica = Replica()
             async with asyncio.timeout(DEADLINE_S):
                 async for message in client.messages:
@@ -104,15 +108,15 @@ async def test_devices_get_every_entry_in_order_and_late_ones_the_head(
                     if replica.cursor.offset == 50:
                         break
             assert replica.state.values == {"last": b"50"}
-        async with device(broker.url, head_topic(T, S)) as late:
+        async with device(broker.url, head_topic(S)) as late:
             found = await messages_until(late, lambda m: head_of(m) == replica.cursor)
             assert len(found) <= 2, "there is a head for every append"
 
 
 async def test_published_sessions_are_clean(store: RedisStore, broker: Broker) -> None:
     async with cloud(broker.url, store) as log:
-        await log.append(T, S, "p", 0, 1, [op("a")])
-        assert await store.take_dirty(10, 0.0) == [(T, S)]
+        await log.append(S, Producer("p", 0, 1), [op("a")])
+        assert await store.take_dirty(10, 0.0) == [S]
     # Leaving flushed it: the head was confirmed and marked.
     assert await store.take_dirty(10, 0.0) == []
 
@@ -120,10 +124,10 @@ async def test_published_sessions_are_clean(store: RedisStore, broker: Broker) -
 async def test_the_sweep_finds_what_a_crash_left_between_append_and_publish(
     store: RedisStore, broker: Broker
 ) -> None:
-    result = await store.append(T, S, "p", 0, 1, [op("a")])  # and its process dies here
+    result = await store.append(S, Producer("p", 0, 1), [op("a").data])  # and its process dies here
     tail = Cursor(result.generation, result.tail)
     async with (
-        device(broker.url, head_topic(T, S)) as client,
+        device(broker.url, head_topic(S)) as client,
         cloud(broker.url, store, sweep_s=0.02, dirty_after_s=0.0),
     ):
         await messages_until(client, lambda message: head_of(message) == tail)
@@ -132,19 +136,19 @@ async def test_the_sweep_finds_what_a_crash_left_between_append_and_publish(
 
 async def test_nothing_waits_for_a_broker_that_is_away(store: RedisStore, broker: Broker) -> None:
     async with cloud(broker.url, store, retry_s=0.05) as log:
-        await log.append(T, S, "p", 0, 1, [op("1")])
+        await log.append(S, Producer("p", 0, 1), [op("1")])
         broker.process.kill()
         await broker.process.wait()
         for seq in range(2, 30):
-            result = await log.append(T, S, "p", 0, seq, [op(str(seq))])
+            result = await log.append(S, Producer("p", 0, seq), [op(str(seq))])
         tail = Cursor(result.generation, result.tail)
-        assert (await log.state(T, S)).cursor == tail
+        assert (await log.state(S)).cursor == tail
         await broker.restart()
         # The new broker knows nothing; a device that joins now still learns the tail.
-        async with device(broker.url, head_topic(T, S), log_topic(T, S)) as client:
+        async with device(broker.url, head_topic(S), log_topic(S)) as client:
             await messages_until(client, lambda message: head_of(message) == tail)
-            await log.append(T, S, "p", 0, 30, [op("30")])
-            found = await messages_until(client, lambda m: m.topic.matches(log_topic(T, S)))
+            await log.append(S, Producer("p", 0, 30), [op("30")])
+            found = await messages_until(client, lambda m: m.topic.matches(log_topic(S)))
             payload = found[-1].payload
             assert isinstance(payload, bytes)
             assert decode_log_message(payload).first_offset == 30
@@ -152,26 +156,28 @@ async def test_nothing_waits_for_a_broker_that_is_away(store: RedisStore, broker
 
 async def test_a_session_goes_idle_and_its_head_with_it(store: RedisStore, broker: Broker) -> None:
     async with (
-        device(broker.url, head_topic(T, S)) as client,
+        device(broker.url, head_topic(S)) as client,
         cloud(broker.url, store, sweep_s=0.02, head_idle_s=0.3) as log,
     ):
-        await log.append(T, S, "p", 0, 1, [op("a")])
+        await log.append(S, Producer("p", 0, 1), [op("a")])
         await messages_until(client, lambda message: head_of(message) is not None)
         await messages_until(client, lambda message: not message.payload)
-        async with device(broker.url, head_topic(T, S), "probe") as late:
+        async with device(broker.url, head_topic(S), "probe") as late:
             await late.publish("probe", b"x", qos=1)
             first = (await messages_until(late, lambda message: True))[0]
             assert str(first.topic) == "probe", "a head is still there"
 
 
 async def test_starting_without_a_broker_is_no_error(store: RedisStore) -> None:
-    async with Publisher("mqtt://127.0.0.1:1", store) as publisher, Hub(store) as hub:
-        log = SessionLog(store, hub, publisher)
+    async with (
+        Publisher("mqtt://127.0.0.1:1", store) as publisher,
+        SessionLog(store, publisher) as log,
+    ):
         assert not await publisher.wait_connected(0.05)
-        await log.append(T, S, "p", 0, 1, [op("a")])
+        await log.append(S, Producer("p", 0, 1), [op("a")])
         assert publisher.dropped == 1
         publisher.check_integrity()
-    assert await store.take_dirty(10, 0.0) == [(T, S)], "nobody was told, so it stays dirty"
+    assert await store.take_dirty(10, 0.0) == [S], "nobody was told, so it stays dirty"
 
 
 async def test_bad_broker_addresses_are_refused(store: RedisStore) -> None:

@@ -9,23 +9,24 @@ from random import Random
 import pytest
 
 from segue_cloud.sessions.keys import SessionKeys, key_slot
-from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.port import Producer, Status, TurnHold
 from segue_cloud.sessions.store import RedisStore
 from segue_contract import limits
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
+from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.servers.process import free_port
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 from tests.support.servers import require_valkey
 
-T, S = "default", "trip"
+S, NOWHERE = SessionName("default", "trip"), SessionName("default", "nowhere")
 
 
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
     store = await RedisStore.connect(valkey.url)
-    await store.open_session(T, S)
+    await store.open_session(S)
     yield store
     await store.close()
 
@@ -34,62 +35,62 @@ def op(text: str) -> bytes:
     return ops.encode_op(ops.Set(id=text, name=text, value=text.encode()))
 
 
-async def texts(store: RedisStore, session: str = S) -> list[str]:
-    _, entries = await store.read(T, session, 0, 10_000)
+async def texts(store: RedisStore, session: SessionName = S) -> list[str]:
+    _, entries = await store.read(session, 0, 10_000)
     assert [entry.cursor.offset for entry in entries] == list(range(1, len(entries) + 1))
     found = [ops.decode_op(entry.op) for entry in entries]
     return [one.name for one in found if isinstance(one, ops.Set)]
 
 
 async def test_open_read_and_unknown_sessions(store: RedisStore) -> None:
-    tail, created = await store.open_session(T, S, device="phone")
+    tail, created = await store.open_session(S, device="phone")
     assert not created
     assert tail.offset == 0
     with pytest.raises(UnknownSession):
-        await store.open_session(T, "nowhere", must_exist=True)
+        await store.open_session(NOWHERE, must_exist=True)
     with pytest.raises(UnknownSession):
-        await store.read(T, "nowhere", 0, 10)
-    assert (await store.append(T, "nowhere", "p", 0, 1, [op("a")])).status is Status.MISSING
-    assert (await store.begin_turn(T, "nowhere", "t", [], 5.0)).status is Status.MISSING
-    await store.check_device(T, S, "phone")
+        await store.read(NOWHERE, 0, 10)
+    assert (await store.append(NOWHERE, Producer("p", 0, 1), [op("a")])).status is Status.MISSING
+    assert (await store.begin_turn(NOWHERE, "t", [], 5.0)).status is Status.MISSING
+    await store.check_device(S, "phone")
     with pytest.raises(UnknownDevice):
-        await store.check_device(T, S, "laptop")
+        await store.check_device(S, "laptop")
     with pytest.raises(UnknownSession):
-        await store.check_device(T, "nowhere", "phone")
+        await store.check_device(NOWHERE, "phone")
 
 
 async def test_offsets_from_one_and_entry_ids(store: RedisStore) -> None:
-    first = await store.append(T, S, "phone", 1, 1, [op("a"), op("b")])
+    first = await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
     assert (first.status, first.first_offset, first.tail) == (Status.OK, 1, 2)
-    tail, entries = await store.read(T, S, 1, 10)
+    tail, entries = await store.read(S, 1, 10)
     assert tail == Cursor(first.generation, 2)
     assert [entry.cursor for entry in entries] == [tail]
     assert entries[0].op == op("b")
 
 
 async def test_duplicates_gaps_and_stale_epochs(store: RedisStore) -> None:
-    await store.append(T, S, "phone", 1, 1, [op("a"), op("b")])
-    await store.append(T, S, "laptop", 1, 1, [op("x")])
-    await store.append(T, S, "phone", 1, 3, [op("c")])
+    await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
+    await store.append(S, Producer("laptop", 1, 1), [op("x")])
+    await store.append(S, Producer("phone", 1, 3), [op("c")])
 
-    again = await store.append(T, S, "phone", 1, 1, [op("a"), op("b")])
+    again = await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
     assert (again.status, again.first_offset, again.tail) == (Status.DUP, 1, 4)
-    later = await store.append(T, S, "phone", 1, 3, [op("c")])
+    later = await store.append(S, Producer("phone", 1, 3), [op("c")])
     assert (later.status, later.first_offset) == (Status.DUP, 4)
-    gap = await store.append(T, S, "phone", 1, 6, [op("f")])
+    gap = await store.append(S, Producer("phone", 1, 6), [op("f")])
     assert (gap.status, gap.expected_seq) == (Status.GAP, 4)
 
     # Half known, half new: only the new half is written.
-    partly = await store.append(T, S, "phone", 1, 3, [op("c"), op("d"), op("e")])
+    partly = await store.append(S, Producer("phone", 1, 3), [op("c"), op("d"), op("e")])
     assert (partly.status, partly.first_offset) == (Status.OK, 4)
     assert (partly.tail, partly.appended) == (6, 2)
     assert await texts(store) == ["a", "b", "x", "c", "d", "e"]
 
-    new_epoch = await store.append(T, S, "phone", 2, 1, [op("g")])
+    new_epoch = await store.append(S, Producer("phone", 2, 1), [op("g")])
     assert new_epoch.status is Status.OK
-    stale = await store.append(T, S, "phone", 1, 6, [op("z")])
+    stale = await store.append(S, Producer("phone", 1, 6), [op("z")])
     assert (stale.status, stale.current_epoch) == (Status.STALE, 2)
-    assert (await store.append(T, S, "new", 0, 2, [op("z")])).expected_seq == 1
+    assert (await store.append(S, Producer("new", 0, 2), [op("z")])).expected_seq == 1
     assert await texts(store) == ["a", "b", "x", "c", "d", "e", "g"]
 
 
@@ -98,10 +99,10 @@ async def test_each_duplicate_gets_the_offset_it_got_then(store: RedisStore) -> 
     got: dict[tuple[str, int], int] = {}
     for seq in range(1, limits.PRODUCER_RUNS + 11):
         for producer in ("a", "b"):
-            result = await store.append(T, S, producer, 0, seq, [op(f"{producer}{seq}")])
+            result = await store.append(S, Producer(producer, 0, seq), [op(f"{producer}{seq}")])
             got[producer, seq] = result.first_offset
     for (producer, seq), offset in got.items():
-        again = await store.append(T, S, producer, 0, seq, [op(f"{producer}{seq}")])
+        again = await store.append(S, Producer(producer, 0, seq), [op(f"{producer}{seq}")])
         assert again.status is Status.DUP
         forgotten = seq <= 10
         assert again.first_offset == (0 if forgotten else offset)
@@ -116,7 +117,7 @@ async def test_refuses_what_is_out_of_range(store: RedisStore) -> None:
         (0, 1, [b"x" * (limits.MAX_OP_BYTES + 1)]),
     ]:
         with pytest.raises(InvalidArgument):
-            await store.append(T, S, "phone", epoch, seq, batch)
+            await store.append(S, Producer("phone", epoch, seq), batch)
     assert await texts(store) == []
 
 
@@ -131,7 +132,7 @@ async def test_many_producers_at_once_lose_and_double_nothing(store: RedisStore)
         while sent < len(words):
             batch = words[sent : sent + random.randrange(1, 5)]
             for _ in range(random.choice((1, 1, 2))):  # sometimes twice, as after a lost reply
-                result = await store.append(T, S, name, 3, sent + 1, [op(w) for w in batch])
+                result = await store.append(S, Producer(name, 3, sent + 1), [op(w) for w in batch])
                 assert result.status in (Status.OK, Status.DUP)
             sent += len(batch)
         return words
@@ -146,12 +147,12 @@ async def test_many_producers_at_once_lose_and_double_nothing(store: RedisStore)
 
 
 async def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, valkey: Valkey) -> None:
-    await store.append(T, S, "phone", 0, 1, [op("a")])
+    await store.append(S, Producer("phone", 0, 1), [op("a")])
     reader, writer = await asyncio.open_connection("127.0.0.1", valkey.port)
     writer.write(b"SCRIPT FLUSH\r\n")
     assert await reader.readline() == b"+OK\r\n"
     writer.close()
-    assert (await store.append(T, S, "phone", 0, 2, [op("b")])).status is Status.OK
+    assert (await store.append(S, Producer("phone", 0, 2), [op("b")])).status is Status.OK
     assert await texts(store) == ["a", "b"]
 
 
@@ -160,188 +161,195 @@ async def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, valkey:
 
 def opening(turn: str) -> list[bytes]:
     return [
-        ops.encode_op(ops.UserMessage(id=f"u{turn}", turn=turn, text=f"  ask\n {turn} ")),
+        ops.encode_op(ops.UserMessage(id=f"u{turn}", turn=turn, text=f"ask {turn}")),
         ops.encode_op(ops.TurnStarted(id=f"s{turn}", turn=turn, epoch=1)),
     ]
 
 
+async def begin(store: RedisStore, turn: str, lease_s: float) -> TurnHold:
+    claim = await store.begin_turn(S, turn, opening(turn), lease_s, title=f"ask {turn}")
+    assert claim.status is Status.OK
+    return claim.hold(turn)
+
+
 async def test_one_turn_at_a_time_and_repeated_begins(store: RedisStore) -> None:
-    claim = await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
+    claim = await store.begin_turn(S, "t1", opening("t1"), 30.0)
     assert (claim.status, claim.epoch, claim.known) == (Status.OK, 1, False)
     assert (claim.cursor.offset, claim.appended) == (2, 2)
-    again = await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
+    again = await store.begin_turn(S, "t1", opening("t1"), 30.0)
     assert (again.status, again.known, again.ended) == (Status.OK, True, False)
     assert again.cursor == claim.cursor
-    busy = await store.begin_turn(T, S, "t2", opening("t2"), 30.0)
+    busy = await store.begin_turn(S, "t2", opening("t2"), 30.0)
     assert (busy.status, busy.holder) == (Status.BUSY, "t1")
 
-    end = await store.append(T, S, "", 1, 1, [op("end")], turn="t1", ends_turn=True)
+    t1 = claim.hold("t1")
+    end = await store.append_turn(S, t1, 1, [op("end")], ends=True)
     assert end.status is Status.OK
-    repeated = await store.append(T, S, "", 1, 1, [op("end")], turn="t1", ends_turn=True)
+    repeated = await store.append_turn(S, t1, 1, [op("end")], ends=True)
     assert (repeated.status, repeated.first_offset) == (Status.DUP, 3)
-    after = await store.append(T, S, "", 1, 2, [op("late")], turn="t1")
+    after = await store.append_turn(S, t1, 2, [op("late")])
     assert after.status is Status.STALE
-    known = await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
+    known = await store.begin_turn(S, "t1", opening("t1"), 30.0)
     assert (known.known, known.ended) == (True, True)
-    assert (await store.begin_turn(T, S, "t2", opening("t2"), 30.0)).status is Status.OK
-    tail, _ = await store.read(T, S, 0, 100)
+    assert (await store.begin_turn(S, "t2", opening("t2"), 30.0)).status is Status.OK
+    tail, _ = await store.read(S, 0, 100)
     assert tail.offset == 5
 
 
 async def test_an_expired_lease_gives_way_and_the_old_owner_is_fenced(store: RedisStore) -> None:
-    await store.begin_turn(T, S, "t1", opening("t1"), 0.0)
-    claim = await store.begin_turn(T, S, "t2", opening("t2"), 30.0)
+    t1 = await begin(store, "t1", 0.0)
+    claim = await store.begin_turn(S, "t2", opening("t2"), 30.0)
     assert (claim.status, claim.holder) == (Status.OK, "t1")
-    stale = await store.append(T, S, "", 1, 1, [op("zombie")], turn="t1")
+    stale = await store.append_turn(S, t1, 1, [op("zombie")])
     assert (stale.status, stale.current_epoch) == (Status.STALE, 2)
-    assert (await store.renew_turn(T, S, "t1", 1, 30.0)).status is Status.STALE
+    assert (await store.renew_turn(S, t1, 30.0)).status is Status.STALE
     # Somebody ends it in its owner's name, while the other one runs.
-    fence = await store.fence_turn(T, S, "t1")
+    fence = await store.fence_turn(S, "t1")
     assert fence.status is Status.OK
-    ended = await store.append(T, S, "", fence.epoch, 1, [op("e")], turn="t1", ends_turn=True)
+    ended = await store.append_turn(S, fence.hold("t1"), 1, [op("e")], ends=True)
     assert ended.status is Status.OK
-    assert (await store.append(T, S, "", 1, 1, [op("f")], turn="t2")).status is Status.OK
-    assert (await store.fence_turn(T, S, "t1")).status is Status.MISSING
+    assert (await store.append_turn(S, claim.hold("t2"), 1, [op("f")])).status is Status.OK
+    assert (await store.fence_turn(S, "t1")).status is Status.MISSING
 
 
 async def test_take_over_raises_the_epoch(store: RedisStore) -> None:
-    await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
-    await store.append(T, S, "", 1, 1, [op("a")], turn="t1")
-    held = await store.take_over(T, S, "t1", 30.0, only_expired=True)
+    t1 = await begin(store, "t1", 30.0)
+    await store.append_turn(S, t1, 1, [op("a")])
+    held = await store.take_over(S, "t1", 30.0, only_expired=True)
     assert (held.status, held.holder) == (Status.BUSY, "t1")
-    taken = await store.take_over(T, S, "t1", 0.0)
+    taken = await store.take_over(S, "t1", 0.0)
     assert (taken.status, taken.epoch) == (Status.OK, 2)
-    assert (await store.append(T, S, "", 1, 2, [op("b")], turn="t1")).status is Status.STALE
-    assert (await store.append(T, S, "", 2, 1, [op("c")], turn="t1")).status is Status.OK
-    assert (await store.take_over(T, S, "nobody", 1.0)).status is Status.MISSING
+    assert (await store.append_turn(S, t1, 2, [op("b")])).status is Status.STALE
+    assert (await store.append_turn(S, taken.hold("t1"), 1, [op("c")])).status is Status.OK
+    assert (await store.take_over(S, "nobody", 1.0)).status is Status.MISSING
     assert await texts(store) == ["a", "c"]
 
 
 async def test_an_expired_lease_may_be_taken_over(store: RedisStore) -> None:
-    await store.begin_turn(T, S, "t1", opening("t1"), 0.0)
-    taken = await store.take_over(T, S, "t1", 30.0, only_expired=True)
+    await begin(store, "t1", 0.0)
+    taken = await store.take_over(S, "t1", 30.0, only_expired=True)
     assert (taken.status, taken.epoch) == (Status.OK, 2)
-    again = await store.take_over(T, S, "t1", 30.0, only_expired=True)
+    again = await store.take_over(S, "t1", 30.0, only_expired=True)
     assert again.status is Status.BUSY
 
 
 async def test_a_stop_reaches_the_owner_with_its_next_call(store: RedisStore) -> None:
-    assert await store.request_stop(T, S) == ""
-    await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
-    assert await store.request_stop(T, S, "t0") == ""
-    assert not (await store.append(T, S, "", 1, 1, [op("a")], turn="t1")).stop_requested
-    assert await store.request_stop(T, S) == "t1"
-    assert (await store.append(T, S, "", 1, 2, [op("b")], turn="t1")).stop_requested
-    assert (await store.renew_turn(T, S, "t1", 1, 5.0)).stop_requested
-    await store.append(T, S, "", 1, 3, [op("c")], turn="t1", ends_turn=True)
-    await store.begin_turn(T, S, "t2", opening("t2"), 30.0)
-    assert not (await store.renew_turn(T, S, "t2", 1, 5.0)).stop_requested
+    assert await store.request_stop(S) == ""
+    t1 = await begin(store, "t1", 30.0)
+    assert await store.request_stop(S, "t0") == ""
+    assert not (await store.append_turn(S, t1, 1, [op("a")])).stop_requested
+    assert await store.request_stop(S) == "t1"
+    assert (await store.append_turn(S, t1, 2, [op("b")])).stop_requested
+    assert (await store.renew_turn(S, t1, 5.0)).stop_requested
+    await store.append_turn(S, t1, 3, [op("c")], ends=True)
+    t2 = await begin(store, "t2", 30.0)
+    assert not (await store.renew_turn(S, t2, 5.0)).stop_requested
 
 
 async def test_only_so_many_turn_ids_are_remembered(store: RedisStore) -> None:
     for number in range(limits.TURN_ID_MEMORY + 2):
         turn = f"t{number}"
-        await store.begin_turn(T, S, turn, opening(turn), 30.0)
-        await store.append(T, S, "", 1, 1, [op("e")], turn=turn, ends_turn=True)
+        held = await begin(store, turn, 30.0)
+        await store.append_turn(S, held, 1, [op("e")], ends=True)
     last = f"t{limits.TURN_ID_MEMORY + 1}"
-    assert (await store.begin_turn(T, S, last, opening(last), 1.0)).known
-    assert not (await store.begin_turn(T, S, "t0", opening("t0"), 1.0)).known
+    assert (await store.begin_turn(S, last, opening(last), 1.0)).known
+    assert not (await store.begin_turn(S, "t0", opening("t0"), 1.0)).known
 
 
 # -- the rest ---------------------------------------------------------------------------------
 
 
 async def test_list_is_newest_first(store: RedisStore) -> None:
-    await store.open_session(T, "other")
-    await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
-    found = await store.list_sessions(T, 10)
+    await store.open_session(SessionName("default", "other"))
+    await begin(store, "t1", 30.0)
+    found = await store.list_sessions("default", 10)
     assert [one.updated_ms for one in found] == sorted((o.updated_ms for o in found), reverse=True)
     first, second = sorted(found, key=lambda one: one.session, reverse=True)
-    assert (first.session, first.title, first.turns) == (S, "ask t1", 1)
+    assert (first.session, first.title, first.turns) == ("trip", "ask t1", 1)
     assert first.running_turn == "t1"
     assert first.cursor.offset == 2
     assert (second.session, second.running_turn) == ("other", "")
-    assert len(await store.list_sessions(T, 1)) == 1
+    assert len(await store.list_sessions("default", 1)) == 1
     assert await store.list_sessions("nobody", 10) == []
 
 
 async def test_compaction_keeps_a_snapshot_and_the_end(store: RedisStore) -> None:
-    await store.append(T, S, "p", 0, 1, [op(str(i)) for i in range(10)])
-    tail, _ = await store.read(T, S, 0, 1)
-    assert await store.load_snapshot(T, S) is None
+    await store.append(S, Producer("p", 0, 1), [op(str(i)) for i in range(10)])
+    tail, _ = await store.read(S, 0, 1)
+    assert await store.load_snapshot(S) is None
     state = SessionState(cursor=Cursor(tail.generation, 8), turns=[TurnState(turn="t")])
-    await store.compact(T, S, state, 6)
-    after, entries = await store.read(T, S, 0, 100)
+    await store.compact(S, state, 6)
+    after, entries = await store.read(S, 0, 100)
     assert after == tail
     assert [entry.cursor.offset for entry in entries] == [6, 7, 8, 9, 10]
-    found = await store.load_snapshot(T, S)
+    found = await store.load_snapshot(S)
     assert found is not None
     assert (found.cursor.offset, found.turns[0].turn) == (8, "t")
     # An older one, of a slower process, changes nothing; nor does one from another time.
-    await store.compact(T, S, SessionState(cursor=Cursor(tail.generation, 3)), 3)
-    await store.compact(T, S, SessionState(cursor=Cursor(tail.generation, 30)), 30)
-    assert (await store.load_snapshot(T, S)) == found
-    assert (await store.append(T, S, "p", 0, 11, [op("z")])).first_offset == 11
+    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 3)), 3)
+    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 30)), 30)
+    assert (await store.load_snapshot(S)) == found
+    assert (await store.append(S, Producer("p", 0, 11), [op("z")])).first_offset == 11
 
 
 async def test_a_state_folded_before_a_loss_is_no_snapshot(store: RedisStore) -> None:
-    await store.append(T, S, "p", 0, 1, [op("a"), op("b")])
-    tail, _ = await store.read(T, S, 0, 10)
-    after = await store.report_loss(T, S, Cursor(tail.generation, 9))
+    await store.append(S, Producer("p", 0, 1), [op("a"), op("b")])
+    tail, _ = await store.read(S, 0, 10)
+    after = await store.report_loss(S, Cursor(tail.generation, 9))
     # It may hold what was lost, and its offset is one that the log has by now again.
-    await store.compact(T, S, SessionState(cursor=tail), 2)
-    assert await store.load_snapshot(T, S) is None
+    await store.compact(S, SessionState(cursor=tail), 2)
+    assert await store.load_snapshot(S) is None
     assert await texts(store) == ["a", "b"]
-    await store.compact(T, S, SessionState(cursor=after), 2)
-    found = await store.load_snapshot(T, S)
+    await store.compact(S, SessionState(cursor=after), 2)
+    found = await store.load_snapshot(S)
     assert found is not None
     assert found.cursor == after
 
 
 async def test_a_loss_starts_a_new_generation_once(store: RedisStore) -> None:
-    await store.append(T, S, "p", 0, 1, [op("a"), op("b")])
-    tail, _ = await store.read(T, S, 0, 10)
-    assert await store.report_loss(T, S, tail) == tail, "nothing is missing"
+    await store.append(S, Producer("p", 0, 1), [op("a"), op("b")])
+    tail, _ = await store.read(S, 0, 10)
+    assert await store.report_loss(S, tail) == tail, "nothing is missing"
     lost = Cursor(tail.generation, 9)
     for _ in range(2):
-        assert await store.report_loss(T, S, lost) == Cursor(tail.generation + 1, 2)
-    await store.append(T, S, "p", 0, 3, [op("c")])
-    _, entries = await store.read(T, S, 1, 10)
+        assert await store.report_loss(S, lost) == Cursor(tail.generation + 1, 2)
+    await store.append(S, Producer("p", 0, 3), [op("c")])
+    _, entries = await store.read(S, 1, 10)
     assert [entry.cursor for entry in entries] == [tail, Cursor(tail.generation + 1, 3)]
-    _, entries = await store.read(T, S, 2, 10)
+    _, entries = await store.read(S, 2, 10)
     assert [entry.cursor.offset for entry in entries] == [3]
     assert await texts(store) == ["a", "b", "c"]
 
 
 async def test_dirty_until_published(store: RedisStore) -> None:
     assert await store.take_dirty(10, 0.0) == []
-    one = await store.append(T, S, "p", 0, 1, [op("a")])
-    assert await store.take_dirty(10, 0.0) == [(T, S)]
+    one = await store.append(S, Producer("p", 0, 1), [op("a")])
+    assert await store.take_dirty(10, 0.0) == [S]
     assert await store.take_dirty(10, 60.0) == []
-    await store.append(T, S, "p", 0, 2, [op("b")])
-    await store.mark_published(T, S, Cursor(one.generation, 1))
-    assert await store.take_dirty(10, 0.0) == [(T, S)]
-    await store.mark_published(T, S, Cursor(one.generation, 2))
+    await store.append(S, Producer("p", 0, 2), [op("b")])
+    await store.mark_published(S, Cursor(one.generation, 1))
+    assert await store.take_dirty(10, 0.0) == [S]
+    await store.mark_published(S, Cursor(one.generation, 2))
     assert await store.take_dirty(10, 0.0) == []
     assert await store.take_idle(10, 60.0) == []
-    assert await store.take_idle(10, 0.0) == [(T, S)]
+    assert await store.take_idle(10, 0.0) == [S]
     assert await store.take_idle(10, 0.0) == []
 
 
 async def test_the_sweep_reaches_every_session_in_turn(store: RedisStore) -> None:
-    sessions = {f"s{i}" for i in range(40)}
+    sessions = {SessionName("default", f"s{i}") for i in range(40)}
     for session in sessions:
-        await store.open_session(T, session)
-        await store.append(T, session, "p", 0, 1, [op("a")])
-    found: set[str] = set()
+        await store.open_session(session)
+        await store.append(session, Producer("p", 0, 1), [op("a")])
+    found: set[SessionName] = set()
     for _ in range(len(sessions)):  # one of each list at a time
-        found |= {session for _, session in await store.take_dirty(limits.ACTIVE_SHARDS, 0.0)}
+        found |= set(await store.take_dirty(limits.ACTIVE_SHARDS, 0.0))
     assert found == sessions
 
 
 async def test_tails_of_many(store: RedisStore) -> None:
-    one = await store.append(T, S, "p", 0, 1, [op("a")])
-    assert await store.tails([(T, S), (T, "nowhere")]) == [Cursor(one.generation, 1), None]
+    one = await store.append(S, Producer("p", 0, 1), [op("a")])
+    assert await store.tails([S, NOWHERE]) == [Cursor(one.generation, 1), None]
     assert await store.tails([]) == []
 
 
@@ -352,26 +360,26 @@ async def test_every_verb_obeys_cluster_rules() -> None:
     async with Valkey.start(options=options) as valkey:
         await _own_all_slots(valkey)
         store = await RedisStore.connect(valkey.url)
-        await store.open_session(T, S, device="phone")
-        await store.check_device(T, S, "phone")
-        await store.begin_turn(T, S, "t1", opening("t1"), 30.0)
-        assert (await store.append(T, S, "", 1, 1, [op("a")], turn="t1")).status is Status.OK
-        await store.take_over(T, S, "t1", 30.0)
-        await store.fence_turn(T, S, "t1")
-        await store.renew_turn(T, S, "t1", 3, 30.0)
-        assert await store.request_stop(T, S) == "t1"
-        await store.append(T, S, "", 3, 1, [op("b")], turn="t1", ends_turn=True)
-        done = await store.append(T, S, "phone", 0, 1, [op("c")])
+        await store.open_session(S, device="phone")
+        await store.check_device(S, "phone")
+        t1 = await begin(store, "t1", 30.0)
+        assert (await store.append_turn(S, t1, 1, [op("a")])).status is Status.OK
+        await store.take_over(S, "t1", 30.0)
+        fence = await store.fence_turn(S, "t1")
+        await store.renew_turn(S, fence.hold("t1"), 30.0)
+        assert await store.request_stop(S) == "t1"
+        await store.append_turn(S, fence.hold("t1"), 1, [op("b")], ends=True)
+        done = await store.append(S, Producer("phone", 0, 1), [op("c")])
         assert done.tail == 5
         tail = Cursor(done.generation, done.tail)
-        assert await store.take_dirty(10, 0.0) == [(T, S)]
-        await store.mark_published(T, S, tail)
-        await store.compact(T, S, SessionState(cursor=tail), 5)
-        assert await store.load_snapshot(T, S) is not None
-        await store.report_loss(T, S, Cursor(tail.generation, 9))
-        assert (await store.tails([(T, S)]))[0] == Cursor(tail.generation + 1, 5)
-        assert await store.take_idle(10, 0.0) == [(T, S)]
-        assert [one.session for one in await store.list_sessions(T, 10)] == [S]
+        assert await store.take_dirty(10, 0.0) == [S]
+        await store.mark_published(S, tail)
+        await store.compact(S, SessionState(cursor=tail), 5)
+        assert await store.load_snapshot(S) is not None
+        await store.report_loss(S, Cursor(tail.generation, 9))
+        assert (await store.tails([S]))[0] == Cursor(tail.generation + 1, 5)
+        assert await store.take_idle(10, 0.0) == [S]
+        assert [one.session for one in await store.list_sessions("default", 10)] == ["trip"]
         await store.close()
 
 
@@ -391,6 +399,6 @@ def test_the_keys_of_a_session_share_a_slot() -> None:
     assert key_slot("123456789") == 12739  # the Cluster specification's own example
     assert key_slot("foo{hash_tag}bar") == key_slot("hash_tag")
     for session in ("a", "b-c.d", "x" * limits.MAX_ID_CHARS):
-        keys = SessionKeys.of(T, session).all
+        keys = SessionKeys.of(SessionName("default", session)).all
         assert len(set(keys)) == len(keys)
         assert len({key_slot(key) for key in keys}) == 1

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segue_cloud.hub.hub import Hub
-from segue_cloud.sessions.log import SessionLog
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.claims import TurnRequest
 from segue_cloud.turns.manager import Begun, TurnManager
@@ -29,6 +28,7 @@ from segue_contract.errors import (
     StoreUnavailable,
     TurnFailed,
 )
+from segue_contract.ids import SessionName
 from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES
 from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
@@ -37,7 +37,7 @@ from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import TurnState, find_turn
 from tests.support.scripted_engine import ScriptedEngine
 
-TENANT, SESSION = "default", "trip"
+SESSION = SessionName("default", "trip")
 WAIT_S = 20.0
 
 
@@ -52,7 +52,7 @@ class Bench:
 
     def request(self, turn: str = "t1", **changes: object) -> TurnRequest:
         values: dict[str, object] = {
-            "tenant": TENANT, "session": SESSION, "device": "phone", "turn": turn,
+            "session": SESSION, "device": "phone", "turn": turn,
             "prompt": "Hello", "max_tokens": 100, "sampling": Sampling(),
         }  # fmt: skip
         return TurnRequest(**(values | changes))  # type: ignore[arg-type]
@@ -62,14 +62,14 @@ class Bench:
 
     def spec(self, begun: Begun, turn: str = "t1", **changes: object) -> OwnedTurn:
         values: dict[str, object] = {
-            "key": TurnKey(TENANT, SESSION, turn, begun.epoch, "phone"),
+            "key": TurnKey(SESSION, turn, begun.epoch, "phone", begun.nonce),
             "prompt": (1, 2, 3), "max_tokens": 100, "sampling": Sampling(), "stop": (),
             "shape": Shape.SHIP, "has_edge": True,
         }  # fmt: skip
         return OwnedTurn(**(values | changes))  # type: ignore[arg-type]
 
     async def turn(self, turn: str = "t1") -> TurnState:
-        state = await self.log.state(TENANT, SESSION)
+        state = await self.log.state(SESSION)
         found = find_turn(state, turn)
         assert found is not None
         return found
@@ -91,19 +91,17 @@ async def bench_on(
 ) -> AsyncIterator[Bench]:
     tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
     store = await RedisStore.connect(url, timeout_s=store_timeout_s)
-    async with Hub(store) as hub:
-        log = SessionLog(store, hub)
+    async with SessionLog(store) as log:
         deps = OwnerDeps(
             log, engine, tokenizer, frozenset({2}), 8192, 49152,
             lambda: time.time_ns() // 1_000_000, time.monotonic,
         )  # fmt: skip
         manager = TurnManager(deps, model="m", max_turns=max_turns)
-        await log.open_session(TENANT, SESSION, device="phone")
+        await log.open_session(SESSION, device="phone")
         try:
             yield Bench(manager, log, engine, tokenizer)
         finally:
             await manager.close()
-            await log.close()
             await store.close()
 
 
@@ -213,7 +211,7 @@ async def test_stop_cancels_at_once_wherever_it_is_asked_for(
             async for event in owner.feed.read():
                 if event.frame.index + len(event.frame.tokens) >= 2:
                     break
-        assert await bench.log.request_stop(TENANT, SESSION) == "t1"
+        assert await bench.log.request_stop(SESSION) == "t1"
         bench.engine.allow(1)  # the next append brings the mark back
         turn = await bench.ended(owner)
         assert turn.reason == "cancelled"
@@ -244,7 +242,7 @@ async def test_beyond_the_bound_it_refuses_with_a_hint(
         with pytest.raises(Overloaded) as refused:
             await bench.begin("t2")
         assert refused.value.fields["retry_after_s"] > 0
-        state = await bench.log.state(TENANT, SESSION)
+        state = await bench.log.state(SESSION)
         assert [turn.turn for turn in state.turns] == ["t1"]
 
 
@@ -269,11 +267,11 @@ async def test_a_caller_that_leaves_cancels_nothing(
         caller.cancel()
         await asyncio.gather(caller, return_exceptions=True)
         async with asyncio.timeout(WAIT_S):
-            while (owner := bench.manager.owned(TENANT, SESSION, "t1")) is None:  # noqa: ASYNC110
+            while (owner := bench.manager.owned(SESSION, "t1")) is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         engine.allow(len(words))
         assert (await bench.ended(owner)).tokens == words
-        assert not bench.manager.knows(TENANT, SESSION, "t1")
+        assert not bench.manager.knows(SESSION, "t1")
 
 
 async def test_two_take_overs_at_once_leave_one_owner(
@@ -348,7 +346,7 @@ async def test_a_dead_engine_takes_no_turns(
         with pytest.raises(EngineGone):
             await bench.begin("t2")
         async with bench_on(valkey.url, model_dir, engine) as again:
-            assert not await again.manager.recover(TENANT, SESSION)
+            assert not await again.manager.recover(SESSION)
             with pytest.raises(EngineGone):
                 await again.manager.take_over(again.spec(begun), ())
         assert (await bench.turn()).epoch == begun.epoch
@@ -416,7 +414,7 @@ async def test_an_orphan_is_finished_though_nobody_asks(
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
         await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
-        async with recovering(bench.manager, bench.log, TENANT, every_s=0.05):
+        async with recovering(bench.manager, bench.log, SESSION.tenant, every_s=0.05):
             async with asyncio.timeout(WAIT_S):
                 while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)

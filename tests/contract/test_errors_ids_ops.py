@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from segue_contract import errors, ids, plan, topics
 from segue_contract.errors import Internal, InvalidArgument, Overloaded, SegueError
+from segue_contract.ids import SessionName
 from segue_contract.kv.layout import BLOCK_TOKENS, KvRecipe, block_id, block_ids
 from segue_contract.limits import MAX_ID_CHARS, MAX_OP_BYTES
 from segue_contract.sync import ops, state
@@ -277,9 +278,10 @@ def test_bytes_of_something_else_are_refused(decode: object, data: bytes) -> Non
 
 
 def test_topics_are_what_the_access_rules_will_name() -> None:
-    assert topics.log_topic("default", "trip") == "segue/v1/default/trip/log"
-    assert topics.head_topic("default", "trip") == "segue/v1/default/trip/head"
-    assert topics.presence_topic("default", "trip", "phone") == "segue/v1/default/trip/aw/phone"
+    trip = SessionName("default", "trip")
+    assert topics.log_topic(trip) == "segue/v1/default/trip/log"
+    assert topics.head_topic(trip) == "segue/v1/default/trip/head"
+    assert topics.presence_topic(trip, "phone") == "segue/v1/default/trip/aw/phone"
 
 
 @given(generation=numbers, offset=numbers, entries=st.lists(st.binary(max_size=9), max_size=4))

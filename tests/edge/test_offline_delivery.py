@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from segue_contract.errors import Overloaded
+from segue_contract.ids import SessionName
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.servers import Valkey
 from segue_contract.v1 import agent_pb2 as pb
@@ -53,7 +54,7 @@ async def deps(cloud: CloudRpc) -> AsyncIterator[Any]:
 
 
 async def in_log(cloud: CloudRpc) -> tuple[tuple[int, ...], str]:
-    state = await cloud.log.state("default", "trip")
+    state = await cloud.log.state(SessionName("default", "trip"))
     (turn,) = state.turns
     return tuple(turn.tokens), turn.reason
 

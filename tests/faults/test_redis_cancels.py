@@ -12,14 +12,15 @@ from random import Random
 
 import pytest
 
-from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.port import Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable
+from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from tests.support.slow_proxy import SlowProxy
 
-T = "default"
+S = SessionName("default", "s")
 
 
 def new_seed() -> int:
@@ -32,29 +33,29 @@ def op(text: str) -> bytes:
     return ops.encode_op(ops.Set(id=text, name=text, value=text.encode()))
 
 
-async def names(store: RedisStore, session: str) -> list[str]:
-    _, entries = await store.read(T, session, 0, 10_000)
+async def names(store: RedisStore, session: SessionName) -> list[str]:
+    _, entries = await store.read(session, 0, 10_000)
     found = [ops.decode_op(entry.op) for entry in entries]
     return [one.name for one in found if isinstance(one, ops.Set)]
 
 
 async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
     random = Random(new_seed())
-    sessions = [f"s{i}" for i in range(6)]
+    sessions = [SessionName("default", f"s{i}") for i in range(6)]
     async with SlowProxy(valkey.port, lambda: random.uniform(0.0, 0.004)) as proxy:
         store = await RedisStore.connect(proxy.redis_url, max_connections=3)
         for session in sessions:
-            await store.open_session(T, session)
+            await store.open_session(session)
         cancelled = 0
 
-        async def writer(session: str) -> int:
+        async def writer(session: SessionName) -> int:
             """Each word until it is acknowledged; some tries are cancelled on the way."""
             nonlocal cancelled
             for seq in range(1, 31):
                 while True:
-                    call = asyncio.create_task(
-                        store.append(T, session, session, 0, seq, [op(f"{session}.{seq}")])
-                    )
+                    me = Producer(session.session, 0, seq)
+                    word = op(f"{session.session}.{seq}")
+                    call = asyncio.create_task(store.append(session, me, [word]))
                     done, _ = await asyncio.wait([call], timeout=random.uniform(0.0, 0.03))
                     if done:
                         result = call.result()
@@ -67,12 +68,12 @@ async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
                 assert result.expected_seq == seq + 1
             return seq
 
-        async def reader(session: str) -> None:
+        async def reader(session: SessionName) -> None:
             for _ in range(30):
                 call = asyncio.create_task(names(store, session))
                 done, _ = await asyncio.wait([call], timeout=random.uniform(0.0, 0.03))
                 if done:
-                    assert all(name.startswith(f"{session}.") for name in call.result())
+                    assert all(name.startswith(f"{session.session}.") for name in call.result())
                 call.cancel()
                 await asyncio.wait([call])
 
@@ -82,7 +83,7 @@ async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
                 group.create_task(reader(session))
         assert cancelled > 0, "nothing was tested"
         for session in sessions:
-            assert await names(store, session) == [f"{session}.{i}" for i in range(1, 31)]
+            assert await names(store, session) == [f"{session.session}.{i}" for i in range(1, 31)]
         await store.close()
 
 
@@ -91,7 +92,7 @@ async def test_lost_replies_apply_nothing_twice(valkey: Valkey) -> None:
     random = Random(new_seed())
     async with SlowProxy(valkey.port, lambda: random.uniform(0.0, 0.003)) as proxy:
         store = await RedisStore.connect(proxy.redis_url)
-        await store.open_session(T, "s")
+        await store.open_session(S)
         running = True
 
         async def cutter() -> None:
@@ -101,15 +102,15 @@ async def test_lost_replies_apply_nothing_twice(valkey: Valkey) -> None:
 
         cutting = asyncio.create_task(cutter())
         for seq in range(1, 21):
-            result = await store.append(T, "s", "p", 0, seq, [op(str(seq))])
+            result = await store.append(S, Producer("p", 0, seq), [op(str(seq))])
             assert result.first_offset == seq
-        claim = await store.begin_turn(T, "s", "t", [op("turn")], 30.0)
+        claim = await store.begin_turn(S, "t", [op("turn")], 30.0)
         assert not claim.known, "its own repetition looked like another one's turn"
-        taken = await store.take_over(T, "s", "t", 30.0)
+        taken = await store.take_over(S, "t", 30.0)
         assert taken.epoch == 2, "one call raised the epoch twice"
         running = False
         await cutting
-        assert await names(store, "s") == [*(str(i) for i in range(1, 21)), "turn"]
+        assert await names(store, S) == [*(str(i) for i in range(1, 21)), "turn"]
         assert proxy.accepted > 1, "nothing was cut"
         await store.close()
 
@@ -123,41 +124,41 @@ async def test_a_store_that_is_away_gives_a_typed_error_and_writes_nothing(valke
 
     async with SlowProxy(valkey.port) as proxy:
         store = await RedisStore.connect(proxy.redis_url, timeout_s=0.4, sleep=no_pause)
-        await store.open_session(T, "s")
+        await store.open_session(S)
         proxy.refuse = True
         proxy.cut()
         with pytest.raises(StoreUnavailable) as caught:
-            await store.append(T, "s", "p", 0, 1, [op("lost")])
+            await store.append(S, Producer("p", 0, 1), [op("lost")])
         assert caught.value.hint
         assert pauses[:3] == [0.05, 0.1, 0.2], "the pause between attempts grows"
         assert max(pauses) <= 0.5
         proxy.refuse = False
-        assert await names(store, "s") == []
-        assert (await store.append(T, "s", "p", 0, 1, [op("kept")])).status is Status.OK
+        assert await names(store, S) == []
+        assert (await store.append(S, Producer("p", 0, 1), [op("kept")])).status is Status.OK
         await store.close()
 
 
 async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
     store = await RedisStore.connect(valkey.url, timeout_s=20.0)
-    await store.open_session(T, "s")
+    await store.open_session(S)
     valkey.process.pause()
-    write = asyncio.create_task(store.append(T, "s", "p", 0, 1, [op("a")]))
+    write = asyncio.create_task(store.append(S, Producer("p", 0, 1), [op("a")]))
     done, _ = await asyncio.wait([write], timeout=0.3)
     assert not done, "it answered for a store that is stopped"
     valkey.process.resume()
     assert (await write).first_offset == 1
-    assert await names(store, "s") == ["a"]
+    assert await names(store, S) == ["a"]
     await store.close()
 
 
 async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> None:
     store = await RedisStore.connect(valkey.url, timeout_s=20.0)
-    before, _ = await store.open_session(T, "s")
-    await store.append(T, "s", "p", 0, 1, [op("a")])
+    before, _ = await store.open_session(S)
+    await store.append(S, Producer("p", 0, 1), [op("a")])
     valkey.process.kill()
     await valkey.restart()
-    assert (await store.append(T, "s", "p", 0, 2, [op("b")])).status is Status.MISSING
-    after, created = await store.open_session(T, "s")
+    assert (await store.append(S, Producer("p", 0, 2), [op("b")])).status is Status.MISSING
+    after, created = await store.open_session(S)
     assert created
     assert after.generation > before.generation
     await store.close()
@@ -166,13 +167,13 @@ async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> No
 async def test_a_stalled_link_times_out(valkey: Valkey) -> None:
     async with SlowProxy(valkey.port) as proxy:
         store = await RedisStore.connect(proxy.redis_url, timeout_s=0.3)
-        await store.open_session(T, "s")
+        await store.open_session(S)
         proxy.stall()
         with pytest.raises(StoreUnavailable, match="in time"):
-            await store.append(T, "s", "p", 0, 1, [op("a")])
+            await store.append(S, Producer("p", 0, 1), [op("a")])
         proxy.flow()
-        assert (await store.append(T, "s", "p", 0, 1, [op("a")])).first_offset == 1
-        assert await names(store, "s") == ["a"]
+        assert (await store.append(S, Producer("p", 0, 1), [op("a")])).first_offset == 1
+        assert await names(store, S) == ["a"]
         await store.close()
 
 

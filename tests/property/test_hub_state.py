@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from segue_cloud.hub.state import HubState
 from segue_cloud.sessions.port import StoredEntry
+from segue_contract.ids import SessionName
 from segue_contract.sync.state import Cursor
 
-KEY = ("default", "s")
+KEY = SessionName("default", "s")
 
 
 def entry(offset: int, generation: int = 1) -> StoredEntry:
@@ -91,4 +92,4 @@ def test_who_has_no_snapshot_yet_is_woken_and_told_to_read() -> None:
     hub.move(follower, Cursor(1, 0))
     assert hub.behind(follower) == Cursor(1, 1)
     assert list(hub.announce(KEY, Cursor(1, 1))) == []
-    assert list(hub.offer(("default", "other"), [entry(1)])) == []
+    assert list(hub.offer(SessionName("default", "other"), [entry(1)])) == []

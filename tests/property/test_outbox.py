@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from segue_cloud.mqtt.outbox import Outbox
 from segue_cloud.sessions.port import StoredEntry
+from segue_contract.ids import SessionName
 from segue_contract.limits import MAX_APPEND_OPS, MAX_MQTT_PAYLOAD_BYTES
 from segue_contract.sync.state import Cursor
 from segue_contract.topics import encode_log_message
 
-KEYS = [("default", name) for name in "abc"]
+KEYS = [SessionName("default", name) for name in "abc"]
 
 
 def entries(first: int, count: int, size: int = 10) -> list[StoredEntry]:
@@ -25,9 +26,9 @@ def test_heads_tell_the_tail_of_everything_appended(seed: int, bound: int) -> No
     random = Random(seed)
     outbox = Outbox(max_entries=bound, head_delay_s=0.1)
     tails = dict.fromkeys(KEYS, 0)
-    sent: dict[tuple[str, str], list[int]] = {key: [] for key in KEYS}
-    broker_heads: dict[tuple[str, str], Cursor] = {}
-    on_their_way: list[tuple[tuple[str, str], Cursor]] = []
+    sent: dict[SessionName, list[int]] = {key: [] for key in KEYS}
+    broker_heads: dict[SessionName, Cursor] = {}
+    on_their_way: list[tuple[SessionName, Cursor]] = []
     now = 0.0
     for _ in range(100):
         now += random.uniform(0.0, 0.05)
@@ -41,8 +42,8 @@ def test_heads_tell_the_tail_of_everything_appended(seed: int, bound: int) -> No
             case 2:
                 if (batch := outbox.next_batch()) is not None:
                     offsets = range(batch.first.offset, batch.first.offset + len(batch.ops))
-                    assert not sent[batch.key] or offsets[0] > sent[batch.key][-1]
-                    sent[batch.key].extend(offsets)
+                    assert not sent[batch.session] or offsets[0] > sent[batch.session][-1]
+                    sent[batch.session].extend(offsets)
             case 3:
                 on_their_way += outbox.due_heads(now)
                 while on_their_way:
@@ -95,7 +96,7 @@ def test_messages_stay_within_the_brokers_bounds() -> None:
     while (batch := outbox.next_batch()) is not None:
         payload = encode_log_message(batch.first.generation, batch.first.offset, batch.ops)
         assert len(payload) <= MAX_MQTT_PAYLOAD_BYTES
-        batches.append((batch.key[1], batch.first.offset, len(batch.ops)))
+        batches.append((batch.session.session, batch.first.offset, len(batch.ops)))
     assert batches == [
         ("a", 1, MAX_APPEND_OPS),
         ("b", 1, 1),
@@ -117,7 +118,7 @@ def test_a_cleared_head_is_not_cleared_once_the_session_lives_again() -> None:
 
 def test_only_confirmed_heads_are_forgotten() -> None:
     outbox = Outbox(max_heads=2)
-    many = [("default", str(i)) for i in range(5)]
+    many = [SessionName("default", str(i)) for i in range(5)]
     for key in many:
         outbox.add(key, entries(1, 1), 0.0, online=True)
     assert len(outbox.due_heads(1.0)) == 5

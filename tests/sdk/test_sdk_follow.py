@@ -12,7 +12,7 @@ import pytest
 
 import segue
 from segue import errors
-from segue_contract.ids import DEFAULT_TENANT
+from segue_contract.ids import DEFAULT_TENANT, SessionName
 from segue_contract.servers import Broker
 from segue_contract.sync.ops import Set, encode_op
 from segue_contract.sync.state import Cursor
@@ -34,8 +34,8 @@ class Publisher:
         self._mqtt = mqtt
         self._log = log
         self._topics = (
-            log_topic(DEFAULT_TENANT, log.session),
-            head_topic(DEFAULT_TENANT, log.session),
+            log_topic(SessionName(DEFAULT_TENANT, log.session)),
+            head_topic(SessionName(DEFAULT_TENANT, log.session)),
         )
 
     async def entries(self, *offsets: int) -> None:

@@ -8,11 +8,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
-from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -49,8 +48,7 @@ async def cloud_rpc(
     manifest = manifest or read_manifest(model_dir)
     tokenizer = ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
-    async with Hub(store) as hub:
-        log = SessionLog(store, hub)
+    async with SessionLog(store) as log:
         context = manifest.geometry.context
         deps = OwnerDeps(
             log=log,
@@ -64,7 +62,7 @@ async def cloud_rpc(
         )
         manager = TurnManager(deps, model=manifest.name, max_turns=max_turns)
         agent = AgentService(
-            Identity("default", "cloud-1", manifest.name, "", context), manager, log, hub
+            Identity("default", "cloud-1", manifest.name, "", context), manager, log
         )
         facts = FactsSource(engine, manifest, "cloud-1")
         decode = DecodeService(manager, log, engine, manifest, facts, "default")
@@ -95,5 +93,4 @@ async def cloud_rpc(
             await channel.close()
             await server.stop(0)
             await manager.close()
-            await log.close()
             await store.close()

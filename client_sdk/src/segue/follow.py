@@ -20,6 +20,7 @@ from segue._log import LogView
 from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue.events import Entry, Snapshot
 from segue_contract.errors import InvalidArgument, SegueError, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     FOLLOW_HEAL_S,
     FOLLOW_TIMEOUT_S,
@@ -65,8 +66,7 @@ async def read_log(
 class Where:
     """Which log a follower follows, from which place on, and as whom."""
 
-    tenant: str
-    session: str
+    name: SessionName
     device: str
     generation: int
     from_offset: int = 0
@@ -86,11 +86,11 @@ class Follower:
             )
         self._nodes = nodes
         self._broker = broker
-        self._session = where.session
+        self._session = where.name.session
         self._device = where.device
         self._from_offset = where.from_offset
-        self._log_topic = log_topic(where.tenant, where.session)
-        self._head_topic = head_topic(where.tenant, where.session)
+        self._log_topic = log_topic(where.name)
+        self._head_topic = head_topic(where.name)
         self._view = LogView(where.generation)
         self._inbox = Inbox()
         self._closed = False

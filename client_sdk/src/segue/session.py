@@ -17,7 +17,7 @@ from segue.events import Entry, Snapshot
 from segue.follow import Follower, Where, read_log
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
-from segue_contract.ids import check_id, new_id
+from segue_contract.ids import SessionName, check_id, new_id
 from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S
 from segue_contract.sync.ops import DEVICE_KINDS, Op, Sampling, Set, encode_op
 from segue_contract.sync.state import Cursor, SessionState
@@ -54,7 +54,7 @@ class Session:
         self.created = opened.created
         self.max_context_tokens = opened.max_context_tokens
         self.tail = Cursor(opened.tail.generation, opened.tail.offset)
-        self._tenant = opened.tenant
+        self._name = SessionName(opened.tenant, opened.session)
         self._nodes = nodes
         self._mqtt_url = opened.mqtt_url
         self._follow = follow
@@ -138,7 +138,7 @@ class Session:
             from_offset: 0 folds everything so far into the snapshot. N: the snapshot is the state
                 at N (or the first later one that the log still has), and entries follow one by one.
         """
-        where = Where(self._tenant, self.name, self.device, self.tail.generation, from_offset)
+        where = Where(self._name, self.device, self.tail.generation, from_offset)
         return self._follow(self._mqtt_url, where)
 
     async def read(self, from_offset: int = 0) -> list[Snapshot | Entry]:

@@ -17,13 +17,12 @@ import structlog
 
 from segue_cloud.config import CloudSettings
 from segue_cloud.engine.port import Engine
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.metrics import CloudMetrics
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
-from segue_cloud.sessions.log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -109,10 +108,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         stack.push_async_callback(store.close)
         publisher = Publisher(mqtt_url, store)
         await stack.enter_async_context(publisher)
-        hub = Hub(store)
-        await stack.enter_async_context(hub)
-        session_log = SessionLog(store, hub, publisher)
-        stack.push_async_callback(session_log.close)
+        session_log = await stack.enter_async_context(SessionLog(store, publisher))
         tokenizer = ChatTokenizer.load(directory, manifest)
         engine = await loading
     except BaseException:
@@ -137,7 +133,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     identity = Identity(
         settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
     )
-    agent = AgentService(identity, manager, session_log, hub)
+    agent = AgentService(identity, manager, session_log)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
     server = await start_server(

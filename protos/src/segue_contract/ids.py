@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.limits import MAX_ID_CHARS
@@ -37,6 +38,31 @@ def check_id(value: str, what: str) -> str:
             hint="Use letters, digits, '.', '_' and '-'; begin and end with a letter or digit.",
         )
     return value
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class SessionName:
+    """Which session is meant: its name is unique within its tenant. As text, "tenant:session"."""
+
+    tenant: str
+    session: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}:{self.session}"
+
+    @classmethod
+    def parse(cls, text: str) -> SessionName:
+        """The name whose `str` is `text`. Raises ValueError where it is none."""
+        tenant, session = text.split(":", 1)
+        return cls(tenant, session)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnName:
+    """Which turn is meant: its id is unique within its session."""
+
+    session: SessionName
+    turn: str
 
 
 def new_id(prefix: str, random_bytes: Callable[[int], bytes]) -> str:

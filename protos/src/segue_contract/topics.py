@@ -5,24 +5,25 @@ from __future__ import annotations
 import msgspec
 
 from segue_contract.errors import UNREADABLE, InvalidArgument
+from segue_contract.ids import SessionName
 from segue_contract.sync.state import Cursor
 
 ROOT = "segue/v1"
 
 
-def log_topic(tenant: str, session: str) -> str:
+def log_topic(name: SessionName) -> str:
     """Live log entries, QoS 1, payload `encode_log_message`."""
-    return f"{ROOT}/{tenant}/{session}/log"
+    return f"{ROOT}/{name.tenant}/{name.session}/log"
 
 
-def head_topic(tenant: str, session: str) -> str:
+def head_topic(name: SessionName) -> str:
     """Retained: the log's tail as `encode_head`; an empty payload clears it."""
-    return f"{ROOT}/{tenant}/{session}/head"
+    return f"{ROOT}/{name.tenant}/{name.session}/head"
 
 
-def presence_topic(tenant: str, session: str, device: str) -> str:
+def presence_topic(name: SessionName, device: str) -> str:
     """QoS 0: a device's presence; its Will carries the connection's incarnation."""
-    return f"{ROOT}/{tenant}/{session}/aw/{device}"
+    return f"{ROOT}/{name.tenant}/{name.session}/aw/{device}"
 
 
 class LogMessage(msgspec.Struct, frozen=True, array_like=True):

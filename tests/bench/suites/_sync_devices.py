@@ -17,6 +17,7 @@ import time
 import aiomqtt
 import redis.asyncio as redis
 
+from segue_contract.ids import SessionName
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.topics import decode_log_message, log_topic
@@ -36,7 +37,7 @@ async def segue_device(url: str, session: str, frames: int, ready: asyncio.Event
         protocol=aiomqtt.ProtocolVersion.V5,
         socket_options=mqtt_socket_options(),
     ) as client:
-        await client.subscribe(log_topic("default", session), qos=1)
+        await client.subscribe(log_topic(SessionName("default", session)), qos=1)
         ready.set()
         async for message in client.messages:
             assert isinstance(message.payload, bytes)

@@ -17,10 +17,11 @@ from importlib.util import find_spec
 
 import redis.asyncio as redis
 
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
-from segue_cloud.sessions.log import SessionLog
+from segue_cloud.sessions.port import Producer, TurnHold
 from segue_cloud.sessions.store import RedisStore
+from segue_contract.ids import SessionName
 from segue_contract.servers import Broker, ChildProcess, Valkey
 from segue_contract.sync import ops
 from tests.bench.harness import ROOT, Report
@@ -64,10 +65,10 @@ async def _run(report: Report, quick: bool) -> None:
         async with redis.from_url(valkey.url) as client:
 
             async def publish(number: int) -> None:
-                await client.publish("peer", _frame(number))
+                await client.publish("peer", ops.encode_op(_frame(number)))
 
             async def add(number: int) -> None:
-                await client.xadd("peer-stream", {"o": _frame(number)})
+                await client.xadd("peer-stream", {"o": ops.encode_op(_frame(number))})
 
             for mode, name, send in (
                 ("pubsub", "peer", publish),
@@ -84,25 +85,26 @@ async def _segue(
     """Delays to the last device, and how long each append took; ns."""
     store = await RedisStore.connect(valkey.url)
     appends: list[int] = []
-    async with Publisher(broker.url, store) as publisher, Hub(store) as hub:
-        log = SessionLog(store, hub, publisher)
-        await log.open_session("default", session)
+    name = SessionName("default", session)
+    hold = TurnHold("t", 0, "")
+    async with Publisher(broker.url, store) as publisher, SessionLog(store, publisher) as log:
+        await log.open_session(name)
         assert await publisher.wait_connected()
 
         async def send(number: int) -> None:
+            nonlocal hold
             began = time.monotonic_ns()
             if number == 0:
                 opening = [
                     ops.UserMessage(id="u", turn="t", text="hello"),
                     ops.TurnStarted(id="s", turn="t", epoch=1),
                 ]
-                encoded = [ops.encode_op(op) for op in opening]
-                await log.begin_turn("default", session, "t", encoded)
-            await log.append("default", session, "", 1, number + 1, [_frame(number)], turn="t")
+                hold = (await log.begin_turn(name, "t", opening)).hold("t")
+            await log.append_turn(name, hold, number + 1, [_frame(number)])
             appends.append(time.monotonic_ns() - began)
 
         delays = await _measure("segue", broker.url, session, frames, send)
-        state = await log.state("default", session)
+        state = await log.state(name)
         assert state.turns[0].text == "".join(f"word{i} " for i in range(WARM_FRAMES + frames))
     await store.close()
     return delays, appends[WARM_FRAMES:]
@@ -142,14 +144,15 @@ async def _appends_per_s(valkey: Valkey, writers: int, quick: bool) -> float:
     """Appends that `writers` tasks get done in a second, each to a session of its own."""
     store = await RedisStore.connect(valkey.url)
     until = time.monotonic() + (0.2 if quick else 2.0)
-    data = _frame(1)
+    data = ops.encode_op(_frame(1))
 
     async def write(session: str) -> int:
-        await store.open_session("default", session)
+        name = SessionName("default", session)
+        await store.open_session(name)
         done = 0
         while time.monotonic() < until:
             done += 1
-            await store.append("default", session, "p", 0, done, [data])
+            await store.append(name, Producer("p", 0, done), [data])
         return done
 
     began = time.monotonic()
@@ -159,12 +162,10 @@ async def _appends_per_s(valkey: Valkey, writers: int, quick: bool) -> float:
     return sum(counts) / seconds
 
 
-def _frame(number: int) -> bytes:
-    return ops.encode_op(
-        ops.Frame(
-            id=f"t.1.{number}", device="phone", at_ms=number, turn="t", epoch=1, index=number,
-            tokens=(number,), pieces=(f"word{number} ",),
-        )
+def _frame(number: int) -> ops.Frame:
+    return ops.Frame(
+        id=f"t.1.{number}", device="phone", at_ms=number, turn="t", epoch=1, index=number,
+        tokens=(number,), pieces=(f"word{number} ",),
     )  # fmt: skip
 
 

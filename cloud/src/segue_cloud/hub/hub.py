@@ -15,9 +15,10 @@ from types import TracebackType
 import structlog
 
 from segue_cloud.hub.state import HubState
-from segue_cloud.sessions.port import SessionStore, StoredEntry
+from segue_cloud.sessions.port import Reading, StoredEntry
 from segue_cloud.sessions.reader import LogReader
 from segue_contract.errors import SegueError
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     HUB_EVENT_BYTES,
     HUB_POLL_S,
@@ -38,17 +39,17 @@ class Following:
 
 
 class Hub:
-    """`async with Hub(store) as hub:` runs the look-up of tails in the background."""
+    """`async with Hub(store, reader) as hub:` runs the look-up of tails in the background."""
 
     def __init__(
         self,
-        store: SessionStore,
+        store: Reading,
+        reader: LogReader,
         *,
-        reader: LogReader | None = None,
         poll_s: float = HUB_POLL_S,
         state: HubState | None = None,
     ) -> None:
-        self.reader = reader or LogReader(store)
+        self._reader = reader
         self._store = store
         self._poll_s = poll_s
         self._state = state or HubState()
@@ -74,13 +75,13 @@ class Hub:
     def followers(self) -> int:
         return len(self._wakes)
 
-    def offer(self, tenant: str, session: str, entries: Sequence[StoredEntry]) -> None:
+    def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Entries that were just appended here."""
-        self._wake(self._state.offer((tenant, session), entries))
+        self._wake(self._state.offer(session, entries))
 
     @contextlib.asynccontextmanager
     async def follow(
-        self, tenant: str, session: str, after: Cursor | None = None
+        self, session: SessionName, after: Cursor | None = None
     ) -> AsyncIterator[AsyncIterator[Following]]:
         """Iterate over a snapshot, then entries as they come; a later snapshot starts over.
 
@@ -90,10 +91,10 @@ class Hub:
         Raises (while iterating):
             UnknownSession, StoreUnavailable.
         """
-        number = self._state.join((tenant, session))
+        number = self._state.join(session)
         self._wakes[number] = asyncio.Event()
         self._someone.set()
-        steps = self._steps(number, tenant, session)
+        steps = self._steps(number, session)
         try:
             yield steps
         finally:
@@ -109,11 +110,9 @@ class Hub:
 
     # -- inside -------------------------------------------------------------------------------
 
-    async def _steps(
-        self, number: int, tenant: str, session: str
-    ) -> AsyncGenerator[Following, None]:
+    async def _steps(self, number: int, session: SessionName) -> AsyncGenerator[Following, None]:
         wake = self._wakes[number]
-        state = await self.reader.state(tenant, session)
+        state = await self._reader.state(session)
         at = state.cursor
         self._state.move(number, at)
         yield Following([], state)
@@ -123,7 +122,7 @@ class Hub:
                 at = taken[-1].cursor
                 yield Following(taken)
             elif (tail := self._state.behind(number)) is not None:
-                page = await self.reader.read(tenant, session, at, MAX_READ_ENTRIES)
+                page = await self._reader.read(session, at, MAX_READ_ENTRIES)
                 if page.end is None and page.tail < tail:
                     # It was acknowledged and is gone. The next read gives a new generation.
                     at = tail
@@ -157,6 +156,6 @@ class Hub:
         for start in range(0, len(followed), HUB_POLL_SESSIONS):
             some = followed[start : start + HUB_POLL_SESSIONS]
             tails = await self._store.tails(some)
-            for key, tail in zip(some, tails, strict=True):
+            for session, tail in zip(some, tails, strict=True):
                 if tail is not None:
-                    self._wake(self._state.announce(key, tail))
+                    self._wake(self._state.announce(session, tail))

@@ -12,17 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from segue_cloud.sessions.port import StoredEntry
+from segue_contract.ids import SessionName
 from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
 from segue_contract.sync.state import Cursor
-
-Key = tuple[str, str]  # tenant, session
 
 _NOTHING = Cursor(0, 0)
 
 
 @dataclass
 class _Follower:
-    key: Key
+    session: SessionName
     position: Cursor | None = None  # None until its snapshot is there
     queue: deque[StoredEntry] = field(default_factory=deque)
 
@@ -43,32 +42,32 @@ class HubState:
 
     def __init__(self, queue_entries: int = FOLLOWER_QUEUE_ENTRIES) -> None:
         self._queue_entries = queue_entries
-        self._channels: dict[Key, _Channel] = {}
+        self._channels: dict[SessionName, _Channel] = {}
         self._followers: dict[int, _Follower] = {}
         self._next = 1
 
     @property
-    def followed(self) -> list[Key]:
+    def followed(self) -> list[SessionName]:
         return list(self._channels)
 
-    def join(self, key: Key) -> int:
+    def join(self, session: SessionName) -> int:
         """A follower that stands nowhere yet: read, then `move`."""
         number = self._next
         self._next += 1
-        self._followers[number] = _Follower(key)
-        self._channels.setdefault(key, _Channel()).followers.add(number)
+        self._followers[number] = _Follower(session)
+        self._channels.setdefault(session, _Channel()).followers.add(number)
         return number
 
     def leave(self, follower: int) -> None:
-        key = self._followers.pop(follower).key
-        channel = self._channels[key]
+        session = self._followers.pop(follower).session
+        channel = self._channels[session]
         channel.followers.discard(follower)
         if not channel.followers:
-            del self._channels[key]
+            del self._channels[session]
 
-    def offer(self, key: Key, entries: Sequence[StoredEntry]) -> Iterable[int]:
+    def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> Iterable[int]:
         """Entries that the log holds now, in order. Returns who has to be woken."""
-        channel = self._channels.get(key)
+        channel = self._channels.get(session)
         if channel is None or not entries:
             return ()
         channel.tail = max(channel.tail, entries[-1].cursor)
@@ -84,9 +83,9 @@ class HubState:
                     follower.queue.append(entry)
         return channel.followers
 
-    def announce(self, key: Key, tail: Cursor) -> Iterable[int]:
+    def announce(self, session: SessionName, tail: Cursor) -> Iterable[int]:
         """The log's tail, seen elsewhere. Returns who has to be woken."""
-        channel = self._channels.get(key)
+        channel = self._channels.get(session)
         if channel is None or tail <= channel.tail:
             return ()
         channel.tail = tail
@@ -108,7 +107,7 @@ class HubState:
     def behind(self, follower: int) -> Cursor | None:
         """The tail it has to read up to; None where it misses nothing beyond its queue."""
         state = self._followers[follower]
-        tail = self._channels[state.key].tail
+        tail = self._channels[state.session].tail
         if state.queue or (state.position is not None and tail <= state.position):
             return None
         return tail
@@ -127,7 +126,7 @@ class HubState:
     def check_integrity(self) -> None:
         """Assert what must always hold."""
         for number, follower in self._followers.items():
-            channel = self._channels[follower.key]
+            channel = self._channels[follower.session]
             assert number in channel.followers
             assert len(follower.queue) <= self._queue_entries
             at = follower.position

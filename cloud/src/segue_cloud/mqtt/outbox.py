@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segue_cloud.sessions.port import StoredEntry
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     HEAD_DELAY_S,
     HEAD_MAX_DELAY_S,
@@ -24,8 +25,6 @@ from segue_contract.limits import (
 )
 from segue_contract.sync.state import Cursor
 
-Key = tuple[str, str]  # tenant, session
-
 _OVERHEAD_BYTES = 64  # of a message and of each op in it, generously
 
 
@@ -33,7 +32,7 @@ _OVERHEAD_BYTES = 64  # of a message and of each op in it, generously
 class LogBatch:
     """Consecutive entries of one session."""
 
-    key: Key
+    session: SessionName
     first: Cursor
     ops: list[bytes]
 
@@ -59,10 +58,10 @@ class Outbox:
         self._max_heads = max_heads
         self._head_delay_s = head_delay_s
         self._head_max_delay_s = head_max_delay_s
-        self._pending: OrderedDict[Key, list[StoredEntry]] = OrderedDict()
+        self._pending: OrderedDict[SessionName, list[StoredEntry]] = OrderedDict()
         self._entries = 0
-        self._heads: OrderedDict[Key, _Head] = OrderedDict()
-        self._clears: list[Key] = []
+        self._heads: OrderedDict[SessionName, _Head] = OrderedDict()
+        self._clears: list[SessionName] = []
         self._soonest_s = math.inf  # no head is due before it
         self.dropped = 0
 
@@ -71,30 +70,32 @@ class Outbox:
         """Nothing waits, and every head is confirmed."""
         return not self._pending and all(head.confirmed for head in self._heads.values())
 
-    def add(self, key: Key, entries: Sequence[StoredEntry], now_s: float, *, online: bool) -> None:
+    def add(
+        self, session: SessionName, entries: Sequence[StoredEntry], now_s: float, *, online: bool
+    ) -> None:
         """Entries that were appended. Offline, or beyond the bound, only their head counts."""
-        self._put_head(key, entries[-1].cursor, now_s, now_s + self._head_delay_s)
+        self._put_head(session, entries[-1].cursor, now_s, now_s + self._head_delay_s)
         if not online or self._entries + len(entries) > self._max_entries:
             self.dropped += len(entries)
             return
-        self._pending.setdefault(key, []).extend(entries)
+        self._pending.setdefault(session, []).extend(entries)
         self._entries += len(entries)
 
-    def add_head(self, key: Key, cursor: Cursor, now_s: float) -> None:
+    def add_head(self, session: SessionName, cursor: Cursor, now_s: float) -> None:
         """The log's tail is `cursor`: say so at once."""
-        self._put_head(key, cursor, now_s, now_s)
+        self._put_head(session, cursor, now_s, now_s)
 
-    def _put_head(self, key: Key, cursor: Cursor, now_s: float, due_s: float) -> None:
-        head = self._heads.get(key)
+    def _put_head(self, session: SessionName, cursor: Cursor, now_s: float, due_s: float) -> None:
+        head = self._heads.get(session)
         if head is None:
-            head = self._heads[key] = _Head(cursor, None)
+            head = self._heads[session] = _Head(cursor, None)
         elif cursor < head.cursor:
             return
         if head.due_s is None:
             head.latest_s = now_s + self._head_max_delay_s
         head.due_s = min(due_s, head.latest_s)
         head.cursor, head.confirmed = cursor, False
-        self._heads.move_to_end(key)
+        self._heads.move_to_end(session)
         self._soonest_s = min(self._soonest_s, head.due_s)
         self._forget_confirmed()
 
@@ -104,7 +105,7 @@ class Outbox:
         An entry too large for any message is left out: its head tells devices to read it.
         """
         while self._pending:
-            key, waiting = next(iter(self._pending.items()))
+            session, waiting = next(iter(self._pending.items()))
             size, count = _OVERHEAD_BYTES, 0
             for entry in waiting[:MAX_APPEND_OPS]:
                 size += len(entry.op) + _OVERHEAD_BYTES
@@ -114,26 +115,26 @@ class Outbox:
                 count += 1
             taken, rest = waiting[: max(count, 1)], waiting[max(count, 1) :]
             self._entries -= len(taken)
-            del self._pending[key]
+            del self._pending[session]
             if rest:  # behind the others: one busy session holds up nobody
-                self._pending[key] = rest
+                self._pending[session] = rest
             if count:
-                return LogBatch(key, taken[0].cursor, [entry.op for entry in taken])
+                return LogBatch(session, taken[0].cursor, [entry.op for entry in taken])
             self.dropped += 1
         return None
 
-    def due_heads(self, now_s: float) -> list[tuple[Key, Cursor]]:
+    def due_heads(self, now_s: float) -> list[tuple[SessionName, Cursor]]:
         """Heads to send now; each needs `head_confirmed`, or `restart` where the link was lost."""
         if now_s < self._soonest_s:
             return []
         due = []
         self._soonest_s = math.inf
-        for key, head in self._heads.items():
+        for session, head in self._heads.items():
             if head.due_s is None:
                 continue
             if head.due_s <= now_s:
                 head.due_s = None
-                due.append((key, head.cursor))
+                due.append((session, head.cursor))
             else:
                 self._soonest_s = min(self._soonest_s, head.due_s)
         return due
@@ -142,21 +143,21 @@ class Outbox:
         """No head is due before this; None where none waits."""
         return None if self._soonest_s == math.inf else self._soonest_s
 
-    def head_confirmed(self, key: Key, cursor: Cursor) -> None:
-        head = self._heads.get(key)
+    def head_confirmed(self, session: SessionName, cursor: Cursor) -> None:
+        head = self._heads.get(session)
         if head is not None and head.cursor == cursor:
             head.confirmed = True
             self._forget_confirmed()
 
-    def clear_head(self, key: Key) -> None:
+    def clear_head(self, session: SessionName) -> None:
         """The session is idle: its head is to be taken from the broker."""
-        self._heads.pop(key, None)
-        self._clears.append(key)
+        self._heads.pop(session, None)
+        self._clears.append(session)
 
-    def take_clears(self) -> list[Key]:
+    def take_clears(self) -> list[SessionName]:
         """Sessions whose head is to be cleared now and that got no new one meanwhile."""
         taken, self._clears = self._clears, []
-        return [key for key in taken if key not in self._heads]
+        return [session for session in taken if session not in self._heads]
 
     def restart(self, now_s: float) -> None:
         """The link is new: whatever was on its way is lost, and the broker may be empty."""
@@ -190,9 +191,9 @@ class Outbox:
         """Only heads that the broker has may be forgotten, the least recently used first."""
         surplus = len(self._heads) - self._max_heads
         if surplus > 0:
-            known = [key for key, head in self._heads.items() if head.confirmed]
-            for key in known[:surplus]:
-                del self._heads[key]
+            known = [session for session, head in self._heads.items() if head.confirmed]
+            for session in known[:surplus]:
+                del self._heads[session]
 
 
 def _after(cursor: Cursor) -> Cursor:

@@ -11,9 +11,10 @@ from typing import Any
 import aiomqtt
 import structlog
 
-from segue_cloud.mqtt.outbox import Key, LogBatch, Outbox
-from segue_cloud.sessions.port import SessionStore, StoredEntry
+from segue_cloud.mqtt.outbox import LogBatch, Outbox
+from segue_cloud.sessions.port import Fanout, StoredEntry
 from segue_contract.errors import SegueError
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
     BROKER_RETRY_S,
@@ -42,7 +43,7 @@ class Publisher:
     def __init__(
         self,
         url: str,
-        store: SessionStore,
+        store: Fanout,
         *,
         retry_s: float = BROKER_RETRY_S,
         sweep_s: float = SWEEP_INTERVAL_S,
@@ -60,7 +61,7 @@ class Publisher:
         self._head_idle_s = head_idle_s
         self._monotonic = monotonic
         self._outbox = outbox or Outbox()
-        self._confirmed: dict[Key, Cursor] = {}
+        self._confirmed: dict[SessionName, Cursor] = {}
         self._wake = asyncio.Event()
         self._marks = asyncio.Event()
         self._settled = asyncio.Event()
@@ -116,10 +117,10 @@ class Publisher:
             return False
         return True
 
-    def publish(self, tenant: str, session: str, entries: Sequence[StoredEntry]) -> None:
+    def publish(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Hand over entries that the log holds; returns at once, whatever the broker does."""
         if entries:
-            self._outbox.add((tenant, session), entries, self._monotonic(), online=self.connected)
+            self._outbox.add(session, entries, self._monotonic(), online=self.connected)
             self._wake.set()
 
     def check_integrity(self) -> None:
@@ -170,10 +171,10 @@ class Publisher:
             self._wake.clear()
             while (batch := self._outbox.next_batch()) is not None:
                 await send(self._send_batch(client, batch))
-            for key, cursor in self._outbox.due_heads(self._monotonic()):
-                await send(self._send_head(client, key, cursor))
-            for key in self._outbox.take_clears():
-                await send(client.publish(head_topic(*key), b"", qos=1, retain=True))
+            for session, cursor in self._outbox.due_heads(self._monotonic()):
+                await send(self._send_head(client, session, cursor))
+            for session in self._outbox.take_clears():
+                await send(client.publish(head_topic(session), b"", qos=1, retain=True))
             due = self._outbox.next_head_s()
             try:
                 async with asyncio.timeout(
@@ -185,13 +186,15 @@ class Publisher:
 
     async def _send_batch(self, client: aiomqtt.Client, batch: LogBatch) -> None:
         payload = encode_log_message(batch.first.generation, batch.first.offset, batch.ops)
-        await client.publish(log_topic(*batch.key), payload, qos=1)
+        await client.publish(log_topic(batch.session), payload, qos=1)
         self.published += len(batch.ops)
 
-    async def _send_head(self, client: aiomqtt.Client, key: Key, cursor: Cursor) -> None:
-        await client.publish(head_topic(*key), encode_head(cursor), qos=1, retain=True)
-        self._outbox.head_confirmed(key, cursor)
-        self._confirmed[key] = max(cursor, self._confirmed.get(key, cursor))
+    async def _send_head(
+        self, client: aiomqtt.Client, session: SessionName, cursor: Cursor
+    ) -> None:
+        await client.publish(head_topic(session), encode_head(cursor), qos=1, retain=True)
+        self._outbox.head_confirmed(session, cursor)
+        self._confirmed[session] = max(cursor, self._confirmed.get(session, cursor))
         self._marks.set()
         self._settled.set()
 
@@ -200,13 +203,13 @@ class Publisher:
         while True:
             await self._marks.wait()
             self._marks.clear()
-            for key, cursor in list(self._confirmed.items()):
+            for session, cursor in list(self._confirmed.items()):
                 try:
-                    await self._store.mark_published(*key, cursor)
+                    await self._store.mark_published(session, cursor)
                 except SegueError as error:
-                    log.warning("mark_failed", session=key[1], error=str(error))
-                if self._confirmed.get(key) == cursor:
-                    del self._confirmed[key]
+                    log.warning("mark_failed", session=session.session, error=str(error))
+                if self._confirmed.get(session) == cursor:
+                    del self._confirmed[session]
             self._settled.set()
 
     # -- the sweep ----------------------------------------------------------------------------
@@ -229,16 +232,16 @@ class Publisher:
         if not dirty:
             return False
         now = self._monotonic()
-        for key, tail in zip(dirty, await self._store.tails(dirty), strict=True):
+        for session, tail in zip(dirty, await self._store.tails(dirty), strict=True):
             if tail is not None:
-                self._outbox.add_head(key, tail, now)
+                self._outbox.add_head(session, tail, now)
         log.info("republished", sessions=len(dirty))
         self._wake.set()
         return True
 
     async def _clear_idle(self) -> None:
-        for key in await self._store.take_idle(MAX_SWEEP_SESSIONS, self._head_idle_s):
-            self._outbox.clear_head(key)
+        for session in await self._store.take_idle(MAX_SWEEP_SESSIONS, self._head_idle_s):
+            self._outbox.clear_head(session)
             self._wake.set()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import (
     cursor_message,
     entry_message,
@@ -14,8 +14,7 @@ from segue_cloud.rpc.convert import (
     turn_request,
 )
 from segue_cloud.rpc.follow_turn import follow_turn
-from segue_cloud.sessions.log import SessionLog
-from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
@@ -25,10 +24,10 @@ from segue_contract.errors import (
     UnknownModel,
     UnknownSession,
 )
-from segue_contract.ids import check_id
+from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED
 from segue_contract.plan import Shape
-from segue_contract.sync.ops import DEVICE_KINDS, decode_op
+from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
@@ -46,17 +45,16 @@ class Identity:
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
-    def __init__(self, identity: Identity, manager: TurnManager, log: SessionLog, hub: Hub) -> None:
+    def __init__(self, identity: Identity, manager: TurnManager, log: SessionLog) -> None:
         self._identity = identity
         self._manager = manager
         self._log = log
-        self._hub = hub
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Any
     ) -> pb.OpenSessionReply:
         me = self._identity
-        session = check_id(request.session, "session")
+        session = self._session(request.session)
         device = check_id(request.device, "device")
         if request.model and request.model != me.model:
             raise UnknownModel(
@@ -64,11 +62,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 hint="Leave the model out, or ask a node that serves it.",
             )
         tail, created = await self._log.open_session(
-            me.tenant, session, must_exist=request.must_exist, device=device
+            session, must_exist=request.must_exist, device=device
         )
-        await self._manager.recover(me.tenant, session)
+        await self._manager.recover(session)
         return pb.OpenSessionReply(
-            session=session,
+            session=session.session,
             tail=cursor_message(tail),
             created=created,
             model=me.model,
@@ -82,14 +80,13 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def RunTurn(
         self, request: pb.RunTurnRequest, context: Any
     ) -> AsyncIterator[pb.TurnEvent]:
-        tenant = self._identity.tenant
         if request.plan not in ("", Shape.TEXT.value):
             raise InvalidArgument(
                 f"The cloud alone cannot serve the plan shape {request.plan!r}.",
                 hint="Connect to an edge node, or leave the plan to the node.",
             )
-        asked = turn_request(request, tenant)
-        await self._log.check_device(tenant, asked.session, asked.device)
+        asked = turn_request(request, self._identity.tenant)
+        await self._log.check_device(asked.session, asked.device)
         _, owner = await self._manager.run(asked)
         if owner is not None:
             async for event in owner.feed.read(request.from_index):
@@ -98,41 +95,40 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         async for event in self._join(asked.session, asked.turn, request.from_index):
             yield event
 
-    async def _join(self, session: str, turn: str, from_index: int) -> AsyncIterator[pb.TurnEvent]:
+    async def _join(
+        self, session: SessionName, turn: str, from_index: int
+    ) -> AsyncIterator[pb.TurnEvent]:
         """A turn that began earlier: here, in another instance, or long ago."""
-        tenant = self._identity.tenant
-        owner = self._manager.owned(tenant, session, turn)
+        owner = self._manager.owned(session, turn)
         if owner is not None:
             async for event in owner.feed.read(from_index):
                 yield event
             return
-        state = await self._log.state(tenant, session)
+        state = await self._log.state(session)
         known = find_turn(state, turn)
         if known is not None and known.ended:
             for event in folded_events(known, from_index):
                 yield event
             return
-        async for event in follow_turn(self._hub, tenant, session, turn, from_index):
+        async for event in follow_turn(self._log, session, turn, from_index):
             yield event
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
-        tenant = self._identity.tenant
-        session = check_id(request.session, "session")
-        await self._log.check_device(tenant, session, check_id(request.device, "device"))
-        turn = await self._log.request_stop(tenant, session, request.turn)
+        session = self._session(request.session)
+        await self._log.check_device(session, check_id(request.device, "device"))
+        turn = await self._log.request_stop(session, request.turn)
         if turn:
-            self._manager.stop(tenant, session, turn)
+            self._manager.stop(session, turn)
         return pb.StopTurnReply(stopping=bool(turn), turn=turn)
 
     async def Attach(
         self, request: pb.AttachRequest, context: Any
     ) -> AsyncIterator[pb.AttachEvent]:
-        tenant = self._identity.tenant
-        session = check_id(request.session, "session")
-        await self._log.check_device(tenant, session, check_id(request.device, "device"))
-        await self._manager.recover(tenant, session)
+        session = self._session(request.session)
+        await self._log.check_device(session, check_id(request.device, "device"))
+        await self._manager.recover(session)
         after = Cursor(request.after.generation, request.after.offset)
-        async with self._hub.follow(tenant, session, after) as following:
+        async with self._log.follow(session, after) as following:
             async for item in following:
                 if item.snapshot is not None:
                     yield pb.AttachEvent(snapshot=snapshot_message(item.snapshot))
@@ -141,12 +137,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                     yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
-        tenant = self._identity.tenant
-        session = check_id(request.session, "session")
-        await self._log.check_device(tenant, session, check_id(request.device, "device"))
+        session = self._session(request.session)
+        await self._log.check_device(session, check_id(request.device, "device"))
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = Cursor(request.after.generation, request.after.offset)
-        page = await self._log.read(tenant, session, after, wanted)
+        page = await self._log.read(session, after, wanted)
         reply = pb.ReadReply(tail=cursor_message(page.tail))
         reply.entries.extend(entry_message(entry) for entry in page.entries)
         if page.snapshot is not None:
@@ -154,21 +149,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
-        tenant = self._identity.tenant
-        session = check_id(request.session, "session")
+        session = self._session(request.session)
         device = check_id(request.device, "device")
-        await self._log.check_device(tenant, session, device)
-        _check_device_ops(request.ops)
+        await self._log.check_device(session, device)
+        ops = _device_ops(request.ops)
         if not request.first_seq:
             raise InvalidArgument("A producer counts its ops from 1.")
-        result = await self._log.append(
-            tenant,
-            session,
-            f"device:{device}",
-            request.epoch,
-            request.first_seq,
-            list(request.ops),
-        )
+        producer = Producer(f"device:{device}", request.epoch, request.first_seq)
+        result = await self._log.append(session, producer, ops)
         if result.status is Status.STALE:
             raise StaleEpoch(
                 f"Device {device} writes under epoch {request.epoch}; "
@@ -207,23 +195,27 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             )
         return reply
 
+    def _session(self, name: str) -> SessionName:
+        return SessionName(self._identity.tenant, check_id(name, "session"))
 
-def _check_device_ops(ops: Any) -> None:
+
+def _device_ops(ops: Sequence[bytes]) -> list[LogOp]:
     if not 0 < len(ops) <= MAX_APPEND_OPS:
         raise InvalidArgument(
             f"{len(ops)} ops came; 1 to {MAX_APPEND_OPS} are allowed at once.",
             hint="Append in smaller batches.",
         )
-    for data in ops:
-        op = decode_op(data)
-        if not isinstance(op, DEVICE_KINDS):
+    read = [LogOp.read(data) for data in ops]
+    for one in read:
+        if not isinstance(one.op, DEVICE_KINDS):
             raise InvalidArgument(
-                f"A device may not append {type(op).__name__}.",
+                f"A device may not append {type(one.op).__name__}.",
                 hint="Turns are written by whoever runs them; use RunTurn.",
             )
+    return read
 
 
-def _unknown(session: str) -> UnknownSession:
+def _unknown(session: SessionName) -> UnknownSession:
     return UnknownSession(
-        f"There is no session {session}.", hint="Open it first, or check its name."
+        f"There is no session {session.session}.", hint="Open it first, or check its name."
     )

@@ -8,7 +8,7 @@ from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.checks import check_run, check_sampling_values, check_stop
 from segue_contract.errors import BadBlock, InvalidArgument
-from segue_contract.ids import check_id
+from segue_contract.ids import SessionName, check_id
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import Cursor, SessionState, encode_state
@@ -31,8 +31,7 @@ def turn_request(message: pb.RunTurnRequest, tenant: str) -> TurnRequest:
     sampling = sampling_of(message.sampling)
     check_run(message.prompt, message.max_tokens, sampling, tuple(message.stop))
     return TurnRequest(
-        tenant=tenant,
-        session=check_id(message.session, "session"),
+        session=SessionName(tenant, check_id(message.session, "session")),
         device=check_id(message.device, "device"),
         turn=check_id(message.turn, "turn"),
         prompt=message.prompt,
@@ -64,8 +63,7 @@ def owned_turn(message: dpb.TurnSpec, tenant: str, vocabulary: int) -> OwnedTurn
         raise InvalidArgument(f"There is no plan shape {message.shape!r}.") from error
     return OwnedTurn(
         key=TurnKey(
-            tenant,
-            check_id(message.session, "session"),
+            SessionName(tenant, check_id(message.session, "session")),
             check_id(message.turn, "turn"),
             message.epoch,
             check_id(message.device, "device"),

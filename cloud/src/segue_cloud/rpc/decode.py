@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from segue_cloud.engine.port import Engine
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.run_stream import RunStream
-from segue_cloud.sessions.log import SessionLog
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
@@ -46,9 +46,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         asked = turn_request(request.turn, self._tenant)
-        await self._log.check_device(self._tenant, asked.session, asked.device)
+        await self._log.check_device(asked.session, asked.device)
         begun = await self._manager.begin(asked, expect_open=True)
-        state = await self._log.state(self._tenant, asked.session)
+        state = await self._log.state(asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
         same_life = request.known_generation == state.cursor.generation
         first = min(request.known_turns, len(finished)) if same_life else 0
@@ -110,7 +110,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         return self._manager.open(spec)
 
     async def _ended_turn(self, spec: OwnedTurn) -> TurnState | None:
-        state = await self._log.state(self._tenant, spec.key.session)
+        state = await self._log.state(spec.key.session)
         turn = find_turn(state, spec.key.turn)
         return turn if turn is not None and turn.ended else None
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from segue_cloud.hub.hub import Hub
+from segue_cloud.log.session_log import SessionLog
 from segue_cloud.turns.feed import trim_frame
 from segue_cloud.turns.messages import folded_events, op_event
+from segue_contract.ids import SessionName
 from segue_contract.sync.ops import decode_op
-from segue_contract.sync.state import Cursor, find_turn
+from segue_contract.sync.state import find_turn
 from segue_contract.v1 import agent_pb2 as pb
 
 
 async def follow_turn(
-    hub: Hub, tenant: str, session: str, turn: str, from_index: int
+    log: SessionLog, session: SessionName, turn: str, from_index: int
 ) -> AsyncIterator[pb.TurnEvent]:
     """The turn's frames from `from_index` on, then its end, as they reach the log."""
     position = from_index
-    async with hub.follow(tenant, session, Cursor(0, 0)) as following:
+    async with log.follow(session) as following:
         async for item in following:
             if item.snapshot is not None:
                 known = find_turn(item.snapshot, turn)

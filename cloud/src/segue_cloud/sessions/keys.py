@@ -11,6 +11,7 @@ from __future__ import annotations
 from binascii import crc_hqx
 from dataclasses import dataclass
 
+from segue_contract.ids import SessionName
 from segue_contract.limits import ACTIVE_SHARDS
 
 _SLOTS = 16384
@@ -28,8 +29,8 @@ class SessionKeys:
     snapshot: str
 
     @classmethod
-    def of(cls, tenant: str, session: str) -> SessionKeys:
-        tag = f"segue:{{{tenant}:{session}}}"
+    def of(cls, session: SessionName) -> SessionKeys:
+        tag = f"segue:{{{session}}}"
         return cls(*(f"{tag}:{name}" for name in cls.__dataclass_fields__))
 
     @property
@@ -47,8 +48,8 @@ def active_key(shard: int) -> str:
     return f"segue:active:{{{shard}}}"
 
 
-def active_shard(tenant: str, session: str) -> int:
-    return crc_hqx(f"{tenant}:{session}".encode(), 0) % ACTIVE_SHARDS
+def active_shard(session: SessionName) -> int:
+    return crc_hqx(str(session).encode(), 0) % ACTIVE_SHARDS
 
 
 def key_slot(key: str) -> int:

@@ -6,7 +6,8 @@
 --                    lease (ms), stop (turn asked to stop), pub (published offset), da (dirty since,
 --                    ms), u (updated, ms), n (turns), title,
 --                    p:<producer> and t:<turn> = "epoch|seq|seq:offset,seq:offset,...",
---                    x:<turn> = "<ended>|<nonce of the claim that made its epoch>"
+--                    x:<turn> = "<ended>|<nonce of the claim that made its epoch>": who
+--                    appends names it, so one epoch has one owner
 --       3 producers  sorted set: producer by the offset of its last append
 --       4 turns      sorted set: turn by the offset of its last opening op
 --       5 devices    sorted set: device by the time it last opened or used the session
@@ -116,10 +117,10 @@ function verbs.use(device)
   return {'ok'}
 end
 
--- producer, epoch, first seq, turn, ends, lease ms, runs bound, producers bound, ops...
+-- producer, epoch, first seq, turn, nonce, ends, lease ms, runs bound, producers bound, ops...
 -- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended}
-function verbs.append(producer, epoch, first, turn, ends, lease_ms, runs_bound, bound)
-  local OPS = 10
+function verbs.append(producer, epoch, first, turn, nonce, ends, lease_ms, runs_bound, bound)
+  local OPS = 11
   epoch, first = tonumber(epoch), tonumber(first)
   local field = turn ~= '' and 't:' .. turn or 'p:' .. producer
   local known = meta('cur', 'stop', field)
@@ -127,16 +128,17 @@ function verbs.append(producer, epoch, first, turn, ends, lease_ms, runs_bound, 
   local generation, tail, current, stop = known[1], known[2], known[3], known[4]
   local stopping = (turn ~= '' and stop == turn) and 1 or 0
   local has, seq, runs = parse(known[5])
-  if turn ~= '' and has < 0 then return {'stale', generation, 0, tail, 0, 0, stopping, 0} end
-  if epoch < has then return {'stale', generation, 0, tail, has, 0, stopping, 0} end
+  local ended, owner = false, nonce
+  if turn ~= '' then ended, owner = turn_flags(turn) end
+  if turn ~= '' and (epoch ~= has or nonce ~= owner) or epoch < has then
+    return {'stale', generation, 0, tail, math.max(has, 0), 0, stopping, 0}
+  end
   if epoch > has then seq, runs = 0, '' end
   local last = first + #ARGV - OPS
   if last <= seq then
     return {'dup', generation, offset_of(runs, first), tail, epoch, seq + 1, stopping, 0}
   end
-  if turn ~= '' and turn_flags(turn) then
-    return {'stale', generation, 0, tail, has, 0, stopping, 0}
-  end
+  if ended then return {'stale', generation, 0, tail, has, 0, stopping, 0} end
   if first > seq + 1 then return {'gap', generation, 0, tail, epoch, seq + 1, stopping, 0} end
 
   local now = now_ms()
@@ -148,7 +150,7 @@ function verbs.append(producer, epoch, first, turn, ends, lease_ms, runs_bound, 
     redis.call('ZADD', PRODUCERS, tail, producer)
     forget(PRODUCERS, tonumber(bound), 'p:')
   elseif ends == '1' then
-    redis.call('HSET', META, 'x:' .. turn, '1|')
+    redis.call('HSET', META, 'x:' .. turn, '1|' .. nonce)
     if current == turn then redis.call('HSET', META, 'cur', '', 'lease', 0, 'stop', '') end
   elseif current == turn then
     hold(turn, lease_ms, now)
@@ -210,12 +212,13 @@ function verbs.take(turn, lease_ms, mode, nonce)
   return {'ok', epoch, generation, tail, 1, 0, '', 0}
 end
 
--- turn, epoch, lease ms -> as append
-function verbs.renew(turn, epoch, lease_ms)
+-- turn, epoch, nonce, lease ms -> as append
+function verbs.renew(turn, epoch, nonce, lease_ms)
   local known = meta('cur', 'stop', 't:' .. turn)
   if not known then return {'missing', 0, 0, 0, 0, 0, 0, 0} end
   local has = parse(known[5])
-  if tonumber(epoch) < has or has < 0 or known[3] ~= turn then
+  local _, owner = turn_flags(turn)
+  if tonumber(epoch) ~= has or nonce ~= owner or known[3] ~= turn then
     return {'stale', known[1], 0, known[2], math.max(has, 0), 0, 0, 0}
   end
   hold(turn, lease_ms, now_ms())
@@ -285,4 +288,4 @@ function verbs.lost(generation, offset)
   return {'ok', known[1] + 1, known[2]}
 end
 
-return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 9)))
+return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 10)))

@@ -1,4 +1,14 @@
-"""The store port: one fenced, idempotent, server-sequenced log per session."""
+"""The store port: one fenced, idempotent, server-sequenced log per session.
+
+    Sessions   open, list, append       what devices do
+    Turns      begin, take over, append what the owner of a turn does
+    Reading    read, tails, snapshot    what the reader and the hub need
+    Fanout     dirty, idle, published   what the publisher needs
+    Store      all of it                what `segue_cloud.log` stands on
+
+All methods raise StoreUnavailable when the store does not answer within its deadline. A call that
+raised may be repeated with the same arguments: every write is idempotent.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +17,57 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from segue_contract.ids import SessionName
+from segue_contract.sync.ops import Op, decode_op, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 
 
 class Status(StrEnum):
     OK = "ok"
     DUP = "dup"  # these sequence numbers were taken already; `first_offset` is what they got then
-    STALE = "stale"  # `current_epoch` holds now
+    STALE = "stale"  # `current_epoch` holds now, or another owner under this epoch
     GAP = "gap"  # `expected_seq` is what the log waits for
     BUSY = "busy"  # another turn holds the session
     MISSING = "missing"  # no such session
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Who appends, and the number of the batch's first op: they count from 1 in each epoch."""
+
+    name: str
+    epoch: int
+    first_seq: int = 1
+
+
+@dataclass(frozen=True)
+class TurnHold:
+    """A turn's right to append, as `begin_turn` or `take_over` gave it.
+
+    The nonce is the claim's own: of two owners under one epoch the log knows one.
+    """
+
+    turn: str
+    epoch: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class LogOp:
+    """An op and its bytes. What a peer sent stays as it came, with fields that we do not know."""
+
+    op: Op
+    data: bytes
+
+    @classmethod
+    def of(cls, op: Op) -> LogOp:
+        """Raises InvalidArgument where it is too large."""
+        return cls(op, encode_op(op))
+
+    @classmethod
+    def read(cls, data: bytes) -> LogOp:
+        """Raises InvalidArgument where the bytes are no op."""
+        return cls(decode_op(data), data)
 
 
 @dataclass(frozen=True)
@@ -46,12 +97,19 @@ class TurnClaim:
     # this claim fenced off without ending it.
     holder: str = ""
     appended: int = 0  # how many opening ops this call appended; they end at `cursor`
+    nonce: str = ""  # OK, unless `begin_turn` found the turn `known`: what the owner appends with
+
+    def hold(self, turn: str) -> TurnHold:
+        return TurnHold(turn, self.epoch, self.nonce)
 
 
 @dataclass(frozen=True)
 class StoredEntry:
+    """`op`: its bytes. `value`: the op itself, where this process made or checked it."""
+
     cursor: Cursor
     op: bytes
+    value: Op | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -64,14 +122,11 @@ class SessionSummary:
     running_turn: str
 
 
-class SessionStore(Protocol):
-    """All methods raise StoreUnavailable when the store does not answer within its deadline.
-
-    A call that raised may be repeated with the same arguments: every write is idempotent.
-    """
+class Sessions(Protocol):
+    """What devices do with sessions."""
 
     async def open_session(
-        self, tenant: str, session: str, *, must_exist: bool = False, device: str = ""
+        self, session: SessionName, *, must_exist: bool = False, device: str = ""
     ) -> tuple[Cursor, bool]:
         """Tail and whether it was created; `device` becomes one of the session's devices.
 
@@ -80,36 +135,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def append(
-        self,
-        tenant: str,
-        session: str,
-        producer: str,
-        epoch: int,
-        first_seq: int,
-        ops: Sequence[bytes],
-        *,
-        turn: str = "",
-        ends_turn: bool = False,
-    ) -> AppendResult:
-        """Append a batch atomically. `first_seq` counts from 1 for each (producer, epoch).
-
-        With `turn` the producer is that turn's decoder: `epoch` is the turn epoch, the turn's
-        lease is renewed, and `ends_turn` releases the session.
-        """
-        ...
-
-    async def begin_turn(
-        self, tenant: str, session: str, turn: str, ops: Sequence[bytes], lease_s: float
-    ) -> TurnClaim:
-        """Claim the session for `turn` and append its first ops (user_message, turn_started).
-
-        BUSY while another turn's lease holds. A known turn id appends nothing (`known`).
-        turn_started carries epoch 1 on a first claim; every take-over counts up by one.
-        """
-        ...
-
-    async def check_device(self, tenant: str, session: str, device: str) -> None:
+    async def check_device(self, session: SessionName, device: str) -> None:
         """See that `device` opened the session, and remember that it is in use.
 
         Of more than MAX_SESSION_DEVICES, those unused for longest are forgotten.
@@ -120,8 +146,54 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
+        """Newest first."""
+        ...
+
+    async def append(
+        self, session: SessionName, producer: Producer, ops: Sequence[bytes]
+    ) -> AppendResult:
+        """Append a batch atomically."""
+        ...
+
+
+class Turns(Protocol):
+    """What owners of turns do with sessions. A lease is renewed by every append, too."""
+
+    async def begin_turn(
+        self,
+        session: SessionName,
+        turn: str,
+        ops: Sequence[bytes],
+        lease_s: float,
+        *,
+        title: str = "",
+    ) -> TurnClaim:
+        """Claim the session for `turn` and append its first ops (user_message, turn_started).
+
+        BUSY while another turn's lease holds. A known turn id appends nothing (`known`).
+        turn_started carries epoch 1 on a first claim; every take-over counts up by one.
+        `title` names a session that has no title yet.
+        """
+        ...
+
+    async def append_turn(
+        self,
+        session: SessionName,
+        hold: TurnHold,
+        first_seq: int,
+        ops: Sequence[bytes],
+        *,
+        ends: bool = False,
+    ) -> AppendResult:
+        """Append a batch atomically; `first_seq` counts from 1 in each turn epoch.
+
+        `ends` closes the turn and releases the session. STALE where `hold` holds no more.
+        """
+        ...
+
     async def take_over(
-        self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
+        self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
     ) -> TurnClaim:
         """Raise a running turn's epoch by one: whoever held the old one is fenced off.
 
@@ -129,62 +201,70 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def fence_turn(self, tenant: str, session: str, turn: str) -> TurnClaim:
+    async def fence_turn(self, session: SessionName, turn: str) -> TurnClaim:
         """As `take_over`, without claiming the session: to end a turn whose owner is gone."""
         ...
 
     async def renew_turn(
-        self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
+        self, session: SessionName, hold: TurnHold, lease_s: float
     ) -> AppendResult:
         """Extend the lease; also says whether a stop was requested."""
         ...
 
-    async def request_stop(self, tenant: str, session: str, turn: str = "") -> str:
+    async def request_stop(self, session: SessionName, turn: str = "") -> str:
         """Ask the running turn (or `turn`) to stop; returns its id, or "" where none runs."""
         ...
 
+
+class Reading(Protocol):
+    """What the reader and the hub need."""
+
     async def read(
-        self, tenant: str, session: str, after: int, max_entries: int
+        self, session: SessionName, after: int, max_entries: int
     ) -> tuple[Cursor, list[StoredEntry]]:
         """Tail, and entries with offset > `after`, oldest first. May start later: see `compact`."""
         ...
 
-    async def tails(self, sessions: Sequence[tuple[str, str]]) -> list[Cursor | None]:
-        """The tail of each (tenant, session); None where there is no such session."""
+    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+        """The tail of each session; None where there is no such session."""
         ...
 
-    async def report_loss(self, tenant: str, session: str, known: Cursor) -> Cursor:
+    async def report_loss(self, session: SessionName, known: Cursor) -> Cursor:
         """The log ends before `known`, which it once acknowledged: go on under generation + 1.
 
         Returns the tail. Raises UnknownSession.
         """
         ...
 
-    async def load_snapshot(self, tenant: str, session: str) -> SessionState | None:
+    async def load_snapshot(self, session: SessionName) -> SessionState | None:
         """The last folded state, or None where the log is whole."""
         ...
 
-    async def compact(self, tenant: str, session: str, state: SessionState, keep_from: int) -> None:
+
+class Fanout(Protocol):
+    """What the publisher needs."""
+
+    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]: ...
+
+    async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[SessionName]:
+        """Sessions appended to but not confirmed as published for `older_than_s`."""
+        ...
+
+    async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
+        """Sessions that nobody appended to for `idle_s`; each is handed out once."""
+        ...
+
+    async def mark_published(self, session: SessionName, cursor: Cursor) -> None:
+        """The fan-out of everything up to `cursor` was handed to the broker."""
+        ...
+
+
+class Store(Sessions, Turns, Reading, Protocol):
+    """All that a session log stands on."""
+
+    async def compact(self, session: SessionName, state: SessionState, keep_from: int) -> None:
         """Store `state` and drop entries with offset < `keep_from` (<= the state's offset).
 
         Nothing is done for a state of another generation, or older than the one stored.
         """
         ...
-
-    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
-        """Newest first."""
-        ...
-
-    async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[tuple[str, str]]:
-        """(tenant, session) appended to but not confirmed as published for `older_than_s`."""
-        ...
-
-    async def take_idle(self, max_sessions: int, idle_s: float) -> list[tuple[str, str]]:
-        """(tenant, session) that nobody appended to for `idle_s`; each is handed out once."""
-        ...
-
-    async def mark_published(self, tenant: str, session: str, cursor: Cursor) -> None:
-        """The fan-out of everything up to `cursor` was handed to the broker."""
-        ...
-
-    async def close(self) -> None: ...

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from segue_cloud.sessions.port import SessionStore, StoredEntry
+from segue_cloud.sessions.port import Reading, StoredEntry
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     MAX_GRPC_MESSAGE_BYTES,
     MAX_READ_ENTRIES,
     SESSION_CACHE,
 )
+from segue_contract.sync.ops import Op
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, TurnState
-
-Key = tuple[str, str]  # tenant, session
 
 _PAGE_BYTES = MAX_GRPC_MESSAGE_BYTES // 2  # leaves room for the message around the entries
 
@@ -48,27 +48,27 @@ class _Folded:
 class LogReader:
     """Folds sessions on demand; keeps the latest `max_sessions` of them."""
 
-    def __init__(self, store: SessionStore, *, max_sessions: int = SESSION_CACHE) -> None:
+    def __init__(self, store: Reading, *, max_sessions: int = SESSION_CACHE) -> None:
         self._store = store
         self._max_sessions = max_sessions
-        self._folded: OrderedDict[Key, _Folded] = OrderedDict()
+        self._folded: OrderedDict[SessionName, _Folded] = OrderedDict()
 
-    async def state(self, tenant: str, session: str) -> SessionState:
+    async def state(self, session: SessionName) -> SessionState:
         """The session folded up to the tail it has now; the caller's own, to keep.
 
         Raises:
             UnknownSession, StoreUnavailable.
         """
-        folded = self._get((tenant, session))
+        folded = self._get(session)
         async with folded.lock:
             try:
-                await self._refresh(tenant, session, folded)
+                await self._refresh(session, folded)
             except BaseException:
-                self._folded.pop((tenant, session), None)  # maybe folded half: start over
+                self._folded.pop(session, None)  # maybe folded half: start over
                 raise
             return _copy(folded.replica.state)
 
-    async def read(self, tenant: str, session: str, after: Cursor, max_entries: int) -> Page:
+    async def read(self, session: SessionName, after: Cursor, max_entries: int) -> Page:
         """Entries that follow `after`, or a snapshot where the log cannot go on from there.
 
         That is: compacted past it, of another generation, or ahead of the log, which then lost
@@ -78,25 +78,25 @@ class LogReader:
             UnknownSession, StoreUnavailable.
         """
         wanted = min(max(max_entries, 1), MAX_READ_ENTRIES)
-        tail, entries = await self._store.read(tenant, session, after.offset, wanted)
+        tail, entries = await self._store.read(session, after.offset, wanted)
         follows = not entries or entries[0].cursor.offset == after.offset + 1
         if after.offset == 0:
             follows = follows and (bool(entries) or tail.offset == 0)
         elif after.generation != tail.generation:
             follows = False
         elif after.offset > tail.offset:
-            await self._store.report_loss(tenant, session, after)
+            await self._store.report_loss(session, after)
             follows = False
         elif not entries and after.offset < tail.offset:
             follows = False
         if follows:
             return Page(tail, _within(entries, _PAGE_BYTES))
-        state = await self.state(tenant, session)
+        state = await self.state(session)
         return Page(state.cursor, [], state)
 
-    def offer(self, tenant: str, session: str, entries: Sequence[StoredEntry]) -> None:
+    def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Fold entries that were just appended here, where they follow directly."""
-        folded = self._folded.get((tenant, session))
+        folded = self._folded.get(session)
         if folded is None or folded.lock.locked():
             return
         for entry in entries:
@@ -105,26 +105,26 @@ class LogReader:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _get(self, key: Key) -> _Folded:
-        folded = self._folded.get(key)
+    def _get(self, session: SessionName) -> _Folded:
+        folded = self._folded.get(session)
         if folded is None:
-            folded = self._folded[key] = _Folded()
+            folded = self._folded[session] = _Folded()
             while len(self._folded) > self._max_sessions:
                 self._folded.popitem(last=False)
-        self._folded.move_to_end(key)
+        self._folded.move_to_end(session)
         return folded
 
-    async def _refresh(self, tenant: str, session: str, folded: _Folded) -> None:
+    async def _refresh(self, session: SessionName, folded: _Folded) -> None:
         replica = folded.replica
         while True:
             known = replica.cursor
-            tail, entries = await self._store.read(tenant, session, known.offset, MAX_READ_ENTRIES)
+            tail, entries = await self._store.read(session, known.offset, MAX_READ_ENTRIES)
             if known.offset and (tail.generation != known.generation or tail.offset < known.offset):
                 # What is folded may hold entries that the log lost: fold it again from the start.
                 replica.load(SessionState())
                 continue
             if entries and entries[0].cursor.offset > known.offset + 1:
-                snapshot = await self._store.load_snapshot(tenant, session)
+                snapshot = await self._store.load_snapshot(session)
                 assert snapshot is not None, "entries were dropped and there is no snapshot"
                 replica.load(snapshot)
                 replica.adopt_generation(entries[0].cursor.generation)
@@ -135,7 +135,7 @@ class LogReader:
             if not entries or replica.cursor.offset >= tail.offset:
                 if not entries and replica.cursor.offset < tail.offset:
                     # All entries up to the tail were folded away.
-                    snapshot = await self._store.load_snapshot(tenant, session)
+                    snapshot = await self._store.load_snapshot(session)
                     if snapshot is not None and snapshot.cursor.offset > replica.cursor.offset:
                         replica.load(snapshot)
                         continue
@@ -143,8 +143,8 @@ class LogReader:
                 return
 
 
-def _parts(entry: StoredEntry) -> tuple[int, int, bytes]:
-    return entry.cursor.generation, entry.cursor.offset, entry.op
+def _parts(entry: StoredEntry) -> tuple[int, int, Op | bytes]:
+    return entry.cursor.generation, entry.cursor.offset, entry.value or entry.op
 
 
 def _within(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from segue_cloud.sessions.port import AppendResult, Status, StoredEntry, TurnClaim
-from segue_contract.errors import InvalidArgument, SegueError
-from segue_contract.limits import MAX_APPEND_OPS, MAX_OP_BYTES, TITLE_CHARS
-from segue_contract.sync import ops as log_ops
+from segue_contract.errors import InvalidArgument
+from segue_contract.limits import MAX_APPEND_OPS, MAX_OP_BYTES
 from segue_contract.sync.state import Cursor
 
 
@@ -21,18 +20,6 @@ def check_ops(ops: Sequence[bytes], least: int) -> None:
     for op in ops:
         if len(op) > MAX_OP_BYTES:
             raise InvalidArgument(f"A log entry of {len(op)} bytes is over the limit.")
-
-
-def title(ops: Sequence[bytes]) -> str:
-    """What the session is about: the begin of its first message, where it can be read."""
-    for data in ops:
-        try:
-            op = log_ops.decode_op(data)
-        except SegueError:
-            continue
-        if isinstance(op, log_ops.UserMessage):
-            return " ".join(op.text.split())[:TITLE_CHARS]
-    return ""
 
 
 def append_result(row: list[Any]) -> AppendResult:
@@ -50,7 +37,7 @@ def append_result(row: list[Any]) -> AppendResult:
     )
 
 
-def claim(row: list[Any]) -> TurnClaim:
+def claim(row: list[Any], nonce: str) -> TurnClaim:
     """Of the verbs begin and take."""
     status, epoch, generation, offset, known, ended, holder, appended = row
     return TurnClaim(
@@ -61,6 +48,7 @@ def claim(row: list[Any]) -> TurnClaim:
         ended=bool(ended),
         holder=holder.decode(),
         appended=appended,
+        nonce=nonce,
     )
 
 
@@ -69,9 +57,3 @@ def entry(row: list[Any]) -> StoredEntry:
     entry_id, fields = row
     generation, offset = entry_id.split(b"-")
     return StoredEntry(Cursor(int(generation), int(offset)), fields[1])
-
-
-def split(member: bytes) -> tuple[str, str]:
-    """(tenant, session) of a member of the active sets."""
-    tenant, session = member.decode().split(":", 1)
-    return tenant, session

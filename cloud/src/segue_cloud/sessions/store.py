@@ -1,4 +1,4 @@
-"""`SessionStore` on Redis or Valkey: see `log.lua` for the rules, `keys.py` for the keys."""
+"""`Store` on Redis or Valkey: see `log.lua` for the rules, `keys.py` for the keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from segue_cloud.sessions import rows
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
+    Producer,
     SessionSummary,
     StoredEntry,
     TurnClaim,
+    TurnHold,
 )
 from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     ACTIVE_REFRESH_S,
     ACTIVE_SHARDS,
@@ -38,14 +41,14 @@ _LOG = Script(files(__package__).joinpath("log.lua").read_text())
 _ACTIVE = Script(files(__package__).joinpath("active.lua").read_text())
 
 
-def unknown_session(session: str) -> UnknownSession:
+def unknown_session(session: SessionName) -> UnknownSession:
     return UnknownSession(
-        f"There is no session {session!r}.", hint="Open it first.", session=session
+        f"There is no session {session.session!r}.", hint="Open it first.", session=session.session
     )
 
 
 class RedisStore:
-    """All methods as `segue_cloud.sessions.port.SessionStore` says."""
+    """All methods as `segue_cloud.sessions.port` says."""
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class RedisStore:
         self._monotonic = monotonic
         self._random_bytes = random_bytes
         # When this process last named a session active; see `_touch`.
-        self._named: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._named: OrderedDict[SessionName, float] = OrderedDict()
         self._looked_at = 0  # where the sweep goes on, in each list of active sessions
 
     @classmethod
@@ -104,20 +107,20 @@ class RedisStore:
     # -- sessions and devices -----------------------------------------------------------------
 
     async def open_session(
-        self, tenant: str, session: str, *, must_exist: bool = False, device: str = ""
+        self, session: SessionName, *, must_exist: bool = False, device: str = ""
     ) -> tuple[Cursor, bool]:
         index: list[Command] = []
         if not must_exist:  # before the session itself: see keys.py
-            index.append(("ZADD", index_key(tenant), "NX", int(time.time() * 1000), session))
-        verb = self._log(tenant, session, "open", int(must_exist), device, MAX_SESSION_DEVICES)
+            index.append(self._index(session, "NX"))
+        verb = self._log(session, "open", int(must_exist), device, MAX_SESSION_DEVICES)
         status, generation, tail, created = (await self._wire.call(*index, verb))[-1]
         if status == b"missing":
             raise unknown_session(session)
         return Cursor(generation, tail), bool(created)
 
-    async def check_device(self, tenant: str, session: str, device: str) -> None:
+    async def check_device(self, session: SessionName, device: str) -> None:
         """As the port says."""
-        ((status,),) = await self._wire.call(self._log(tenant, session, "use", device))
+        ((status,),) = await self._wire.call(self._log(session, "use", device))
         if status == b"missing":
             raise unknown_session(session)
         if status == b"unknown":
@@ -136,7 +139,7 @@ class RedisStore:
         sessions = [name.decode() for name in names]
         fields = ("gen", "tail", "u", "title", "n", "cur")
         values = await self._wire.call(
-            *(("HMGET", SessionKeys.of(tenant, one).meta, *fields) for one in sessions)
+            *(("HMGET", SessionKeys.of(SessionName(tenant, one)).meta, *fields) for one in sessions)
         )
         found = [
             SessionSummary(
@@ -157,16 +160,7 @@ class RedisStore:
     # -- writing ------------------------------------------------------------------------------
 
     async def append(
-        self,
-        tenant: str,
-        session: str,
-        producer: str,
-        epoch: int,
-        first_seq: int,
-        ops: Sequence[bytes],
-        *,
-        turn: str = "",
-        ends_turn: bool = False,
+        self, session: SessionName, producer: Producer, ops: Sequence[bytes]
     ) -> AppendResult:
         """As the port says. A batch that repeats known ops and goes on beyond them appends only
         what is new: OK, with `first_offset` as the first op got it then and `appended` new ones.
@@ -175,59 +169,70 @@ class RedisStore:
         Raises:
             InvalidArgument: no ops, too many, too large, or numbers out of range.
         """
-        rows.check_ops(ops, least=1)
-        if epoch < 0 or first_seq < 1:
-            raise InvalidArgument(
-                f"Epoch {epoch} and sequence number {first_seq} are out of range.",
-                hint="Epochs count from 0, sequence numbers from 1.",
-            )
-        verb = self._log(
-            tenant, session, "append", producer, epoch, first_seq, turn, int(ends_turn),
-            self._lease_ms, PRODUCER_RUNS, PRODUCER_MEMORY, *ops,
-        )  # fmt: skip
-        index = [self._index(tenant, session)] if ends_turn else []
-        return rows.append_result(await self._write(tenant, session, *index, verb))
+        verb = self._append(session, producer, ops, turn="", nonce="", ends=False)
+        return rows.append_result(await self._write(session, verb))
+
+    async def append_turn(
+        self,
+        session: SessionName,
+        hold: TurnHold,
+        first_seq: int,
+        ops: Sequence[bytes],
+        *,
+        ends: bool = False,
+    ) -> AppendResult:
+        """As `append`, for the owner of a turn."""
+        producer = Producer("", hold.epoch, first_seq)
+        verb = self._append(session, producer, ops, turn=hold.turn, nonce=hold.nonce, ends=ends)
+        index = [self._index(session)] if ends else []
+        return rows.append_result(await self._write(session, *index, verb))
 
     async def begin_turn(
-        self, tenant: str, session: str, turn: str, ops: Sequence[bytes], lease_s: float
+        self,
+        session: SessionName,
+        turn: str,
+        ops: Sequence[bytes],
+        lease_s: float,
+        *,
+        title: str = "",
     ) -> TurnClaim:
         rows.check_ops(ops, least=0)
+        nonce = self._nonce()
         verb = self._log(
-            tenant, session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, rows.title(ops),
-            self._nonce(), *ops,
-        )  # fmt: skip
-        return rows.claim(await self._write(tenant, session, self._index(tenant, session), verb))
+            session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, *ops
+        )
+        return rows.claim(await self._write(session, self._index(session), verb), nonce)
 
     async def take_over(
-        self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
+        self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
     ) -> TurnClaim:
         mode = "expired" if only_expired else "now"
-        return await self._take(tenant, session, turn, lease_s, mode)
+        return await self._take(session, turn, lease_s, mode)
 
-    async def fence_turn(self, tenant: str, session: str, turn: str) -> TurnClaim:
+    async def fence_turn(self, session: SessionName, turn: str) -> TurnClaim:
         """Raise the epoch of a turn whose owner is gone, without claiming the session for it."""
-        return await self._take(tenant, session, turn, 0.0, "fence")
+        return await self._take(session, turn, 0.0, "fence")
 
     async def renew_turn(
-        self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
+        self, session: SessionName, hold: TurnHold, lease_s: float
     ) -> AppendResult:
-        verb = self._log(tenant, session, "renew", turn, epoch, int(lease_s * 1000))
+        verb = self._log(session, "renew", hold.turn, hold.epoch, hold.nonce, int(lease_s * 1000))
         return rows.append_result((await self._wire.call(verb))[0])
 
-    async def request_stop(self, tenant: str, session: str, turn: str = "") -> str:
-        ((stopping,),) = await self._wire.call(self._log(tenant, session, "stop", turn))
+    async def request_stop(self, session: SessionName, turn: str = "") -> str:
+        ((stopping,),) = await self._wire.call(self._log(session, "stop", turn))
         return str(stopping.decode())
 
-    async def compact(self, tenant: str, session: str, state: SessionState, keep_from: int) -> None:
+    async def compact(self, session: SessionName, state: SessionState, keep_from: int) -> None:
         cursor = state.cursor
         await self._wire.call(
             self._log(
-                tenant, session, "compact", cursor.generation, cursor.offset, keep_from,
+                session, "compact", cursor.generation, cursor.offset, keep_from,
                 encode_state(state),
             )
         )  # fmt: skip
 
-    async def report_loss(self, tenant: str, session: str, known: Cursor) -> Cursor:
+    async def report_loss(self, session: SessionName, known: Cursor) -> Cursor:
         """Somebody was told of `known`, and the log ends before it: entries were lost.
 
         The log goes on under the next generation (once, however many report it), so that nobody
@@ -237,7 +242,7 @@ class RedisStore:
             UnknownSession: it is gone altogether.
         """
         ((status, generation, tail),) = await self._wire.call(
-            self._log(tenant, session, "lost", known.generation, known.offset)
+            self._log(session, "lost", known.generation, known.offset)
         )
         if status == b"missing":
             raise unknown_session(session)
@@ -246,31 +251,31 @@ class RedisStore:
     # -- reading ------------------------------------------------------------------------------
 
     async def read(
-        self, tenant: str, session: str, after: int, max_entries: int
+        self, session: SessionName, after: int, max_entries: int
     ) -> tuple[Cursor, list[StoredEntry]]:
         ((status, generation, tail, found),) = await self._wire.call(
-            self._log(tenant, session, "read", max(after, 0), max(max_entries, 1))
+            self._log(session, "read", max(after, 0), max(max_entries, 1))
         )
         if status == b"missing":
             raise unknown_session(session)
         return Cursor(generation, tail), [rows.entry(row) for row in found]
 
-    async def tails(self, sessions: Sequence[tuple[str, str]]) -> list[Cursor | None]:
-        """The tail of each (tenant, session); None where there is no such session."""
+    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+        """The tail of each session; None where there is no such session."""
         if not sessions:
             return []
         values = await self._wire.call(
-            *(("HMGET", SessionKeys.of(*one).meta, "gen", "tail") for one in sessions)
+            *(("HMGET", SessionKeys.of(one).meta, "gen", "tail") for one in sessions)
         )
         return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
 
-    async def load_snapshot(self, tenant: str, session: str) -> SessionState | None:
-        (data,) = await self._wire.call(("GET", SessionKeys.of(tenant, session).snapshot))
+    async def load_snapshot(self, session: SessionName) -> SessionState | None:
+        (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))
         return None if data is None else decode_state(data)
 
     # -- the fan-out's book-keeping -----------------------------------------------------------
 
-    async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[tuple[str, str]]:
+    async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[SessionName]:
         """As the port says; each call looks at the next `max_sessions` active sessions."""
         each = -(-max_sessions // ACTIVE_SHARDS)
         start, stop = self._looked_at, self._looked_at + each - 1
@@ -279,11 +284,11 @@ class RedisStore:
         )
         more = any(len(shard) == each for shard in shards)
         self._looked_at = stop + 1 if more else 0
-        active = [rows.split(member) for shard in shards for member in shard]
+        active = [SessionName.parse(member.decode()) for shard in shards for member in shard]
         if not active:
             return []
         now, *since = await self._wire.call(
-            ("TIME",), *(("HGET", SessionKeys.of(*one).meta, "da") for one in active)
+            ("TIME",), *(("HGET", SessionKeys.of(one).meta, "da") for one in active)
         )
         latest_ms = int(now[0]) * 1000 + int(now[1]) // 1000 - older_than_s * 1000
         dirty = [
@@ -293,8 +298,8 @@ class RedisStore:
         ]
         return dirty[:max_sessions]
 
-    async def take_idle(self, max_sessions: int, idle_s: float) -> list[tuple[str, str]]:
-        """(tenant, session) that nobody appended to for `idle_s`; each is handed out once."""
+    async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
+        """Sessions that nobody appended to for `idle_s`; each is handed out once."""
         each = -(-max_sessions // ACTIVE_SHARDS)
         shards = await self._wire.call(
             *(
@@ -302,45 +307,65 @@ class RedisStore:
                 for shard in range(ACTIVE_SHARDS)
             )
         )
-        return [rows.split(member) for shard in shards for member in shard]
+        return [SessionName.parse(member.decode()) for shard in shards for member in shard]
 
-    async def mark_published(self, tenant: str, session: str, cursor: Cursor) -> None:
-        await self._wire.call(
-            self._log(tenant, session, "published", cursor.generation, cursor.offset)
-        )
+    async def mark_published(self, session: SessionName, cursor: Cursor) -> None:
+        await self._wire.call(self._log(session, "published", cursor.generation, cursor.offset))
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _log(self, tenant: str, session: str, verb: str, *args: str | bytes | int) -> Command:
-        return _LOG.call(SessionKeys.of(tenant, session).all, verb, *args)
+    def _log(self, session: SessionName, verb: str, *args: str | bytes | int) -> Command:
+        return _LOG.call(SessionKeys.of(session).all, verb, *args)
 
-    async def _take(
-        self, tenant: str, session: str, turn: str, lease_s: float, mode: str
-    ) -> TurnClaim:
-        verb = self._log(tenant, session, "take", turn, int(lease_s * 1000), mode, self._nonce())
-        return rows.claim(await self._write(tenant, session, verb))
+    def _append(
+        self,
+        session: SessionName,
+        producer: Producer,
+        ops: Sequence[bytes],
+        *,
+        turn: str,
+        nonce: str,
+        ends: bool,
+    ) -> Command:
+        rows.check_ops(ops, least=1)
+        if producer.epoch < 0 or producer.first_seq < 1:
+            raise InvalidArgument(
+                f"Epoch {producer.epoch} and sequence number {producer.first_seq} are out of "
+                "range.",
+                hint="Epochs count from 0, sequence numbers from 1.",
+            )
+        return self._log(
+            session, "append", producer.name, producer.epoch, producer.first_seq, turn, nonce,
+            int(ends), self._lease_ms, PRODUCER_RUNS, PRODUCER_MEMORY, *ops,
+        )  # fmt: skip
 
-    async def _write(self, tenant: str, session: str, *commands: Command) -> Any:
+    async def _take(self, session: SessionName, turn: str, lease_s: float, mode: str) -> TurnClaim:
+        nonce = self._nonce()
+        verb = self._log(session, "take", turn, int(lease_s * 1000), mode, nonce)
+        return rows.claim(await self._write(session, verb), nonce)
+
+    async def _write(self, session: SessionName, *commands: Command) -> Any:
         """The last one's reply. The session is named active first, where that is not fresh.
 
         So the sweep finds whatever a writer leaves behind that dies after its append, without a
         command more for every append and without a script across Cluster slots.
         """
-        key, now = (tenant, session), self._monotonic()
-        named = self._named.get(key)
+        now = self._monotonic()
+        named = self._named.get(session)
         if named is not None and now - named < ACTIVE_REFRESH_S:
             return (await self._wire.call(*commands))[-1]
-        shard = active_key(active_shard(tenant, session))
-        touch = _ACTIVE.call((shard,), "touch", f"{tenant}:{session}")
+        shard = active_key(active_shard(session))
+        touch = _ACTIVE.call((shard,), "touch", str(session))
         reply = (await self._wire.call(touch, *commands))[-1]
-        self._named[key] = now
-        self._named.move_to_end(key)
+        self._named[session] = now
+        self._named.move_to_end(session)
         while len(self._named) > SESSION_CACHE:
             self._named.popitem(last=False)
         return reply
 
-    def _index(self, tenant: str, session: str) -> Command:
-        return ("ZADD", index_key(tenant), "XX", int(time.time() * 1000), session)
+    def _index(self, session: SessionName, condition: str = "XX") -> Command:
+        now_ms = int(time.time() * 1000)
+        return ("ZADD", index_key(session.tenant), condition, now_ms, session.session)
 
     def _nonce(self) -> str:
         return self._random_bytes(8).hex()

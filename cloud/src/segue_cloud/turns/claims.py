@@ -7,24 +7,22 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from segue_cloud.sessions.port import Status, TurnClaim
-from segue_cloud.turns.gate import SessionGate, SessionKey
+from segue_cloud.turns.gate import SessionGate
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.errors import DeadlineExceeded, SessionBusy
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import TURN_LEASE_S, TURN_WAIT_TIMEOUT_S
-from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, encode_op
+from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage
 
 # Another instance may hold the session: its end is not heard here, so look again this often.
 _RETRY_S = 0.25
-
-TurnName = tuple[str, str, str]  # tenant, session, turn
 
 
 @dataclass(frozen=True)
 class TurnRequest:
     """What a device asked for, checked."""
 
-    tenant: str
-    session: str
+    session: SessionName
     device: str
     turn: str
     prompt: str
@@ -34,8 +32,8 @@ class TurnRequest:
     wait: bool = True
 
     @property
-    def key(self) -> TurnName:
-        return self.tenant, self.session, self.turn
+    def name(self) -> TurnName:
+        return TurnName(self.session, self.turn)
 
 
 class SessionClaims:
@@ -43,20 +41,20 @@ class SessionClaims:
 
     Args:
         model: name written into turn_started.
-        recover: finishes a turn of (tenant, session) whose owner died, if there is one.
+        recover: finishes a turn of a session whose owner died, if there is one.
     """
 
     def __init__(
-        self, deps: OwnerDeps, *, model: str, recover: Callable[[str, str], Awaitable[bool]]
+        self, deps: OwnerDeps, *, model: str, recover: Callable[[SessionName], Awaitable[bool]]
     ) -> None:
         self._deps = deps
         self._model = model
         self._recover = recover
         self._gate = SessionGate()
 
-    def release(self, key: SessionKey) -> None:
+    def release(self, session: SessionName) -> None:
         """A turn of the session ended in this instance."""
-        self._gate.release(key)
+        self._gate.release(session)
 
     async def claim(self, request: TurnRequest) -> TurnClaim:
         """Append user_message and turn_started once the session is free; a turn that is known
@@ -65,16 +63,19 @@ class SessionClaims:
         Raises:
             SessionBusy, Overloaded, DeadlineExceeded, StoreUnavailable.
         """
-        key = (request.tenant, request.session)
-        if not request.wait and self._gate.waiting(key):
-            raise _busy(request.session, "")
+        session = request.session
+        if not request.wait and self._gate.waiting(session):
+            raise _busy(session, "")
         claim = await self._try_claim(request)
         if claim.status is not Status.BUSY:
             return claim
         if not request.wait:
-            raise _busy(request.session, claim.holder)
+            raise _busy(session, claim.holder)
         try:
-            async with asyncio.timeout(TURN_WAIT_TIMEOUT_S), self._gate.pass_through(key) as ended:
+            async with (
+                asyncio.timeout(TURN_WAIT_TIMEOUT_S),
+                self._gate.pass_through(session) as ended,
+            ):
                 while True:
                     ended.clear()
                     claim = await self._try_claim(request)
@@ -87,13 +88,13 @@ class SessionClaims:
                         continue
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"Session {request.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
+                f"Session {session.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
                 hint="Stop the running turn, or ask again.",
             ) from error
 
     async def _try_claim(self, request: TurnRequest) -> TurnClaim:
         # A turn whose owner died is finished first: the claim would only end it.
-        await self._recover(request.tenant, request.session)
+        await self._recover(request.session)
         now = self._deps.now_ms()
         ops: list[Op] = [
             UserMessage(
@@ -115,18 +116,12 @@ class SessionClaims:
                 stop=request.stop,
             ),
         ]
-        return await self._deps.log.begin_turn(
-            request.tenant,
-            request.session,
-            request.turn,
-            [encode_op(op) for op in ops],
-            TURN_LEASE_S,
-        )
+        return await self._deps.log.begin_turn(request.session, request.turn, ops, TURN_LEASE_S)
 
 
-def _busy(session: str, holder: str) -> SessionBusy:
+def _busy(session: SessionName, holder: str) -> SessionBusy:
     return SessionBusy(
-        f"Session {session} has a running turn.",
+        f"Session {session.session} has a running turn.",
         hint="Wait for it (when_busy='wait') or stop it.",
         turn=holder,
     )

@@ -8,49 +8,48 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from segue_contract.errors import Overloaded
+from segue_contract.ids import SessionName
 from segue_contract.limits import MAX_TURNS_WAITING_PER_SESSION
-
-SessionKey = tuple[str, str]
 
 
 class SessionGate:
-    """`pass_through` lets one caller at a time try for a session; `released` tells it to retry."""
+    """`pass_through` lets one caller at a time try for a session; `release` tells it to retry."""
 
     def __init__(self) -> None:
-        self._locks: dict[SessionKey, asyncio.Lock] = {}
-        self._waiting: defaultdict[SessionKey, int] = defaultdict(int)
-        self._released: dict[SessionKey, asyncio.Event] = {}
+        self._locks: dict[SessionName, asyncio.Lock] = {}
+        self._waiting: defaultdict[SessionName, int] = defaultdict(int)
+        self._released: dict[SessionName, asyncio.Event] = {}
 
-    def waiting(self, key: SessionKey) -> int:
-        return self._waiting.get(key, 0)
+    def waiting(self, session: SessionName) -> int:
+        return self._waiting.get(session, 0)
 
     @asynccontextmanager
-    async def pass_through(self, key: SessionKey) -> AsyncIterator[asyncio.Event]:
+    async def pass_through(self, session: SessionName) -> AsyncIterator[asyncio.Event]:
         """Yields, in order of arrival, an event that is set when a turn of the session ends here.
 
         Raises:
             Overloaded: too many wait already.
         """
-        if self.waiting(key) > MAX_TURNS_WAITING_PER_SESSION:
+        if self.waiting(session) > MAX_TURNS_WAITING_PER_SESSION:
             raise Overloaded(
                 f"{MAX_TURNS_WAITING_PER_SESSION} turns already wait for this session.",
                 hint="Wait for the running reply, or stop it.",
                 retry_after_s=1.0,
             )
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        self._waiting[key] += 1
+        lock = self._locks.setdefault(session, asyncio.Lock())
+        self._waiting[session] += 1
         try:
             async with lock:
-                yield self._released.setdefault(key, asyncio.Event())
+                yield self._released.setdefault(session, asyncio.Event())
         finally:
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                self._waiting.pop(key, None)
-                self._locks.pop(key, None)
-                self._released.pop(key, None)
+            self._waiting[session] -= 1
+            if not self._waiting[session]:
+                self._waiting.pop(session, None)
+                self._locks.pop(session, None)
+                self._released.pop(session, None)
 
-    def release(self, key: SessionKey) -> None:
+    def release(self, session: SessionName) -> None:
         """A turn of the session ended in this instance."""
-        event = self._released.get(key)
+        event = self._released.get(session)
         if event is not None:
             event.set()

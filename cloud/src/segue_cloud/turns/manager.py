@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
 
-from segue_cloud.turns.claims import SessionClaims, TurnName, TurnRequest
+from segue_cloud.turns.claims import SessionClaims, TurnRequest
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.succession import Succession
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import EngineGone, Overloaded, SegueError
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import OPEN_TURN_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import Cursor, find_turn, heard
@@ -32,6 +33,7 @@ class Begun:
     cursor: Cursor
     known: bool
     ended: bool
+    nonce: str = ""  # of the claim that began it
 
 
 class TurnManager:
@@ -48,7 +50,7 @@ class TurnManager:
         self._succession = Succession(deps, self)
         self._claims = SessionClaims(deps, model=model, recover=self._succession.recover)
         self._owners: dict[TurnName, TurnOwner] = {}
-        self._begun: dict[TurnName, TurnRequest] = {}
+        self._begun: dict[TurnName, Begun] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._admitted = 0
 
@@ -75,23 +77,23 @@ class TurnManager:
             claim = await self._claims.claim(request)
         finally:
             self._admitted -= 1
-        begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended)
+        begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce)
         if not claim.known:
-            self._begun[request.key] = request
+            self._begun[request.name] = begun
             if expect_open:
                 self._spawn(self._run_if_unopened(request, begun), f"watch {request.turn}")
         return begun
 
     async def _known(self, request: TurnRequest) -> Begun | None:
         """A turn that runs here is joined, however full this instance is; others are admitted."""
-        owner = self._owners.get(request.key)
+        owner = self._owners.get(request.name)
         if owner is not None:
             cursor = Cursor(0, owner.spec.started_offset)
             return Begun(owner.spec.key.epoch, cursor, known=True, ended=False)
         try:
             self.admit()
         except Overloaded:
-            state = await self._deps.log.state(request.tenant, request.session)
+            state = await self._deps.log.state(request.session)
             turn = find_turn(state, request.turn)
             if turn is None:
                 raise
@@ -113,8 +115,8 @@ class TurnManager:
 
     async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:
         await asyncio.sleep(OPEN_TURN_TIMEOUT_S)
-        if request.key in self._begun:
-            log.warning("turn_not_opened", session=request.session, turn=request.turn)
+        if request.name in self._begun:
+            log.warning("turn_not_opened", session=request.session.session, turn=request.turn)
             await self._run_here(request, begun)
 
     # -- running -------------------------------------------------------------------------------
@@ -137,18 +139,18 @@ class TurnManager:
     async def _run_here(self, request: TurnRequest, begun: Begun) -> TurnOwner:
         """Tokenize, prefill and decode a begun turn in this instance."""
         try:
-            state = await self._deps.log.state(request.tenant, request.session)
+            state = await self._deps.log.state(request.session)
             earlier = [turn for turn in state.turns if turn.turn != request.turn]
             prompt = await asyncio.to_thread(
                 self._deps.tokenizer.encode_conversation, heard(earlier), request.prompt
             )
         except BaseException:
-            self._begun.pop(request.key, None)  # its lease runs out, and `recover` finds it
+            self._begun.pop(request.name, None)  # its lease runs out, and `recover` finds it
             raise
         return self.start(
             OwnedTurn(
                 key=TurnKey(
-                    request.tenant, request.session, request.turn, begun.epoch, request.device
+                    request.session, request.turn, begun.epoch, request.device, begun.nonce
                 ),
                 prompt=tuple(prompt),
                 max_tokens=request.max_tokens,
@@ -165,17 +167,19 @@ class TurnManager:
         Raises:
             Overloaded: the turn did not begin here, and there is no room for it.
         """
-        key = (spec.key.tenant, spec.key.session, spec.key.turn)
-        running = self._owners.get(key)
+        running = self._owners.get(spec.key.name)
         if running is not None:
             return running, True
-        if key not in self._begun:
+        begun = self._begun.get(spec.key.name)
+        if begun is None:
             self.admit()
+        elif begun.epoch == spec.key.epoch:
+            spec = replace(spec, key=replace(spec.key, nonce=begun.nonce))
         return self.start(spec), False
 
     def start(self, spec: OwnedTurn) -> TurnOwner:
         """Own `spec` from now on; a turn that runs here already stays with its owner."""
-        key = (spec.key.tenant, spec.key.session, spec.key.turn)
+        key = spec.key.name
         known = self._owners.get(key)
         if known is not None:
             return known
@@ -191,20 +195,21 @@ class TurnManager:
         finally:
             if self._owners.get(key) is owner:
                 del self._owners[key]
-            self._claims.release(key[:2])
+            self._claims.release(key.session)
 
     # -- finding -------------------------------------------------------------------------------
 
-    def owned(self, tenant: str, session: str, turn: str) -> TurnOwner | None:
-        return self._owners.get((tenant, session, turn))
+    def owned(self, session: SessionName, turn: str) -> TurnOwner | None:
+        return self._owners.get(TurnName(session, turn))
 
-    def knows(self, tenant: str, session: str, turn: str) -> bool:
+    def knows(self, session: SessionName, turn: str) -> bool:
         """The turn runs here, or is about to."""
-        return (tenant, session, turn) in self._owners or (tenant, session, turn) in self._begun
+        name = TurnName(session, turn)
+        return name in self._owners or name in self._begun
 
-    def stop(self, tenant: str, session: str, turn: str) -> None:
+    def stop(self, session: SessionName, turn: str) -> None:
         """At once, if the turn runs here; the log's stop mark reaches it wherever it runs."""
-        owner = self._owners.get((tenant, session, turn))
+        owner = self._owners.get(TurnName(session, turn))
         if owner is not None:
             owner.stop()
 
@@ -214,9 +219,9 @@ class TurnManager:
         """As `Succession.take_over`."""
         return await self._succession.take_over(spec, known_tokens)
 
-    async def recover(self, tenant: str, session: str) -> bool:
+    async def recover(self, session: SessionName) -> bool:
         """As `Succession.recover`."""
-        return await self._succession.recover(tenant, session)
+        return await self._succession.recover(session)
 
     # -- ending --------------------------------------------------------------------------------
 

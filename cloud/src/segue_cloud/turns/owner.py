@@ -176,12 +176,18 @@ class TurnOwner:
             reason, error = await self._produce_and_write()
             await self._end(reason, error)
         except StaleEpoch as error:
-            log.info("turn_taken_over", session=key.session, turn=key.turn, current=error.fields)
+            log.info(
+                "turn_taken_over", session=key.session.session, turn=key.turn, current=error.fields
+            )
         except EngineGone as error:
             # Left open: its edge, or whoever finds its lease run out, goes on after the last token.
-            log.warning("turn_left_open", session=key.session, turn=key.turn, error=str(error))
+            log.warning(
+                "turn_left_open", session=key.session.session, turn=key.turn, error=str(error)
+            )
         except SegueError as error:
-            log.warning("turn_not_closed", session=key.session, turn=key.turn, error=str(error))
+            log.warning(
+                "turn_not_closed", session=key.session.session, turn=key.turn, error=str(error)
+            )
             op = self._ended_op("error", error)
             self.feed.publish(ended_event(op, self.next_index, 0, durable=False))
         finally:
@@ -348,7 +354,7 @@ class TurnOwner:
         spec = self.spec
         log.info(
             "turn",
-            session=spec.key.session,
+            session=spec.key.session.session,
             turn=spec.key.turn,
             epoch=spec.key.epoch,
             shape=spec.shape.value,

@@ -1,38 +1,37 @@
-"""What a turn needs of the session log (implemented by `segue_cloud.sessions.log.SessionLog`)."""
+"""What a turn needs of the session log (implemented by `segue_cloud.log.SessionLog`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from segue_cloud.sessions.port import AppendResult, TurnClaim
+from segue_cloud.sessions.port import AppendResult, TurnClaim, TurnHold
+from segue_contract.ids import SessionName
+from segue_contract.sync.ops import Op
 from segue_contract.sync.state import SessionState
 
 
 class TurnLog(Protocol):
-    async def append(
-        self,
-        tenant: str,
-        session: str,
-        producer: str,
-        epoch: int,
-        first_seq: int,
-        ops: Sequence[bytes],
-        *,
-        turn: str = "",
-        ends_turn: bool = False,
-    ) -> AppendResult: ...
-
     async def begin_turn(
-        self, tenant: str, session: str, turn: str, ops: Sequence[bytes], lease_s: float
+        self, session: SessionName, turn: str, ops: Sequence[Op], lease_s: float
     ) -> TurnClaim: ...
 
     async def take_over(
-        self, tenant: str, session: str, turn: str, lease_s: float, *, only_expired: bool = False
+        self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
     ) -> TurnClaim: ...
 
-    async def renew_turn(
-        self, tenant: str, session: str, turn: str, epoch: int, lease_s: float
+    async def append_turn(
+        self,
+        session: SessionName,
+        hold: TurnHold,
+        first_seq: int,
+        ops: Sequence[Op],
+        *,
+        ends: bool = False,
     ) -> AppendResult: ...
 
-    async def state(self, tenant: str, session: str) -> SessionState: ...
+    async def renew_turn(
+        self, session: SessionName, hold: TurnHold, lease_s: float
+    ) -> AppendResult: ...
+
+    async def state(self, session: SessionName) -> SessionState: ...

@@ -13,6 +13,7 @@ import structlog
 from segue_cloud.sessions.port import SessionSummary
 from segue_cloud.turns.manager import TurnManager
 from segue_contract.errors import SegueError
+from segue_contract.ids import SessionName
 from segue_contract.limits import RECOVERY_SESSIONS, RECOVERY_SWEEP_S
 
 log = structlog.get_logger("segue.turns")
@@ -45,7 +46,8 @@ async def _sweep(manager: TurnManager, sessions: SessionList, tenant: str, every
         await asyncio.sleep(every_s)
         try:
             for one in await sessions.list_sessions(tenant, RECOVERY_SESSIONS):
-                if one.running_turn and not manager.knows(tenant, one.session, one.running_turn):
-                    await manager.recover(tenant, one.session)
+                session = SessionName(tenant, one.session)
+                if one.running_turn and not manager.knows(session, one.running_turn):
+                    await manager.recover(session)
         except SegueError as error:  # the store is away, say: the next round finds them
             log.warning("recovery_sweep_failed", error=str(error))

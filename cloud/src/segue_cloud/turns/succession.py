@@ -10,11 +10,11 @@ from weakref import WeakValueDictionary
 import structlog
 
 from segue_cloud.sessions.port import Status, TurnClaim
-from segue_cloud.turns.claims import TurnName
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import UnknownTurn
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import TURN_LEASE_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState, find_turn, heard
@@ -27,9 +27,9 @@ class TurnsHere(Protocol):
 
     def admit(self) -> None: ...
 
-    def owned(self, tenant: str, session: str, turn: str) -> TurnOwner | None: ...
+    def owned(self, session: SessionName, turn: str) -> TurnOwner | None: ...
 
-    def knows(self, tenant: str, session: str, turn: str) -> bool: ...
+    def knows(self, session: SessionName, turn: str) -> bool: ...
 
     def start(self, spec: OwnedTurn) -> TurnOwner: ...
 
@@ -54,18 +54,18 @@ class Succession:
             Overloaded: there is no room for it here.
         """
         key = spec.key
-        async with self._changing_hands(key.tenant, key.session, key.turn):
-            running = self._turns.owned(key.tenant, key.session, key.turn)
+        async with self._changing_hands(key.session, key.turn):
+            running = self._turns.owned(key.session, key.turn)
             if running is not None:
                 return running, True
-            if not self._turns.knows(key.tenant, key.session, key.turn):
+            if not self._turns.knows(key.session, key.turn):
                 self._turns.admit()
-            claim = await self._deps.log.take_over(key.tenant, key.session, key.turn, TURN_LEASE_S)
-            state = await self._deps.log.state(key.tenant, key.session)
+            claim = await self._deps.log.take_over(key.session, key.turn, TURN_LEASE_S)
+            state = await self._deps.log.state(key.session)
             turn = find_turn(state, key.turn)
             if turn is None or claim.status is not Status.OK:
                 raise UnknownTurn(
-                    f"Turn {key.turn} does not run in session {key.session}.",
+                    f"Turn {key.turn} does not run in session {key.session.session}.",
                     hint="Read the session's log: the turn may have ended.",
                 )
             durable = tuple(turn.tokens)
@@ -74,52 +74,48 @@ class Succession:
                 adopted = known_tokens[len(durable) :]
             return self._turns.start(_resumed(spec, claim, turn, adopted)), False
 
-    def _changing_hands(self, tenant: str, session: str, turn: str) -> asyncio.Lock:
+    def _changing_hands(self, session: SessionName, turn: str) -> asyncio.Lock:
         """Held while a turn's epoch is raised and its owner made: two at once would fence off
         each other and leave the turn to nobody."""
-        return self._hands.setdefault((tenant, session, turn), asyncio.Lock())
+        return self._hands.setdefault(TurnName(session, turn), asyncio.Lock())
 
-    async def recover(self, tenant: str, session: str) -> bool:
+    async def recover(self, session: SessionName) -> bool:
         """Finish a turn whose decoder and edge are both gone; True where one was found.
 
         Its lease must have run out: `take_over` refuses while somebody renews it.
         """
         if self._deps.engine.died.is_set():
             return False
-        state = await self._deps.log.state(tenant, session)
+        state = await self._deps.log.state(session)
         for position, turn in enumerate(state.turns):
-            key = (tenant, session, turn.turn)
+            key = (session, turn.turn)
             if turn.ended or self._turns.knows(*key):
                 continue
             async with self._changing_hands(*key):
-                if self._turns.owned(*key) is None and await self._finish_orphan(
-                    tenant, session, position
-                ):
+                if self._turns.owned(*key) is None and await self._finish_orphan(session, position):
                     return True
         return False
 
-    async def _finish_orphan(self, tenant: str, session: str, position: int) -> bool:
-        state = await self._deps.log.state(tenant, session)
+    async def _finish_orphan(self, session: SessionName, position: int) -> bool:
+        state = await self._deps.log.state(session)
         name = state.turns[position].turn
-        claim = await self._deps.log.take_over(
-            tenant, session, name, TURN_LEASE_S, only_expired=True
-        )
+        claim = await self._deps.log.take_over(session, name, TURN_LEASE_S, only_expired=True)
         if claim.status is not Status.OK:
             return False
-        state = await self._deps.log.state(tenant, session)  # with all that the old owner wrote
+        state = await self._deps.log.state(session)  # with all that the old owner wrote
         turn = state.turns[position]
         prompt = await asyncio.to_thread(
             self._deps.tokenizer.encode_conversation, heard(state.turns[:position]), turn.prompt
         )
         spec = OwnedTurn(
-            key=TurnKey(tenant, session, name, claim.epoch, turn.device),
+            key=TurnKey(session, name, claim.epoch, turn.device, claim.nonce),
             prompt=tuple(prompt),
             max_tokens=turn.max_tokens,
             sampling=turn.sampling,
             stop=turn.stop,
             shape=Shape.TEXT,
         )
-        log.info("turn_recovered", session=session, turn=name, epoch=claim.epoch)
+        log.info("turn_recovered", session=session.session, turn=name, epoch=claim.epoch)
         self._turns.start(_resumed(spec, claim, turn, ()))
         return True
 
@@ -129,7 +125,7 @@ def _resumed(
 ) -> OwnedTurn:
     return replace(
         spec,
-        key=replace(spec.key, epoch=claim.epoch),
+        key=replace(spec.key, epoch=claim.epoch, nonce=claim.nonce),
         made=tuple(turn.tokens),
         made_pieces=tuple(turn.pieces),
         adopted=adopted,

@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from segue_cloud.sessions.port import AppendResult, Status
+from segue_cloud.sessions.port import AppendResult, Status, TurnHold
 from segue_cloud.turns.ports import TurnLog
 from segue_contract.errors import Internal, StaleEpoch
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import MAX_APPEND_OPS, TURN_LEASE_S
-from segue_contract.sync.ops import Frame, Op, TurnEnded, encode_op
+from segue_contract.sync.ops import Frame, Op, TurnEnded
 
 _MAX_FRAME_TOKENS = 1024
 
@@ -23,15 +24,19 @@ _MAX_FRAME_TOKENS = 1024
 class TurnKey:
     """Which turn writes, and as whom."""
 
-    tenant: str
-    session: str
+    session: SessionName
     turn: str
     epoch: int
     device: str
+    nonce: str = ""  # of the claim that made the epoch
 
     @property
-    def producer(self) -> str:
-        return f"turn:{self.turn}"
+    def name(self) -> TurnName:
+        return TurnName(self.session, self.turn)
+
+    @property
+    def hold(self) -> TurnHold:
+        return TurnHold(self.turn, self.epoch, self.nonce)
 
 
 class TurnWriter:
@@ -101,9 +106,7 @@ class TurnWriter:
             self._wake.clear()
         except TimeoutError:
             key = self._key
-            result = await self._log.renew_turn(
-                key.tenant, key.session, key.turn, key.epoch, TURN_LEASE_S
-            )
+            result = await self._log.renew_turn(key.session, key.hold, TURN_LEASE_S)
             self._check(result)
 
     async def _flush(self) -> None:
@@ -147,16 +150,7 @@ class TurnWriter:
 
     async def _append(self, ops: list[Op], *, ends_turn: bool = False) -> AppendResult:
         key = self._key
-        result = await self._log.append(
-            key.tenant,
-            key.session,
-            key.producer,
-            key.epoch,
-            self._seq,
-            [encode_op(op) for op in ops],
-            turn=key.turn,
-            ends_turn=ends_turn,
-        )
+        result = await self._log.append_turn(key.session, key.hold, self._seq, ops, ends=ends_turn)
         self._check(result)
         self._seq += len(ops)
         return result

@@ -1,0 +1,248 @@
+"""`SessionLog`: how the rest of the cloud sees the sessions.
+
+Every append goes through here, because what the store took has to reach followers in this process
+(the hub) and devices (the broker) at once. Ops are values above and bytes below: each is encoded
+once, and not decoded again on its way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Protocol
+
+import structlog
+
+from segue_cloud.hub.hub import Following, Hub
+from segue_cloud.hub.state import HubState
+from segue_cloud.sessions.port import (
+    AppendResult,
+    LogOp,
+    Producer,
+    SessionSummary,
+    Status,
+    Store,
+    StoredEntry,
+    TurnClaim,
+    TurnHold,
+)
+from segue_cloud.sessions.reader import LogReader, Page
+from segue_contract.errors import SegueError
+from segue_contract.ids import SessionName
+from segue_contract.limits import (
+    COMPACT_AFTER_ENTRIES,
+    COMPACT_KEEP_ENTRIES,
+    SESSION_CACHE,
+    TITLE_CHARS,
+    TURN_LEASE_S,
+)
+from segue_contract.sync.ops import Op, TurnEnded, UserMessage
+from segue_contract.sync.state import Cursor, SessionState
+
+log = structlog.get_logger("segue.log")
+
+
+class Publishing(Protocol):
+    """Where appended entries go beyond this process. Never waits, never raises."""
+
+    def publish(self, session: SessionName, entries: Sequence[StoredEntry]) -> None: ...
+
+
+class SessionLog:
+    """`async with SessionLog(store, publisher) as log:` also runs the hub of its followers.
+
+    Methods named as in `segue_cloud.sessions.port` mean the same and raise the same. The store and
+    the publisher have owners of their own.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        publishing: Publishing | None = None,
+        *,
+        hub_state: HubState | None = None,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        compact_after: int = COMPACT_AFTER_ENTRIES,
+        compact_keep: int = COMPACT_KEEP_ENTRIES,
+    ) -> None:
+        self._store = store
+        self._reader = LogReader(store)
+        self._hub = Hub(store, self._reader, state=hub_state)
+        self._publishing = publishing
+        self._now_ms = now_ms
+        self._compact_after = compact_after
+        self._compact_keep = compact_keep
+        self._folded_at: dict[SessionName, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> SessionLog:
+        await self._hub.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End compactions in progress, and the hub."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hub.__aexit__(kind, error, trace)
+
+    # -- sessions -----------------------------------------------------------------------------
+
+    async def open_session(
+        self, session: SessionName, *, must_exist: bool = False, device: str = ""
+    ) -> tuple[Cursor, bool]:
+        return await self._store.open_session(session, must_exist=must_exist, device=device)
+
+    async def check_device(self, session: SessionName, device: str) -> None:
+        await self._store.check_device(session, device)
+
+    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
+        return await self._store.list_sessions(tenant, max_sessions)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    async def state(self, session: SessionName) -> SessionState:
+        """The session folded up to its tail; the caller's own copy.
+
+        Raises:
+            UnknownSession, StoreUnavailable.
+        """
+        return await self._reader.state(session)
+
+    async def read(self, session: SessionName, after: Cursor, max_entries: int) -> Page:
+        """See `LogReader.read`."""
+        return await self._reader.read(session, after, max_entries)
+
+    def follow(
+        self, session: SessionName, after: Cursor | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Following]]:
+        """See `Hub.follow`."""
+        return self._hub.follow(session, after)
+
+    def check_integrity(self) -> None:
+        """Assert what must always hold."""
+        self._hub.check_integrity()
+
+    # -- writing ------------------------------------------------------------------------------
+
+    async def append(
+        self, session: SessionName, producer: Producer, ops: Sequence[LogOp]
+    ) -> AppendResult:
+        result = await self._store.append(session, producer, [op.data for op in ops])
+        self._appended(session, result, ops)
+        return result
+
+    async def append_turn(
+        self,
+        session: SessionName,
+        hold: TurnHold,
+        first_seq: int,
+        ops: Sequence[Op],
+        *,
+        ends: bool = False,
+    ) -> AppendResult:
+        encoded = [LogOp.of(op) for op in ops]
+        data = [op.data for op in encoded]
+        result = await self._store.append_turn(session, hold, first_seq, data, ends=ends)
+        self._appended(session, result, encoded)
+        return result
+
+    async def begin_turn(
+        self, session: SessionName, turn: str, ops: Sequence[Op], lease_s: float = TURN_LEASE_S
+    ) -> TurnClaim:
+        """As the store's; also ends the turn of an owner that let its lease run out."""
+        encoded = [LogOp.of(op) for op in ops]
+        data = [op.data for op in encoded]
+        claim = await self._store.begin_turn(session, turn, data, lease_s, title=_title(ops))
+        if claim.status is Status.OK and claim.appended:
+            self._spread(session, claim.cursor, encoded[len(encoded) - claim.appended :])
+        if claim.status is Status.OK and claim.holder:
+            await self._end_abandoned(session, claim.holder)
+        return claim
+
+    async def take_over(
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float = TURN_LEASE_S,
+        *,
+        only_expired: bool = False,
+    ) -> TurnClaim:
+        return await self._store.take_over(session, turn, lease_s, only_expired=only_expired)
+
+    async def renew_turn(
+        self, session: SessionName, hold: TurnHold, lease_s: float = TURN_LEASE_S
+    ) -> AppendResult:
+        return await self._store.renew_turn(session, hold, lease_s)
+
+    async def request_stop(self, session: SessionName, turn: str = "") -> str:
+        return await self._store.request_stop(session, turn)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _appended(self, session: SessionName, result: AppendResult, ops: Sequence[LogOp]) -> None:
+        if result.appended:
+            tail = Cursor(result.generation, result.tail)
+            self._spread(session, tail, ops[len(ops) - result.appended :])
+
+    def _spread(self, session: SessionName, tail: Cursor, ops: Sequence[LogOp]) -> None:
+        """`ops` are in the log, and end at `tail`: tell everybody."""
+        first = tail.offset - len(ops) + 1
+        entries = [
+            StoredEntry(Cursor(tail.generation, offset), op.data, op.op)
+            for offset, op in enumerate(ops, first)
+        ]
+        if self._publishing is not None:
+            self._publishing.publish(session, entries)
+        self._reader.offer(session, entries)
+        self._hub.offer(session, entries)
+        folded_at = self._folded_at.setdefault(session, first - 1)
+        if len(self._folded_at) > SESSION_CACHE:
+            del self._folded_at[next(iter(self._folded_at))]
+        if tail.offset - folded_at >= self._compact_after:
+            self._folded_at[session] = tail.offset
+            self._spawn(self._compact(session), f"compact {session}")
+
+    async def _end_abandoned(self, session: SessionName, turn: str) -> None:
+        fence = await self._store.fence_turn(session, turn)
+        if fence.status is not Status.OK:
+            return  # somebody ended it meanwhile
+        end = TurnEnded(
+            id=f"{turn}.abandoned.{fence.epoch}",
+            at_ms=self._now_ms(),
+            turn=turn,
+            epoch=fence.epoch,
+            reason="error",
+            error_code="turn_failed",
+            error_message="The node that ran this turn went away.",
+        )
+        await self.append_turn(session, fence.hold(turn), 1, [end], ends=True)
+        log.warning("turn_abandoned", session=session.session, turn=turn)
+
+    async def _compact(self, session: SessionName) -> None:
+        """Fold the log up to its tail, and keep only its last entries one by one."""
+        try:
+            state = await self._reader.state(session)
+            keep_from = state.cursor.offset - self._compact_keep + 1
+            await self._store.compact(session, state, keep_from)
+        except SegueError as error:  # the next time
+            log.warning("compaction_failed", session=session.session, error=str(error))
+
+    def _spawn(self, coroutine: Any, name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _title(ops: Sequence[Op]) -> str:
+    """What the session is about: the begin of its first message."""
+    messages = (op.text for op in ops if isinstance(op, UserMessage))
+    return " ".join(next(messages, "").split())[:TITLE_CHARS]
