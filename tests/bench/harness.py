@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -72,6 +72,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     on_row: Callable[[Row], None] = lambda row: None
     left_out: list[dict[str, str]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)  # what is no single figure, for the JSON
 
     def missing(self, rows: str, reason: str) -> None:
         """Say that `rows` were not measured here, and why or what to do about it."""
@@ -101,7 +102,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         rows = [row.as_json() for row in self.rows]
         found = {"suite": self.suite, "machine": self.machine, "rows": rows}
-        return found | ({"left_out": self.left_out} if self.left_out else {})
+        more = {"left_out": self.left_out, "details": self.details}
+        return found | {name: value for name, value in more.items() if value}
 
     def write(self, path: Path) -> None:
         """Write the JSON in one step: readers see the old file or the whole new one."""
@@ -199,20 +201,9 @@ def _commit() -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """The table: a name, a value, its unit, the target where there is one, what it means."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    targets = any(row.target is not None for row in report.rows)
-    table.add_column("row", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("unit", style="dim", no_wrap=True)
-    if targets:
-        table.add_column("target", justify="right", no_wrap=True)
-    table.add_column("", style="dim", overflow="fold")
-    for row in report.rows:
-        goal = [_target(row)] if targets else []
-        table.add_row(row.name, number(row.value), row.unit, *goal, row.note)
+    """The table, what was left out, and the machine."""
     console.print()
-    console.print(table)
+    console.print(row_table(report.rows))
     console.print()
     for one in report.left_out:
         console.print(Text(f"Not measured: {one['rows']}: {one['reason']}.", style="yellow"))
@@ -224,6 +215,22 @@ def show(report: Report, console: Console) -> None:
             "trust ratios between rows of this run more than absolute values.",
             style="yellow",
         )
+
+
+def row_table(rows: Sequence[Row]) -> Table:
+    """A name, a value, its unit, the target where there is one, what it means."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    targets = any(row.target is not None for row in rows)
+    table.add_column("row", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("unit", style="dim", no_wrap=True)
+    if targets:
+        table.add_column("target", justify="right", no_wrap=True)
+    table.add_column("", style="dim", overflow="fold")
+    for row in rows:
+        goal = [_target(row)] if targets else []
+        table.add_row(row.name, number(row.value), row.unit, *goal, row.note)
+    return table
 
 
 def machine_line(machine: dict[str, Any]) -> str:

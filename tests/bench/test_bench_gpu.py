@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.bench.harness import ROOT, Report
-from tests.bench.suites.gpu import FULL, roof_tokens_per_s, run
+from tests.bench.suites._card_plan import FULL, roof_prefill_s, roof_step_s
+from tests.bench.suites.gpu import Decoded, run
 
 NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: it is measured")
 
@@ -38,7 +39,12 @@ def test_its_smallest_form_fills_every_row(tmp_path: Path) -> None:
     batches = [name.rpartition("_")[2] for name in rows if name.startswith("gpu_vs_hf_")]
     assert len(batches) == 2
     for batch in batches:
-        for name in ("gpu_decode_tokens_per_s_", "gpu_decode_of_roof_", "hf_decode_tokens_per_s_"):
+        for name in (
+            "gpu_decode_tokens_per_s_",
+            "gpu_decode_of_roof_",
+            "gpu_intertoken_ms_p99_",
+            "hf_decode_tokens_per_s_",
+        ):
             assert rows[name + batch] > 0
     assert 0 < rows["gpu_replayed_share"] < 1
     if not torch.cuda.is_available():
@@ -46,7 +52,18 @@ def test_its_smallest_form_fills_every_row(tmp_path: Path) -> None:
 
 
 def test_the_roof_of_a_known_card() -> None:
-    """8B in bfloat16 at 2.0 TB/s and batch 1: about 125 tokens/s, less what the KV costs."""
-    roof = roof_tokens_per_s(FULL, 1, 2.0e12)
+    """8B in bfloat16 at 2.0 TB/s and batch 1: about 125 tokens/s, less what the KV costs; at 100
+    TFLOP/s 1,024 tokens take some 0.14 s, and attention makes four times that longer."""
+    roof = 1 / roof_step_s(FULL, 1, 2.0e12)
     assert 120 < roof < 135
-    assert 20 * roof < roof_tokens_per_s(FULL, 32, 2.0e12) < 32 * roof
+    assert 20 * roof < 32 / roof_step_s(FULL, 32, 2.0e12) < 32 * roof
+    short = roof_prefill_s(FULL, 1024, 1e14)
+    assert 0.14 < short < 0.15
+    assert 4 * short < roof_prefill_s(FULL, 4096, 1e14) < 4.5 * short
+
+
+def test_gaps_between_tokens_have_percentiles() -> None:
+    found = Decoded(1.0, [0.001] * 95 + [0.010] * 5)
+    assert found.gap_ms(50) == pytest.approx(1.0)
+    assert found.gap_ms(99) == pytest.approx(10.0)
+    assert Decoded(1.0, [0.002]).gap_ms(99) == pytest.approx(2.0)

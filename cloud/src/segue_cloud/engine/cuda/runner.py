@@ -20,6 +20,7 @@ from segue_cloud.engine.cuda.flashinfer import choose_attention
 from segue_cloud.engine.cuda.ops import DeviceOps
 from segue_cloud.engine.cuda.pages import DevicePages
 from segue_cloud.engine.cuda.sampling import choose_tokens, pick
+from segue_cloud.engine.cuda.shapes import Shape
 from segue_cloud.engine.cuda.transfers import CudaTransfers, DirectTransfers, Transfers
 from segue_cloud.engine.kv_pages import KvPages, slots_of
 from segue_cloud.engine.options import EngineOptions
@@ -84,6 +85,11 @@ class DeviceRunner(Runner):
 
     def _make_capture(self, options: EngineOptions) -> Capture:
         return CudaCapture(options.device) if self._on_card else DirectCapture()
+
+    @property
+    def captured_shapes(self) -> list[Shape]:
+        """The sizes of decode steps that are replayed, not computed kernel by kernel."""
+        return self._graphs.shapes
 
     def run(self, prepared: Prepared) -> list[int]:
         assert isinstance(prepared.input, StepInput)
