@@ -22,7 +22,7 @@ def test_without_a_card_it_says_so_and_ends_well() -> None:
     report = Report("gpu", {})
     run(report, quick=False)
     assert report.rows == []
-    assert [one["rows"] for one in report.left_out] == ["all rows"]
+    assert [one["rows"] for one in report.left_out] == ["the 8B shape"]
 
 
 def test_its_smallest_form_fills_every_row(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def plan_here(report: Report, quick: bool) -> Plan | None:
         plan = QUICK if quick else FULL
         report.machine["card"] = torch.cuda.get_device_name()
     else:
-        report.missing("all rows", "there is no CUDA card here, or this PyTorch cannot use it")
+        report.missing("the 8B shape", "there is no CUDA card here, or this PyTorch cannot use it")
         if not quick:
             return None
         plan = TOY
