@@ -13,8 +13,8 @@ import pytest
 
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.store import RedisStore
-from segue_cloud.turns.claims import TurnRequest
 from segue_cloud.turns.manager import Begun, TurnManager
+from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.recovery import recovering
 from segue_cloud.turns.spec import OwnedTurn
@@ -25,17 +25,17 @@ from segue_contract.errors import (
     InvalidArgument,
     Overloaded,
     SessionBusy,
-    StoreUnavailable,
     TurnFailed,
 )
 from segue_contract.ids import SessionName
-from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES
+from segue_contract.limits import STORE_PATIENCE_CALLS, STORE_TIMEOUT_S, TURN_ENGINES
 from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import TurnState, find_turn
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.servers import stopped
 
 SESSION = SessionName("default", "trip")
 WAIT_S = 20.0
@@ -88,13 +88,14 @@ async def bench_on(
     *,
     max_turns: int = 8,
     store_timeout_s: float = STORE_TIMEOUT_S,
+    store_patience_calls: int = STORE_PATIENCE_CALLS,
 ) -> AsyncIterator[Bench]:
     tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
     store = await RedisStore.connect(url, timeout_s=store_timeout_s)
     async with SessionLog(store) as log:
         deps = OwnerDeps(
             log, engine, tokenizer, frozenset({2}), 8192, 49152,
-            lambda: time.time_ns() // 1_000_000, time.monotonic,
+            lambda: time.time_ns() // 1_000_000, time.monotonic, store_patience_calls,
         )  # fmt: skip
         manager = TurnManager(deps, model="m", max_turns=max_turns)
         await log.open_session(SESSION, device="phone")
@@ -437,16 +438,46 @@ async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
         assert (orphan.tokens, orphan.reason) == (words, "stop")
 
 
-async def test_a_store_that_goes_away_ends_the_turn_with_a_typed_error(
+async def shown_tokens(owner: TurnOwner, count: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        async for event in owner.feed.read():
+            if event.frame.index + len(event.frame.tokens) >= count:
+                return
+
+
+async def test_a_store_that_stands_still_holds_the_reply_up_and_ends_nothing(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     engine = ScriptedEngine(words, free=False)
-    async with bench_on(valkey.url, model_dir, engine, store_timeout_s=0.5) as bench:
+    async with bench_on(valkey.url, model_dir, engine, store_timeout_s=0.2) as bench:
         owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
-        valkey.process.kill()
-        bench.engine.allow(3)
+        engine.allow(2)
+        await shown_tokens(owner, 2)
+        with stopped(valkey):
+            engine.allow(len(words))
+            while engine.decoded < len(words):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(3 * 0.2)  # several calls of it give up
+            assert not owner.ended.is_set()
         async with asyncio.timeout(WAIT_S):
             events = [event async for event in owner.feed.read()]
-        assert events[-1].ended.reason == "error"
-        assert events[-1].ended.error_code == StoreUnavailable.code
-        assert not events[-1].ended.durable
+        assert [token for event in events for token in event.frame.tokens] == words
+        ends = [event.ended for event in events if event.WhichOneof("kind") == "ended"]
+        assert [(end.reason, end.durable) for end in ends] == [("stop", True)]
+        turn = await bench.turn()
+        assert (turn.tokens, turn.reason, turn.epoch) == (words, "stop", 1)
+
+
+async def test_a_store_that_never_comes_back_leaves_the_turn_open_and_tells_no_end(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(
+        valkey.url, model_dir, engine, store_timeout_s=0.2, store_patience_calls=2
+    ) as bench:
+        owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        valkey.process.kill()
+        engine.allow(3)
+        async with asyncio.timeout(WAIT_S):
+            events = [event async for event in owner.feed.read()]
+        assert [event.WhichOneof("kind") for event in events] == ["started"]

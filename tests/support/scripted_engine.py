@@ -20,6 +20,7 @@ class ScriptedEngine:
         self.script = tuple(script)
         self.turns: list[EngineTurn] = []
         self.cancelled = 0
+        self.decoded = 0  # tokens, of all turns
         self.fail_at: tuple[int, SegueError] | None = None
         self.blocks: dict[bytes, KvBlock] = {}
         self.died = asyncio.Event()
@@ -43,6 +44,7 @@ class ScriptedEngine:
                 last = index + 1 == min(len(self.script), turn.max_tokens)
                 reason = ("length" if index + 1 == turn.max_tokens else "stop") if last else ""
                 done = last
+                self.decoded += 1
                 yield EngineOutput(index, (self.script[index],), reason)
         finally:
             if not done:

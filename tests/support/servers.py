@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from segue_contract.errors import MissingExtra
 from segue_contract.servers.broker import find_broker
+from segue_contract.servers.lifetime import LocalServer
 from segue_contract.servers.valkey import find_valkey
 
 
@@ -27,6 +31,16 @@ def require_broker(kind: str = "") -> None:
         find_broker(kind)
     except MissingExtra as error:
         _missing(str(error))
+
+
+@contextmanager
+def stopped(server: LocalServer) -> Iterator[None]:
+    """The server's process stands still meanwhile: it answers nothing, and breaks no connection."""
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
 
 
 def require_mosquitto() -> None:

@@ -183,6 +183,9 @@ class SessionLog:
     ) -> AppendResult:
         return await self._store.renew_turn(session, hold, lease_s)
 
+    async def release_turn(self, session: SessionName, hold: TurnHold) -> None:
+        await self._store.release_turn(session, hold)
+
     async def request_stop(self, session: SessionName, turn: str = "") -> str:
         return await self._store.request_stop(session, turn)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from segue_cloud.sessions.port import StoredEntry
-from segue_cloud.turns.claims import TurnRequest
+from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.checks import check_run, check_sampling_values, check_stop

@@ -225,6 +225,17 @@ function verbs.renew(turn, epoch, nonce, lease_ms)
   return {'ok', known[1], 0, known[2], has, 0, known[4] == turn and 1 or 0, 0}
 end
 
+-- turn, epoch, nonce -> {status}; whoever asks next may take the turn over
+function verbs.release(turn, epoch, nonce)
+  local known = meta('cur', 't:' .. turn)
+  if not known then return {'missing'} end
+  local has = parse(known[4])
+  local _, owner = turn_flags(turn)
+  if tonumber(epoch) ~= has or nonce ~= owner or known[3] ~= turn then return {'stale'} end
+  redis.call('HSET', META, 'lease', 0)
+  return {'ok'}
+end
+
 -- turn or "" -> {the turn that is asked to stop, or ""}
 function verbs.stop(turn)
   local known = meta('cur')

@@ -211,6 +211,10 @@ class Turns(Protocol):
         """Extend the lease; also says whether a stop was requested."""
         ...
 
+    async def release_turn(self, session: SessionName, hold: TurnHold) -> None:
+        """Give the lease back: another owner may take the turn over at once."""
+        ...
+
     async def request_stop(self, session: SessionName, turn: str = "") -> str:
         """Ask the running turn (or `turn`) to stop; returns its id, or "" where none runs."""
         ...

@@ -219,6 +219,9 @@ class RedisStore:
         verb = self._log(session, "renew", hold.turn, hold.epoch, hold.nonce, int(lease_s * 1000))
         return rows.append_result((await self._wire.call(verb))[0])
 
+    async def release_turn(self, session: SessionName, hold: TurnHold) -> None:
+        await self._wire.call(self._log(session, "release", hold.turn, hold.epoch, hold.nonce))
+
     async def request_stop(self, session: SessionName, turn: str = "") -> str:
         ((stopping,),) = await self._wire.call(self._log(session, "stop", turn))
         return str(stopping.decode())

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from segue_cloud.sessions.port import Status, TurnClaim
 from segue_cloud.turns.gate import SessionGate
+from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.errors import DeadlineExceeded, SessionBusy
-from segue_contract.ids import SessionName, TurnName
+from segue_contract.ids import SessionName
 from segue_contract.limits import TURN_LEASE_S, TURN_WAIT_TIMEOUT_S
-from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage
 
 # Another instance may hold the session: its end is not heard here, so look again this often.
 _RETRY_S = 0.25
-
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """What a device asked for, checked."""
-
-    session: SessionName
-    device: str
-    turn: str
-    prompt: str
-    max_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    wait: bool = True
-
-    @property
-    def name(self) -> TurnName:
-        return TurnName(self.session, self.turn)
 
 
 class SessionClaims:
@@ -95,27 +76,7 @@ class SessionClaims:
     async def _try_claim(self, request: TurnRequest) -> TurnClaim:
         # A turn whose owner died is finished first: the claim would only end it.
         await self._recover(request.session)
-        now = self._deps.now_ms()
-        ops: list[Op] = [
-            UserMessage(
-                id=f"{request.turn}.user",
-                device=request.device,
-                at_ms=now,
-                turn=request.turn,
-                text=request.prompt,
-            ),
-            TurnStarted(
-                id=f"{request.turn}.started",
-                device=request.device,
-                at_ms=now,
-                turn=request.turn,
-                epoch=1,
-                model=self._model,
-                max_tokens=request.max_tokens,
-                sampling=request.sampling,
-                stop=request.stop,
-            ),
-        ]
+        ops = opening_ops(request, model=self._model, now_ms=self._deps.now_ms())
         return await self._deps.log.begin_turn(request.session, request.turn, ops, TURN_LEASE_S)
 
 

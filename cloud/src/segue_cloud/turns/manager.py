@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from segue_cloud.turns.claims import SessionClaims, TurnRequest
+from segue_cloud.turns.claims import SessionClaims
+from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.succession import Succession
@@ -18,6 +19,7 @@ from segue_contract.errors import EngineGone, Overloaded, SegueError
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import OPEN_TURN_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.plan import Shape
+from segue_contract.sync.ops import Op
 from segue_contract.sync.state import Cursor, find_turn, heard
 
 log = structlog.get_logger("segue.turns")
@@ -34,6 +36,7 @@ class Begun:
     known: bool
     ended: bool
     nonce: str = ""  # of the claim that began it
+    opening: tuple[Op, ...] = ()
 
 
 class TurnManager:
@@ -46,6 +49,7 @@ class TurnManager:
 
     def __init__(self, deps: OwnerDeps, *, model: str, max_turns: int) -> None:
         self._deps = deps
+        self._model = model
         self._max_turns = max_turns
         self._succession = Succession(deps, self)
         self._claims = SessionClaims(deps, model=model, recover=self._succession.recover)
@@ -77,7 +81,8 @@ class TurnManager:
             claim = await self._claims.claim(request)
         finally:
             self._admitted -= 1
-        begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce)
+        opening = opening_ops(request, model=self._model, now_ms=self._deps.now_ms())
+        begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce, opening)
         if not claim.known:
             self._begun[request.name] = begun
             if expect_open:
@@ -88,8 +93,7 @@ class TurnManager:
         """A turn that runs here is joined, however full this instance is; others are admitted."""
         owner = self._owners.get(request.name)
         if owner is not None:
-            cursor = Cursor(0, owner.spec.started_offset)
-            return Begun(owner.spec.key.epoch, cursor, known=True, ended=False)
+            return Begun(owner.spec.key.epoch, owner.spec.started, known=True, ended=False)
         try:
             self.admit()
         except Overloaded:
@@ -157,7 +161,8 @@ class TurnManager:
                 sampling=request.sampling,
                 stop=request.stop,
                 shape=Shape.TEXT,
-                started_offset=begun.cursor.offset,
+                started=begun.cursor,
+                opening=begun.opening,
             )
         )
 
@@ -174,7 +179,8 @@ class TurnManager:
         if begun is None:
             self.admit()
         elif begun.epoch == spec.key.epoch:
-            spec = replace(spec, key=replace(spec.key, nonce=begun.nonce))
+            key = replace(spec.key, nonce=begun.nonce)
+            spec = replace(spec, key=key, started=begun.cursor, opening=begun.opening)
         return self.start(spec), False
 
     def start(self, spec: OwnedTurn) -> TurnOwner:

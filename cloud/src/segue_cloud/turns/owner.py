@@ -2,9 +2,11 @@
 
     edge makes tokens ──► edge_tokens ─┐
                                        ├─► writer ─► log ─► feed ─► readers, MQTT
-    engine makes tokens ─► _decode ────┘
+    engine makes tokens ─► decode ─────┘
 
-The owner alone appends. If the edge goes away, it computes what is missing and finishes.
+The owner alone appends. If the edge goes away, it computes what is missing and finishes. Readers
+are told an end that the log has, or none: a feed that closes without one means that the turn goes
+on elsewhere, and is found in the log.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import structlog
 
 from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
+from segue_cloud.turns.decoding import decode
 from segue_cloud.turns.feed import TurnFeed
+from segue_cloud.turns.frames import Chunk
 from segue_cloud.turns.messages import ended_event, frame_event, started_event
+from segue_cloud.turns.patience import done_within
 from segue_cloud.turns.ports import TurnLog
+from segue_cloud.turns.progress import Maker, ReplyProgress
 from segue_cloud.turns.report import EdgeNote, TurnTimes, final_report, read_note
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnWriter
@@ -29,27 +34,22 @@ from segue_contract.errors import (
     DeadlineExceeded,
     EngineGone,
     Internal,
-    InvalidArgument,
+    Overloaded,
     PromptTooLong,
     SegueError,
     StaleEpoch,
-    StoreUnavailable,
 )
-from segue_contract.limits import STORE_TIMEOUT_S, TURN_ENGINES, TURN_TIMEOUT_S
+from segue_contract.limits import (
+    ENGINE_RETRY_S,
+    STORE_PATIENCE_CALLS,
+    TURN_ENGINES,
+    TURN_LOOKS,
+    TURN_TIMEOUT_S,
+)
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
-from segue_contract.turn.text import ReplyText
 
 log = structlog.get_logger("segue.turn")
-
-
-class EdgeOutcome(StrEnum):
-    """Why the owner stopped waiting for the edge."""
-
-    HAND_OVER = "hand_over"
-    ENDED = "ended"
-    LOST = "lost"
-    STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class OwnerDeps:
     vocab: int
     now_ms: Callable[[], int]
     monotonic: Callable[[], float]
+    store_patience_calls: int = STORE_PATIENCE_CALLS
 
 
 class TurnOwner:
@@ -80,78 +81,62 @@ class TurnOwner:
         self.stopping = asyncio.Event()
         self.ended = asyncio.Event()
         self._deps = deps
-        self._tokens: list[int] = list(spec.made)
-        self._edge: asyncio.Future[tuple[EdgeOutcome, str]] = (
-            asyncio.get_running_loop().create_future()
+        # A plan of shape text waits for no edge, and listens to none.
+        listens = spec.has_edge and spec.shape is not Shape.TEXT
+        self._progress = ReplyProgress(
+            spec.made, max_tokens=spec.max_tokens, vocab=deps.vocab, edge=listens
         )
+        self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._edge_done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._note: EdgeNote | None = None
-        if not spec.has_edge or spec.shape is Shape.TEXT:  # nobody is waited for or listened to
-            self._settle_edge(EdgeOutcome.LOST)
         self._cached_tokens = 0
         self._started_s = deps.monotonic()
         self._first_token_s: float | None = None
         self._second_token_s: float | None = None
+        made = Chunk(0, spec.made, spec.made_pieces, "") if spec.made else None
         self._writer = TurnWriter(
             spec.key,
             deps.log,
+            generation=spec.started.generation,
+            opening=spec.opening,
+            made=made,
             on_durable=self._publish_durable,
             on_stop=self.stop,
             now_ms=deps.now_ms,
+            patience_calls=deps.store_patience_calls,
         )
+        self._settle_edge()
 
     # -- what the edge and the caller may do ---------------------------------------------------
 
     @property
     def next_index(self) -> int:
-        return len(self._tokens)
+        return self._progress.next_index
+
+    @property
+    def waits_for_edge(self) -> bool:
+        """The edge makes the next token, or says that it makes no more."""
+        return self._progress.maker is Maker.EDGE
 
     def edge_tokens(self, index: int, tokens: tuple[int, ...], pieces: tuple[str, ...]) -> None:
-        """Tokens that the edge made. Those that are known already are dropped.
-
-        Raises:
-            InvalidArgument: they leave a gap, or come without their pieces.
-        """
-        if len(tokens) != len(pieces):
-            raise InvalidArgument("The edge sent tokens without their text.")
-        if index > self.next_index:
-            raise InvalidArgument(
-                f"The edge sent token {index}; {self.next_index} is the next one."
-            )
-        if any(token >= self._deps.vocab for token in tokens):
-            raise InvalidArgument("The edge sent tokens that the model does not have.")
-        if index + len(tokens) > self.spec.max_tokens:
-            raise InvalidArgument("The edge sent more tokens than the turn may have.")
-        if self._edge.done():
-            return
-        skip = self.next_index - index
-        if skip < len(tokens):
-            self._add(tokens[skip:], pieces[skip:], "edge")
+        """Tokens that the edge made; see `ReplyProgress.edge_tokens`."""
+        at = self.next_index
+        self._write(at, *self._progress.edge_tokens(index, tokens, pieces), "edge")
 
     def hand_over(self, next_index: int) -> None:
-        """The edge stops; the cloud decodes from `next_index` on.
-
-        Raises:
-            InvalidArgument: tokens before `next_index` never came.
-        """
-        if self._edge.done():
-            return  # it was stopped meanwhile: its last tokens were not taken
-        if next_index != self.next_index:
-            raise InvalidArgument(
-                f"The edge hands over at token {next_index}; {self.next_index} came."
-            )
-        self._settle_edge(EdgeOutcome.HAND_OVER)
+        """The edge stops; the cloud decodes from `next_index` on. Raises InvalidArgument."""
+        self._progress.hand_over(next_index)
+        self._settle_edge()
 
     def edge_ended(self, reason: str, next_index: int) -> None:
-        """The edge made the whole reply. Raises InvalidArgument as `hand_over` does."""
-        if self._edge.done():
-            return
-        if next_index != self.next_index or reason not in ("stop", "length", "cancelled"):
-            raise InvalidArgument(f"The edge ended a turn ({reason!r}) whose tokens never came.")
-        self._settle_edge(EdgeOutcome.ENDED, reason)
+        """The edge made the whole reply. Raises InvalidArgument."""
+        self._progress.edge_ended(reason, next_index)
+        self._settle_edge()
 
     def edge_lost(self) -> None:
         """The edge's stream broke: this side goes on alone."""
-        self._settle_edge(EdgeOutcome.LOST)
+        self._progress.edge_lost()
+        self._settle_edge()
 
     def note_plan(self, plan: bytes) -> None:
         """The edge's plan report so far. Raises InvalidArgument where it cannot be read."""
@@ -160,43 +145,47 @@ class TurnOwner:
     def stop(self) -> None:
         """End the turn soon, with reason "cancelled". Idempotent."""
         self.stopping.set()
-        self._settle_edge(EdgeOutcome.STOPPED)
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+        self._progress.stop()
+        self._settle_edge()
 
-    def _settle_edge(self, outcome: EdgeOutcome, reason: str = "") -> None:
-        if not self._edge.done():
-            self._edge.set_result((outcome, reason))
+    def _settle_edge(self) -> None:
+        if not self.waits_for_edge and not self._edge_done.done():
+            self._edge_done.set_result(None)
 
     # -- its life ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Produce the reply, append it, close the turn. Returns when `feed` is closed."""
         key = self.spec.key
+        facts = {"session": key.session.session, "turn": key.turn}
         try:
             self._begin()
             reason, error = await self._produce_and_write()
             await self._end(reason, error)
         except StaleEpoch as error:
-            log.info(
-                "turn_taken_over", session=key.session.session, turn=key.turn, current=error.fields
-            )
-        except EngineGone as error:
-            # Left open: its edge, or whoever finds its lease run out, goes on after the last token.
-            log.warning(
-                "turn_left_open", session=key.session.session, turn=key.turn, error=str(error)
-            )
+            log.info("turn_taken_over", **facts, current=error.fields)
         except SegueError as error:
-            log.warning(
-                "turn_not_closed", session=key.session.session, turn=key.turn, error=str(error)
-            )
-            op = self._ended_op("error", error)
-            self.feed.publish(ended_event(op, self.next_index, 0, durable=False))
+            # Its edge, or whoever finds its lease run out, goes on after the last durable token.
+            log.warning("turn_left_open", **facts, error=str(error))
+            if isinstance(error, EngineGone):
+                await self.release()
+        except asyncio.CancelledError:
+            await self.release()
+            raise
         finally:
             self.ended.set()
             self.feed.close()
 
+    async def release(self) -> None:
+        """Give the turn's lease back, so that another instance goes on at once."""
+        with contextlib.suppress(SegueError):  # then it runs out
+            await self._deps.log.release_turn(self.spec.key.session, self._writer.hold)
+
     def _begin(self) -> None:
         spec = self.spec
-        self.feed.publish(started_event(spec.key.turn, spec.key.epoch, spec.started_offset))
+        self.feed.publish(started_event(spec.key.turn, spec.key.epoch, spec.started.offset))
         if spec.made:
             made = Frame(
                 id="",
@@ -206,13 +195,13 @@ class TurnOwner:
                 tokens=spec.made,
                 pieces=spec.made_pieces,
             )
-            self.feed.publish(frame_event(made, spec.started_offset))
+            self.feed.publish(frame_event(made, spec.started.offset))
         if spec.adopted:
             detokenizer = self._deps.tokenizer.detokenizer()
             for token in spec.made:
                 detokenizer.push(token)
             pieces = tuple(detokenizer.push(token) for token in spec.adopted)
-            self._add(spec.adopted, pieces, "edge")
+            self._add_own(spec.adopted, pieces, "edge")
 
     async def _produce_and_write(self) -> tuple[str, SegueError | None]:
         """The turn's reason, and the error behind reason "error". Everything is durable then.
@@ -233,6 +222,7 @@ class TurnOwner:
             reason, error = self._reason_of(producing)
             self._writer.close()
             await writing
+            # A turn under which engine after engine died may be the cause.
             if isinstance(error, EngineGone) and self.spec.key.epoch < TURN_ENGINES:
                 raise error
             return reason, error
@@ -255,19 +245,25 @@ class TurnOwner:
 
     async def _produce(self) -> str:
         self._check_fits()
+        making = asyncio.create_task(self._make(), name=f"make {self.spec.key.turn}")
         try:
-            async with asyncio.timeout(TURN_TIMEOUT_S):
-                outcome, reason = await self._edge
-                if outcome is EdgeOutcome.ENDED:
-                    return reason
-                if outcome is EdgeOutcome.STOPPED:
-                    return "cancelled"
-                return await self._decode()
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"The turn took longer than {TURN_TIMEOUT_S:.0f} s.",
-                hint="Ask for fewer tokens.",
-            ) from error
+            if await done_within({making}, TURN_TIMEOUT_S, looks=TURN_LOOKS):
+                return making.result()
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
+        raise DeadlineExceeded(
+            f"The turn took longer than {TURN_TIMEOUT_S:.0f} s.", hint="Ask for fewer tokens."
+        )
+
+    async def _make(self) -> str:
+        await self._edge_done
+        while self._progress.maker is Maker.CLOUD:
+            try:
+                self._progress.end(await self._decode())
+            except Overloaded:  # its place was given, and is being cleared: no fault of the turn
+                await done_within({self._stopped}, ENGINE_RETRY_S, looks=1)
+        return self._progress.reason
 
     def _check_fits(self) -> None:
         tokens, limit = len(self.spec.prompt), self._deps.max_context
@@ -280,60 +276,51 @@ class TurnOwner:
             )
 
     async def _decode(self) -> str:
-        spec = self.spec
-        max_tokens = min(spec.max_tokens, self._deps.max_context - len(spec.prompt))
+        spec, deps = self.spec, self._deps
+        max_tokens = min(spec.max_tokens, deps.max_context - len(spec.prompt))
         if self.next_index >= max_tokens:
             return "length"
         if self.stopping.is_set():
             return "cancelled"
-        text = ReplyText(self._deps.tokenizer, spec.stop, self._tokens)
         turn = EngineTurn(
             turn=spec.key.turn,
             prompt=spec.prompt,
-            made=tuple(self._tokens),
+            made=tuple(self._progress.tokens),
             prompt_blocks=spec.blocks,
             sampling=spec.sampling,
             max_tokens=max_tokens,
-            end_tokens=self._deps.end_tokens,
+            end_tokens=deps.end_tokens,
         )
-        outputs = self._deps.engine.submit(turn)
-        stopped = asyncio.create_task(self.stopping.wait())
-        step: asyncio.Future[EngineOutput | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(anext(outputs, None))
-                await asyncio.wait({step, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
-                    return "cancelled"
-                output = step.result()
-                if output is None:
-                    raise Internal("The engine ended a turn without a reason.")
-                self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
-                scan = text.push(output.tokens)
-                self._add(scan.tokens, scan.pieces, "cloud")
-                if scan.stopped:
-                    return "stop"
-                if output.finished:
-                    rest = text.flush()
-                    self._add(rest.tokens, rest.pieces, "cloud")
-                    return output.finished
-        finally:
-            stopped.cancel()
-            if step is not None:  # a generator can only be closed while nobody waits in it
-                step.cancel()
-                await asyncio.gather(step, return_exceptions=True)
-            await _close(outputs)
+        return await decode(
+            deps.engine,
+            deps.tokenizer,
+            turn,
+            stop=spec.stop,
+            stopping=self.stopping,
+            add=lambda tokens, pieces: self._add_own(tokens, pieces, "cloud"),
+            on_output=self._note_cache,
+        )
 
-    def _add(self, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str) -> None:
+    def _note_cache(self, output: EngineOutput) -> None:
+        self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+
+    def _add_own(self, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str) -> None:
+        at = self.next_index
+        self._progress.cloud_tokens(tokens)
+        self._write(at, tokens, pieces, made_by)
+
+    def _write(
+        self, at: int, tokens: tuple[int, ...], pieces: tuple[str, ...], made_by: str
+    ) -> None:
+        """Hand tokens that begin at index `at` to the writer."""
         if not tokens:
             return
         now = self._deps.monotonic()
         if self._first_token_s is None:
             self._first_token_s = now
-        if self._second_token_s is None and self.next_index + len(tokens) > 1:
+        if self._second_token_s is None and at + len(tokens) > 1:
             self._second_token_s = now
-        self._writer.add(self.next_index, tokens, pieces, made_by)
-        self._tokens.extend(tokens)
+        self._writer.add(at, tokens, pieces, made_by)
 
     # -- what readers see ----------------------------------------------------------------------
 
@@ -342,21 +329,14 @@ class TurnOwner:
 
     async def _end(self, reason: str, error: SegueError | None) -> None:
         op = self._ended_op(reason, error)
-        deadline = self._deps.monotonic() + 2 * STORE_TIMEOUT_S
-        while True:
-            try:
-                offset = await self._writer.end(op)
-                break
-            except StoreUnavailable:
-                if self._deps.monotonic() > deadline:
-                    raise
+        offset = await self._writer.end(op)
         self.feed.publish(ended_event(op, self.next_index, offset))
         spec = self.spec
         log.info(
             "turn",
             session=spec.key.session.session,
             turn=spec.key.turn,
-            epoch=spec.key.epoch,
+            epoch=op.epoch,
             shape=spec.shape.value,
             reason=reason,
             tokens=self.next_index,
@@ -372,20 +352,17 @@ class TurnOwner:
             device=key.device,
             at_ms=self._deps.now_ms(),
             turn=key.turn,
-            epoch=key.epoch,
+            epoch=self._writer.hold.epoch,
             reason=reason,
-            usage=self._usage(),
+            usage=Usage(
+                prompt_tokens=len(self.spec.prompt),
+                completion_tokens=self.next_index,
+                edge_cached_tokens=self.spec.edge_cached_tokens,
+                cloud_cached_tokens=self._cached_tokens,
+            ),
             plan=self._report(),
             error_code=error.code if error else "",
             error_message=str(error) if error else "",
-        )
-
-    def _usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.spec.prompt),
-            completion_tokens=self.next_index,
-            edge_cached_tokens=self.spec.edge_cached_tokens,
-            cloud_cached_tokens=self._cached_tokens,
         )
 
     def _report(self) -> bytes:
@@ -399,9 +376,3 @@ class TurnOwner:
             why="the edge went away" if self.spec.has_edge else "no edge took part",
         )
         return encode_plan(report)
-
-
-async def _close(iterator: object) -> None:
-    close = getattr(iterator, "aclose", None)
-    if close is not None:
-        await close()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.plan import Shape
-from segue_contract.sync.ops import Sampling
+from segue_contract.sync.ops import Op, Sampling
+from segue_contract.sync.state import Cursor
 
 
 @dataclass(frozen=True)
 class OwnedTurn:
     """`made` and `made_pieces`: tokens of the reply that the log holds already (a take-over),
     `adopted` further ones that an edge knows and the log lacks. `blocks`: ids of the prompt's full
-    blocks under the edge's recipe; the first `ship_blocks` of them come over the edge's stream."""
+    blocks under the edge's recipe; the first `ship_blocks` of them come over the edge's stream.
+    `started`: where the turn's first ops end in the log; `opening` are these ops."""
 
     key: TurnKey
     prompt: tuple[int, ...]
@@ -28,4 +30,5 @@ class OwnedTurn:
     adopted: tuple[int, ...] = ()
     edge_cached_tokens: int = 0
     has_edge: bool = False
-    started_offset: int = 0
+    started: Cursor = field(default_factory=Cursor)
+    opening: tuple[Op, ...] = ()

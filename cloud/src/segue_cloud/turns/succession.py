@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.turns.opening import opening_of
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
@@ -129,5 +130,6 @@ def _resumed(
         made=tuple(turn.tokens),
         made_pieces=tuple(turn.pieces),
         adopted=adopted,
-        started_offset=claim.cursor.offset,
+        started=claim.cursor,
+        opening=opening_of(spec.key.session, turn, now_ms=0),
     )

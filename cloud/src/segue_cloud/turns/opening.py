@@ -1,0 +1,65 @@
+"""The first ops of a turn, from what was asked for, or from what the log says of it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from segue_contract.ids import SessionName, TurnName
+from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage
+from segue_contract.sync.state import TurnState
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """What a device asked for, checked."""
+
+    session: SessionName
+    device: str
+    turn: str
+    prompt: str
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    wait: bool = True
+
+    @property
+    def name(self) -> TurnName:
+        return TurnName(self.session, self.turn)
+
+
+def opening_ops(request: TurnRequest, *, model: str, now_ms: int) -> tuple[Op, ...]:
+    """user_message and turn_started of a turn that begins now."""
+    return (
+        UserMessage(
+            id=f"{request.turn}.user",
+            device=request.device,
+            at_ms=now_ms,
+            turn=request.turn,
+            text=request.prompt,
+        ),
+        TurnStarted(
+            id=f"{request.turn}.started",
+            device=request.device,
+            at_ms=now_ms,
+            turn=request.turn,
+            epoch=1,
+            model=model,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            stop=request.stop,
+        ),
+    )
+
+
+def opening_of(session: SessionName, turn: TurnState, *, now_ms: int) -> tuple[Op, ...]:
+    """The same of a turn that the log has, for a log that may lose it."""
+    request = TurnRequest(
+        session=session,
+        device=turn.device,
+        turn=turn.turn,
+        prompt=turn.prompt,
+        max_tokens=turn.max_tokens,
+        sampling=turn.sampling,
+        stop=turn.stop,
+    )
+    return opening_ops(request, model=turn.model, now_ms=now_ms)
