@@ -1,0 +1,67 @@
+"""The programs of one run: clouds and devices as processes that can be killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from contextlib import AsyncExitStack
+from typing import Any
+
+import segue
+from tests.sim import broker, store
+from tests.sim.process import Process
+from tests.sim.world import World
+
+
+class CloudProgram:
+    """`segue cloud` by its own composition root. Attributes: `cloud`, once it serves."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.name = f"cloud-{number}"
+        self.port = 7000 + number
+        self.address = f"127.0.0.1:{self.port}"
+        self.cloud: Any = None
+        self.process: Process
+        self._task: asyncio.Task[Any]
+        self._stop: asyncio.Event
+        self.start()
+
+    def start(self) -> None:
+        self.process = self.world.process(self.name)
+        self._stop = asyncio.Event()
+        self._task = self.process.start(self._serve(), self.name)
+
+    async def _serve(self) -> None:
+        app: Any = importlib.import_module("segue_cloud.app")
+        settings = app.CloudSettings(
+            _env_file=None, port=self.port, redis_url=store.URL, mqtt_url=broker.URL,
+            instance=self.name, max_turns=8,
+        )  # fmt: skip
+        while not self._stop.is_set():
+            # As a supervisor does: a program that could not start is started again.
+            async with AsyncExitStack() as stack:
+                try:
+                    self.cloud = await app.run_cloud(settings, stack)
+                except segue.SegueError as error:
+                    self.world.say("not started", str(error))
+                    await asyncio.sleep(0.5)
+                    continue
+                self.world.say("serves")
+                await self._stop.wait()
+                self.world.say("stops")
+        self.cloud = None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.cloud = None
+
+    async def stop(self) -> None:
+        """As SIGTERM."""
+        self._stop.set()
+        await asyncio.wait({self._task})
+        self.process.kill()
+
+    @property
+    def serving(self) -> bool:
+        return self.cloud is not None and self.process.alive

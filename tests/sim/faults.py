@@ -1,0 +1,178 @@
+"""What goes wrong in a run: a list drawn from the seed, so that it can be cut down and replayed.
+
+To add a kind: a function `world parts, rng, Fault -> None` under its name in `KINDS`, with its
+weight. It begins the fault now and arranges for its end after `lasts_s`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.sim.scenarios import Scene
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`seed`: of what the fault still chooses when it happens."""
+
+    at_s: float
+    kind: str
+    lasts_s: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.at_s:6.2f} s  {self.kind} for {self.lasts_s:.2f} s"
+
+
+def draw(rng: Random, until_s: float, kinds: dict[str, tuple[float, Begin]]) -> list[Fault]:
+    """Some faults before `until_s`; sometimes none, sometimes several at once."""
+    names, weights = list(kinds), [weight for weight, _ in kinds.values()]
+    faults = []
+    for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 4, 6])):
+        kind = rng.choices(names, weights)[0]
+        lasts_s = rng.choice([0.01, 0.1, 0.3, 1.0, 2.5, 4.0, 7.0]) * rng.uniform(0.5, 1.5)
+        faults.append(Fault(rng.uniform(0.2, until_s), kind, lasts_s, rng.getrandbits(32)))
+    return sorted(faults, key=lambda fault: fault.at_s)
+
+
+Begin = Callable[["Scene", Random, Fault], None]
+
+
+def _later(scene: Scene, fault: Fault, undo: Callable[[], None]) -> None:
+    scene.world.loop.call_later(fault.lasts_s, undo, context=scene.world.network._outside.copy())
+
+
+def _cloud(scene: Scene, rng: Random) -> int:
+    return rng.randrange(len(scene.clouds))
+
+
+# -- programs ---------------------------------------------------------------------------------
+
+
+def kill_cloud(scene: Scene, rng: Random, fault: Fault) -> None:
+    cloud = scene.clouds[_cloud(scene, rng)]
+    if cloud.process.alive:
+        cloud.kill()
+        _later(scene, fault, cloud.start)
+
+
+def pause_cloud(scene: Scene, rng: Random, fault: Fault) -> None:
+    process = scene.clouds[_cloud(scene, rng)].process
+    process.pause()
+    _later(scene, fault, process.resume)
+
+
+# -- the store --------------------------------------------------------------------------------
+
+
+def restart_store(scene: Scene, rng: Random, fault: Fault) -> None:
+    if scene.store.process.alive:
+        scene.store.restart(fault.lasts_s)
+
+
+def lose_tail(scene: Scene, rng: Random, fault: Fault) -> None:
+    """A crash, or a fail-over to a replica that lagged."""
+    if scene.store.process.alive:
+        scene.store.restart(fault.lasts_s, lose=rng.choice([1, 1, 2, 3, 5, 10]), why="fail-over")
+
+
+def stall_store(scene: Scene, rng: Random, fault: Fault) -> None:
+    scene.store.stall()
+    _later(scene, fault, scene.store.go_on)
+
+
+def refuse_writes(scene: Scene, rng: Random, fault: Fault) -> None:
+    scene.store.refusal = rng.choice(
+        [
+            "OOM command not allowed when used memory > 'maxmemory'.",
+            "MISCONF Errors writing to the AOF file.",
+            "NOREPLICAS Not enough good replicas to write.",
+        ]
+    )
+
+    def take() -> None:
+        scene.store.refusal = ""
+
+    _later(scene, fault, take)
+
+
+# -- links ------------------------------------------------------------------------------------
+
+
+def _pair(scene: Scene, rng: Random) -> tuple[str, str]:
+    cloud = scene.clouds[_cloud(scene, rng)].name
+    others = ["store", "store", "broker", *(device.name for device in scene.devices)]
+    if rng.random() < 0.1 and scene.devices:
+        return rng.choice(scene.devices).name, "broker"
+    return cloud, rng.choice(others)
+
+
+def reset_link(scene: Scene, rng: Random, fault: Fault) -> None:
+    scene.world.network.reset(*_pair(scene, rng))
+
+
+def cut_link(scene: Scene, rng: Random, fault: Fault) -> None:
+    pair = _pair(scene, rng)
+    scene.world.network.cut(*pair)
+    _later(scene, fault, lambda: scene.world.network.heal(*pair))
+
+
+def silent_link(scene: Scene, rng: Random, fault: Fault) -> None:
+    one, other = _pair(scene, rng)
+    scene.world.network.silence(one, other)
+    scene.world.network.silence(other, one)
+    _later(scene, fault, lambda: scene.world.network.heal(one, other))
+
+
+def half_open_link(scene: Scene, rng: Random, fault: Fault) -> None:
+    one, other = _pair(scene, rng)
+    if rng.random() < 0.5:
+        one, other = other, one
+    scene.world.network.silence(one, other)
+    _later(scene, fault, lambda: scene.world.network.heal(one, other))
+
+
+# -- the broker -------------------------------------------------------------------------------
+
+
+def restart_broker(scene: Scene, rng: Random, fault: Fault) -> None:
+    if scene.broker.process.alive:
+        scene.broker.restart(fault.lasts_s)
+
+
+def bad_broker(scene: Scene, rng: Random, fault: Fault) -> None:
+    """It loses and doubles messages."""
+    broker = scene.broker
+    broker.drops, broker.doubles = rng.choice([0.0, 0.3, 1.0]), rng.choice([0.0, 0.5])
+
+    def mend() -> None:
+        broker.drops = broker.doubles = 0.0
+
+    _later(scene, fault, mend)
+
+
+def pause_broker(scene: Scene, rng: Random, fault: Fault) -> None:
+    process = scene.broker.process
+    process.pause()
+    _later(scene, fault, process.resume)
+
+
+KINDS: dict[str, tuple[float, Begin]] = {
+    "kill cloud": (2.0, kill_cloud),
+    "pause cloud": (1.5, pause_cloud),
+    "restart store": (1.0, restart_store),
+    "lose tail": (2.0, lose_tail),
+    "stall store": (1.0, stall_store),
+    "refuse writes": (0.5, refuse_writes),
+    "reset link": (2.0, reset_link),
+    "cut link": (1.0, cut_link),
+    "silent link": (1.0, silent_link),
+    "half-open link": (1.0, half_open_link),
+    "restart broker": (0.7, restart_broker),
+    "bad broker": (1.0, bad_broker),
+    "pause broker": (0.7, pause_broker),
+}

@@ -1,0 +1,511 @@
+"""gRPC as the product's code sees it: `grpc.aio.insecure_channel` and `grpc.aio.server`, simulated.
+
+Messages are serialised as on a real wire. Statuses, cancellation, deadlines, reconnection with
+back-off and keep-alive follow gRPC; flow control is not modelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+
+from tests.sim.loop import SimLoop
+from tests.sim.network import End
+from tests.sim.process import Process, current
+from tests.sim.world import World
+
+State = grpc.ChannelConnectivity
+Code = grpc.StatusCode
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+_ATTEMPT_S = 2.0
+_FIRST_PAUSE_S = 0.1
+
+
+def failure(code: Code, details: str, trailing: tuple[Any, ...] = ()) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details=details
+    )
+
+
+class Call:
+    """One call as its caller holds it: awaitable where the reply is one message, else readable."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        channel: Channel,
+        path: str,
+        codec: tuple[Any, Any],
+        *,
+        single: bool,
+        timeout: float | None,
+        wait_for_ready: bool,
+    ) -> None:
+        self.id = channel.next_id()
+        self._channel = channel
+        self._path = path
+        self._serialise, self._parse = codec
+        self._single = single
+        self._out: list[tuple[Any, ...]] = []  # until there is a connection
+        self._end: End | None = None
+        self._received: deque[Any] = deque()
+        self._waiters: deque[asyncio.Future[Any]] = deque()
+        self._status: Exception | None = None  # why it ended; EOF where well
+        self._ended = False
+        self._well = False
+        self._cancelled = False
+        loop = channel.loop
+        self._deadline = loop.call_later(timeout, self._late) if timeout is not None else None
+        self._timeout = timeout
+        self._opening = loop.create_task(self._open(wait_for_ready), name=f"call {path}")
+
+    def __hash__(self) -> int:
+        return self.id
+
+    # -- the caller's side --------------------------------------------------------------------
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        assert self._single
+        reply = yield from self._read().__await__()
+        return reply
+
+    async def read(self) -> Any:
+        return await self._read(at_end=EOF)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[Any]:
+        while (message := await self._read(at_end=EOF)) is not EOF:
+            yield message
+
+    async def write(self, message: Any) -> None:
+        if self._ended:
+            raise self._status if self._status is not None else asyncio.InvalidStateError("ended")
+        self._send("msg", self.id, self._serialise(message))
+        await asyncio.sleep(0)
+
+    async def done_writing(self) -> None:
+        self._send("half", self.id)
+
+    def send_request(self, message: Any) -> None:
+        self._send("msg", self.id, self._serialise(message))
+        self._send("half", self.id)
+
+    def cancel(self) -> bool:
+        if self._ended:
+            return False
+        self._cancelled = True
+        self._send("cancel", self.id)
+        self._finish(failure(Code.CANCELLED, "Locally cancelled by application!"))
+        return True
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def done(self) -> bool:
+        return self._ended
+
+    async def _read(self, *, at_end: Any = None) -> Any:
+        while not self._received and not self._ended:
+            waiter = self._channel.loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        if self._received:
+            return self._received.popleft()
+        if self._well:
+            if at_end is None:
+                raise failure(Code.INTERNAL, "The call ended without a reply.")
+            return at_end
+        if self._cancelled:
+            raise asyncio.CancelledError
+        assert self._status is not None
+        raise self._status
+
+    # -- the wire's side ----------------------------------------------------------------------
+
+    async def _open(self, wait_for_ready: bool) -> None:
+        try:
+            end = await self._channel.connection(wait_for_ready)
+        except ConnectionError as error:
+            self._finish(failure(Code.UNAVAILABLE, f"failed to connect: {error}"))
+            return
+        if self._ended:
+            return
+        self._end = end
+        self._channel.calls[self.id] = self
+        end.send(("open", self.id, self._path, self._timeout))
+        for message in self._out:
+            end.send(message)
+        self._out.clear()
+
+    def _send(self, *message: Any) -> None:
+        if self._end is None:
+            self._out.append(message)
+        else:
+            self._end.send(message)
+
+    def took(self, data: bytes) -> None:
+        self._received.append(self._parse(data))
+        self._wake()
+
+    def ended(self, code: Code, details: str, trailing: tuple[Any, ...]) -> None:
+        if code is Code.OK:
+            self._well = True
+            self._finish(None)
+        else:
+            self._finish(failure(code, details, trailing))
+
+    def lost(self) -> None:
+        self._finish(failure(Code.UNAVAILABLE, "Connection reset by peer"))
+
+    def _late(self) -> None:
+        if not self._ended:
+            self._send("cancel", self.id)
+            self._finish(failure(Code.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+
+    def _finish(self, status: Exception | None) -> None:
+        if self._ended:
+            return
+        self._ended, self._status = True, status
+        self._channel.calls.pop(self.id, None)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._opening.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Channel:
+    """As grpc.aio.Channel: one connection, made on demand and again after a loss."""
+
+    def __init__(self, world: World, target: str, options: Any = ()) -> None:
+        process = current()
+        assert process is not None
+        given = dict(options or ())
+        self.loop: SimLoop = world.loop
+        self.calls: dict[int, Call] = {}
+        self._world = world
+        self._process: Process = process
+        self._target = target
+        self._most_pause_s = given.get("grpc.max_reconnect_backoff_ms", 1000) / 1000
+        self._ping_every_s = given.get("grpc.keepalive_time_ms", 20_000) / 1000
+        self._ping_timeout_s = given.get("grpc.keepalive_timeout_ms", 5_000) / 1000
+        self._state = State.IDLE
+        self._changed = asyncio.Event()
+        self._end: End | None = None
+        self._connecting: asyncio.Task[Any] | None = None
+        self._pinging: asyncio.Task[Any] | None = None
+        self._pong = 0.0
+        self._ids = 0
+
+    def next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    # -- as grpc.aio.Channel ------------------------------------------------------------------
+
+    def unary_unary(
+        self, path: str, request_serializer: Any = None, response_deserializer: Any = None, **_: Any
+    ) -> Callable[..., Call]:
+        return self._method(path, (request_serializer, response_deserializer), True, True)
+
+    def unary_stream(
+        self, path: str, request_serializer: Any = None, response_deserializer: Any = None, **_: Any
+    ) -> Callable[..., Call]:
+        return self._method(path, (request_serializer, response_deserializer), True, False)
+
+    def stream_stream(
+        self, path: str, request_serializer: Any = None, response_deserializer: Any = None, **_: Any
+    ) -> Callable[..., Call]:
+        return self._method(path, (request_serializer, response_deserializer), False, False)
+
+    def _method(
+        self, path: str, codec: tuple[Any, Any], one_request: bool, one_reply: bool
+    ) -> Callable[..., Call]:
+        def call(
+            request: Any = None,
+            *,
+            timeout: float | None = None,
+            wait_for_ready: bool | None = None,
+            **_: Any,
+        ) -> Call:
+            made = Call(
+                self, path, codec, single=one_reply, timeout=timeout,
+                wait_for_ready=bool(wait_for_ready),
+            )  # fmt: skip
+            if one_request:
+                made.send_request(request)
+            return made
+
+        return call
+
+    def get_state(self, try_to_connect: bool = False) -> State:
+        if try_to_connect:
+            self._want()
+        return self._state
+
+    async def wait_for_state_change(self, last: State) -> None:
+        while self._state is last:
+            await self._changed.wait()
+
+    async def channel_ready(self) -> None:
+        while self.get_state(try_to_connect=True) is not State.READY:
+            await self._changed.wait()
+
+    async def close(self, grace: float | None = None) -> None:
+        self._move(State.SHUTDOWN)
+        for task in (self._connecting, self._pinging):
+            if task is not None:
+                task.cancel()
+        for call in list(self.calls.values()):
+            call.cancel()
+        if self._end is not None:
+            self._end.close()
+
+    # -- the connection -----------------------------------------------------------------------
+
+    async def connection(self, wait_for_ready: bool) -> End:
+        """Raises ConnectionError where there is none and the call does not wait for one."""
+        while True:
+            self._want()
+            if self._state is State.READY and self._end is not None and self._end.open:
+                return self._end
+            if self._state is State.SHUTDOWN or (
+                self._state is State.TRANSIENT_FAILURE and not wait_for_ready
+            ):
+                raise ConnectionRefusedError(self._target)
+            await self._changed.wait()
+
+    def _want(self) -> None:
+        if self._state is State.IDLE:
+            self._move(State.CONNECTING)
+            self._connecting = self._process.start(self._connect(), f"connect {self._target}")
+
+    def _move(self, state: State) -> None:
+        if self._state is not State.SHUTDOWN:
+            self._state = state
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def _connect(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            began = self.loop.time()
+            try:
+                async with asyncio.timeout(_ATTEMPT_S):
+                    end = await self._world.network.connect(self._process, self._target)
+                break
+            except (ConnectionError, TimeoutError):
+                self._move(State.TRANSIENT_FAILURE)
+                await asyncio.sleep(max(0.0, pause_s - (self.loop.time() - began)))
+                pause_s = min(pause_s * 1.6, self._most_pause_s)
+                self._move(State.CONNECTING)
+        self._end = end
+        end.on_message = self._took
+        end.on_lost = self._lost
+        self._move(State.READY)
+        self._pinging = self._process.start(self._ping(end), f"ping {self._target}")
+
+    async def _ping(self, end: End) -> None:
+        while end.open:
+            await asyncio.sleep(self._ping_every_s)
+            asked = self.loop.time()
+            end.send(("ping",))
+            await asyncio.sleep(self._ping_timeout_s)
+            if self._pong < asked and end.open:
+                end.close()
+                self._lost()
+
+    def _took(self, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind == "pong":
+            self._pong = self.loop.time()
+            return
+        call = self.calls.get(message[1])
+        if call is None:
+            return
+        if kind == "msg":
+            call.took(message[2])
+        else:
+            call.ended(*message[2:])
+
+    def _lost(self) -> None:
+        self._end = None
+        self._move(State.IDLE)
+        for call in list(self.calls.values()):
+            call.lost()
+
+
+class Context:
+    """As grpc.aio.ServicerContext."""
+
+    def __init__(self) -> None:
+        self.status: tuple[Code, str, tuple[Any, ...]] | None = None
+
+    async def abort(
+        self, code: Code, details: str = "", trailing_metadata: tuple[Any, ...] = ()
+    ) -> None:
+        self.status = (code, details, tuple(trailing_metadata))
+        raise grpc.aio.AbortError(details)
+
+    def invocation_metadata(self) -> tuple[Any, ...]:
+        return ()
+
+    def peer(self) -> str:
+        return "sim"
+
+
+class Server:
+    """As grpc.aio.Server."""
+
+    def __init__(self, world: World, interceptors: Any = ()) -> None:
+        process = current()
+        assert process is not None
+        self._world = world
+        self._process: Process = process
+        self._interceptors = list(interceptors or ())
+        self._handlers: dict[str, Any] = {}
+        self._addresses: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends: list[End] = []
+        self._stopping = False
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        for name, handler in handlers.items():
+            self._handlers[f"/{service}/{name}"] = handler
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        return None  # the same ones as registered
+
+    def add_insecure_port(self, address: str) -> int:
+        self._addresses.append(address)
+        return int(address.rpartition(":")[2])
+
+    async def start(self) -> None:
+        for address in self._addresses:
+            self._world.network.listen(self._process, address, self._accept)
+
+    async def stop(self, grace: float | None) -> None:
+        self._stopping = True
+        for address in self._addresses:
+            self._world.network.unlisten(self._process, address)
+        if self._tasks and grace:
+            await asyncio.wait(self._tasks, timeout=grace)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for end in self._ends:
+            end.close()
+
+    def _accept(self, end: End) -> None:
+        _Served(self, end)
+        self._ends.append(end)
+
+    def run(self, work: Any, name: str) -> asyncio.Task[Any]:
+        task = self._process.start(work, name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def handler(self, path: str) -> Any:
+        found = self._handlers.get(path)
+        if found is None or not self._interceptors:
+            return found
+        details: Any = SimpleNamespace(method=path, invocation_metadata=())
+
+        async def plain(_: Any) -> Any:
+            return found
+
+        return await self._interceptors[0].intercept_service(plain, details)
+
+
+class _Served:
+    """One connection at the server."""
+
+    def __init__(self, server: Server, end: End) -> None:
+        self._server = server
+        self._end = end
+        self._calls: dict[int, tuple[asyncio.Task[Any], asyncio.Queue[Any]]] = {}
+        end.on_message = self._took
+        end.on_lost = self._lost
+
+    def _took(self, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind == "ping":
+            self._end.send(("pong",))
+        elif kind == "open":
+            _, number, path, _ = message
+            queue: asyncio.Queue[Any] = asyncio.Queue()
+            task = self._server.run(self._serve(number, path, queue), f"serve {path}")
+            self._calls[number] = (task, queue)
+        elif message[1] in self._calls:
+            task, queue = self._calls[message[1]]
+            if kind == "cancel":
+                task.cancel()
+            else:
+                queue.put_nowait(message[2] if kind == "msg" else EOF)
+
+    def _lost(self) -> None:
+        for task, _ in list(self._calls.values()):
+            task.cancel()
+
+    async def _serve(self, number: int, path: str, queue: asyncio.Queue[Any]) -> None:
+        context = Context()
+        status: tuple[Any, ...] = (Code.OK, "", ())
+        try:
+            await self._handle(number, path, queue, context)
+        except grpc.aio.AbortError:
+            status = context.status or (Code.UNKNOWN, "", ())
+        except asyncio.CancelledError:
+            status = (Code.UNAVAILABLE, "The server is going away.", ())
+        except Exception as error:
+            status = (Code.UNKNOWN, f"Unexpected {error!r}", ())
+        finally:
+            self._calls.pop(number, None)
+        self._end.send(("end", number, *status))
+
+    async def _handle(
+        self, number: int, path: str, queue: asyncio.Queue[Any], context: Context
+    ) -> None:
+        handler = await self._server.handler(path)
+        if handler is None:
+            await context.abort(Code.UNIMPLEMENTED, f"Method not found: {path}")
+
+        def send(reply: Any) -> None:
+            self._end.send(("msg", number, handler.response_serializer(reply)))
+
+        async def requests() -> AsyncIterator[Any]:
+            while (data := await queue.get()) is not EOF:
+                yield handler.request_deserializer(data)
+
+        if handler.request_streaming:
+            request: Any = requests()
+            served = handler.stream_stream(request, context)
+        else:
+            request = handler.request_deserializer(await queue.get())
+            if not handler.response_streaming:
+                send(await handler.unary_unary(request, context))
+                return
+            served = handler.unary_stream(request, context)
+        try:
+            async for reply in served:
+                send(reply)
+        finally:
+            await served.aclose()

@@ -1,0 +1,168 @@
+"""Who does what in a run: devices write, ask and follow while faults happen, then all is healed.
+
+After the last fault everything must converge within `CALM_S`: turns have ended, followers stand at
+the log's tail, and every device has the state that the log folds to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+
+from segue_contract.sync.state import SessionState, TurnState
+from tests.sim import faults as faults_of
+from tests.sim.broker import Broker
+from tests.sim.cluster import CloudProgram
+from tests.sim.devices import Device
+from tests.sim.faults import Fault
+from tests.sim.invariants import History
+from tests.sim.store import Store
+from tests.sim.world import Violation, World
+
+BUSY_S = 6.0  # faults begin within it
+CALM_S = 60.0  # after the last fault
+_LOOK_S = 0.25
+
+
+@dataclass
+class Scene:
+    """The parts of one run."""
+
+    world: World
+    store: Store
+    broker: Broker
+    history: History
+    clouds: list[CloudProgram] = field(default_factory=list)
+    devices: list[Device] = field(default_factory=list)
+
+
+async def clouds_and_devices(world: World, faults: list[Fault]) -> Scene:
+    """Two clouds; two or three devices of one session, each of which prefers one of them."""
+    rng = world.rng("scene")
+    store = Store(world)
+    scene = Scene(world, store, Broker(world), History(world, store))
+    world.network.latency_s = rng.choice([0.0003, 0.003, 0.03])
+    world.network.jitter_s = world.network.latency_s * rng.choice([0.5, 2.0])
+    scene.clouds = [CloudProgram(world, number) for number in (1, 2)]
+    addresses = [cloud.address for cloud in scene.clouds]
+    for name in ("phone", "laptop", "tablet")[: rng.choice([2, 2, 3])]:
+        order = rng.sample(addresses, 2)
+        scene.devices.append(Device(world, scene.history, name, "trip", order))
+    for fault in faults:
+        world.loop.call_later(
+            fault.at_s, _begin, scene, fault, context=world.network._outside.copy()
+        )
+    lives = [device.process.start(_live(scene, device), device.name) for device in scene.devices]
+    await asyncio.sleep(max([BUSY_S, *(one.at_s + one.lasts_s for one in faults)]))
+    _heal(scene)
+    await _converge(scene, lives)
+    return scene
+
+
+def _begin(scene: Scene, fault: Fault) -> None:
+    scene.world.say("fault", fault.kind, round(fault.lasts_s, 3))
+    faults_of.KINDS[fault.kind][1](scene, Random(fault.seed), fault)
+
+
+async def _live(scene: Scene, device: Device) -> None:
+    await device.open()
+    following = asyncio.create_task(device.follow(), name=f"{device.name} follows")
+    following.add_done_callback(lambda task: _unexpected(scene.world, task))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_write(device))
+        group.create_task(_ask(device))
+
+
+def _unexpected(world: World, task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        world.failures.append(f"A follower broke: {task.exception()!r}")
+
+
+async def _write(device: Device) -> None:
+    for _ in range(device.rng.randrange(3, 10)):
+        await asyncio.sleep(device.rng.uniform(0.0, 1.2))
+        await device.set_value()
+
+
+async def _ask(device: Device) -> None:
+    for number in range(device.rng.choice([0, 1, 1, 2])):
+        await asyncio.sleep(device.rng.uniform(0.0, 3.0))
+        prompt = f"{device.name} asks {number}. "
+        await device.ask(prompt, device.rng.choice([1, 4, 12, 30]))
+
+
+def _heal(scene: Scene) -> None:
+    scene.world.say("calm")
+    scene.world.network.heal_all()
+    scene.store.go_on()
+    scene.store.refusal = ""
+    scene.broker.process.resume()
+    scene.broker.drops = scene.broker.doubles = 0.0
+    for cloud in scene.clouds:
+        cloud.process.resume()
+
+
+async def _converge(scene: Scene, lives: list[asyncio.Task[None]]) -> None:
+    world = scene.world
+    async with asyncio.timeout(CALM_S * 2):
+        for device, life in zip(scene.devices, lives, strict=True):
+            await life
+            await device.process.start(_goes_on(device))
+    until_s = world.now_s + CALM_S
+    while (behind := _behind(scene)) is not None:
+        if world.now_s > until_s:
+            raise Violation(f"Nothing converges within {CALM_S:g} s of quiet: {behind}")
+        await asyncio.sleep(_LOOK_S)
+    scene.history.check_acks()
+    scene.history.check_ended()
+    for device in scene.devices:
+        _check_shown(scene, device)
+
+
+async def _goes_on(device: Device) -> None:
+    """In quiet times an append succeeds, at the latest the second one."""
+    if not await device.set_value():
+        device.world.require(await device.set_value(), f"{device.name} cannot append any more.")
+
+
+def _behind(scene: Scene) -> str | None:
+    """Who is not where the log is."""
+    for session, history in scene.history.sessions.items():
+        for name, turn in history.turns.items():
+            if not turn.ended:
+                return f"{session}: turn {name} has no end"
+        state = history.fold()
+        for device in scene.devices:
+            if device.session_name != session:
+                continue
+            found = device.state
+            if found is None or found.cursor.offset != len(history.lineage):
+                at = found.cursor.offset if found is not None else None
+                return f"{device.name} is at {at}, the log at {len(history.lineage)}"
+            if _content(found) != _content(state):
+                return f"{device.name} has another state than the log"
+    return None
+
+
+def _content(state: SessionState) -> tuple[object, ...]:
+    def turn(one: TurnState) -> tuple[object, ...]:
+        return one.turn, one.prompt, one.tokens, one.pieces, one.reason, one.epoch
+
+    return [turn(one) for one in state.turns], state.values, state.claims, state.results
+
+
+def _check_shown(scene: Scene, device: Device) -> None:
+    """What the asker saw last is what the log keeps."""
+    history = scene.history.of(device.session_name)
+    for shown in device.asked:
+        if not shown.ended or not shown.ended[0].durable or history.lost_at_s >= 0:
+            continue
+        kept = history.turns.get(shown.turn)
+        device.world.require(
+            kept is not None and kept.tokens == shown.tokens,
+            "The asker was shown another reply than the log keeps.",
+            f"{device.name} {shown.turn}",
+            f"shown {shown.tokens}",
+            f"log   {kept.tokens if kept is not None else None}",
+        )

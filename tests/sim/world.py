@@ -1,0 +1,126 @@
+"""One simulated run: its seed, clocks, random numbers, network and trace."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+import structlog
+
+from tests.sim.loop import START_S, SimLoop
+from tests.sim.network import Network
+from tests.sim.process import Process, current
+
+EPOCH_S = 1_795_000_000.0  # the wall clock at the start
+MAX_STEPS = 400_000  # of one run; a healthy one needs a tenth of it
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+class World:
+    """Everything of one run hangs here.
+
+    Attributes:
+        trace: (seconds since the start, what, ...) of every event; two runs of one seed have equal
+            ones.
+        checks: called after every step of the loop; each raises Violation where something is wrong.
+    """
+
+    def __init__(self, seed: int, *, max_steps: int = MAX_STEPS) -> None:
+        self.seed = seed
+        self.trace: list[tuple[Any, ...]] = []
+        self.checks: list[Callable[[], None]] = []
+        self.failures: list[str] = []
+        self._bytes = self.rng("os.urandom")
+        self.loop = SimLoop(
+            self.rng("loop"),
+            max_steps=max_steps,
+            after_step=self._after_step,
+            on_error=self._fell_through,
+        )
+        self.network = Network(self.loop, self.rng, self.say)
+
+    # -- chance, time, words ------------------------------------------------------------------
+
+    def rng(self, purpose: str) -> Random:
+        """Random numbers of their own for each purpose: one more draw here moves none there."""
+        return Random(f"{self.seed} {purpose}")
+
+    @property
+    def now_s(self) -> float:
+        """Since the start."""
+        return self.loop.time() - START_S
+
+    def wall_s(self) -> float:
+        process = current()
+        return EPOCH_S + self.now_s + (process.skew_s if process is not None else 0.0)
+
+    def random_bytes(self, size: int) -> bytes:
+        return self._bytes.randbytes(size)
+
+    def say(self, *what: Any) -> None:
+        process = current()
+        self.trace.append((round(self.now_s, 6), process.name if process else "", *what))
+
+    def digest(self) -> str:
+        """Of all that happened: events, steps, and how far chance was used."""
+        ends = (self.loop.steps, self.loop._rng.random(), self._bytes.random())
+        return hashlib.sha256(repr((self.trace, ends)).encode()).hexdigest()
+
+    def process(self, name: str) -> Process:
+        return Process(self.loop, name)
+
+    def require(self, holds: bool, message: str, *details: Any) -> None:
+        """Raises Violation where an invariant does not hold."""
+        if not holds:
+            raise Violation(message + "".join(f"\n    {detail}" for detail in details))
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self, main: Coroutine[Any, Any, Any]) -> Any:
+        with self._patched():
+            return self.loop.run(main)
+
+    def _after_step(self) -> None:
+        for check in self.checks:
+            check()
+        if self.failures:
+            raise Violation(self.failures[0])
+
+    def _fell_through(self, message: str, error: BaseException | None) -> None:
+        self.failures.append(f"{message}: {error!r}")
+
+    @contextlib.contextmanager
+    def _patched(self) -> Iterator[None]:
+        """Clocks and chance of the whole interpreter come from here while the loop runs."""
+        collecting = gc.isenabled()
+        gc.disable()
+        monotonic = self.loop.time
+        with (
+            patch.object(time, "time", self.wall_s),
+            patch.object(time, "time_ns", lambda: int(self.wall_s() * 1e9)),
+            patch.object(time, "monotonic", monotonic),
+            patch.object(time, "perf_counter", monotonic),
+            patch.object(os, "urandom", self.random_bytes),
+        ):
+            configured = structlog.get_config()
+            structlog.configure(processors=[self._log], cache_logger_on_first_use=False)
+            try:
+                yield
+            finally:
+                structlog.configure(**configured)
+                if collecting:
+                    gc.enable()
+
+    def _log(self, logger: Any, method: str, event: dict[str, Any]) -> Any:
+        self.say("log", method, event.pop("event", ""), str(sorted(event.items(), key=str))[:300])
+        raise structlog.DropEvent
