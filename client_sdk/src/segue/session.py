@@ -85,7 +85,10 @@ class Session:
             max_tokens: tokens of the reply at most.
             temperature: 0 always takes the likeliest token.
             top_p, top_k, min_p: which tokens may be drawn; 1, 0 and 0 mean all.
-            seed: the same seed draws the same reply, wherever it is computed; None: a fresh one.
+            seed: of what is drawn at a temperature above 0; None: a fresh one. Equal seeds draw
+                equal tokens from equal logits, on any machine. Edge and cloud compute slightly
+                different logits: at temperature 0.8 some 3 to 5 % of tokens differ between them
+                (the default model), and behind the first of these the replies are different ones.
             stop: texts that end the reply (and are left out of it).
             plan: forces who computes what ("edge", "ship", "text"); "" leaves it to the planner.
             when_busy: "wait" for the session's running turn, or "refuse" with SessionBusy.

@@ -1,6 +1,7 @@
 """What shipped KV costs the reply: every graph and codec step of the built default model.
 
-The same measurement as `segue model quality`, on the package's own text; it stores nothing.
+The same measurement as `segue model quality`, on the package's own text; it stores nothing. And how
+often a sampled reply goes on as it would have elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manife
 from segue_edge.prefill.float_graph import float_graph
 from segue_edge.prefill.gate import WINDOWS, package_text
 from segue_edge.prefill.ladder import Bench, sides_of
+from segue_edge.prefill.runtime import EdgeModel
 from tests.bench.harness import Report
+from tests.bench.suites._sampled import TEMPERATURE, Readers, agreement
 
 
 def run(report: Report, quick: bool) -> None:
@@ -41,3 +44,21 @@ def run(report: Report, quick: bool) -> None:
         if quality.first_token_agreement is not None:
             first = quality.first_token_agreement
             report.row(f"{name}_first_token_agreement", first, "share", note="by the edge's logits")
+    sampled = agreement(
+        Readers(EdgeModel.load(directory, providers="cpu"), bench.judge), bench.windows, bench.split
+    )
+    note = f"temperature {TEMPERATURE}; any rule could reach {{:.4f}}"
+    report.row(
+        "sampled_agreement_edge",
+        sampled.edge,
+        "share",
+        0.95,
+        note=note.format(sampled.edge_possible),
+    )
+    report.row(
+        "sampled_agreement_shipped",
+        sampled.shipped,
+        "share",
+        0.97,
+        note=note.format(sampled.shipped_possible),
+    )

@@ -19,8 +19,8 @@ def sample_rows(
 ) -> list[int]:
     """One token id per row of `logits` `[rows, vocab]`; `BAD_LOGITS` where a row is not finite.
 
-    `indexes`: the reply index that each row's token gets, which is all that the random number
-    depends on besides the seed: a batch draws what each row alone would have drawn.
+    `indexes`: the reply index that each row's token gets. A row's noise depends on that, its seed
+    and the token's id alone: a batch draws what each row alone would have drawn.
     """
     best = logits.argmax(axis=1)  # the first of equals, and a NaN wins: one look finds both
     finite = np.isfinite(logits[np.arange(len(best)), best])

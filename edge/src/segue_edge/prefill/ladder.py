@@ -91,7 +91,7 @@ class Bench:
         self._geometry = geometry
         self._threads = threads
         scorer = float_graph.with_name(SCORER)
-        self._judge = ExactModel(scorer, geometry, head_of(float_graph), threads)
+        self.judge = ExactModel(scorer, geometry, head_of(float_graph), threads)
 
     def side(self, path: Path) -> Side:
         """First logits and KV by the graph at `path`."""
@@ -113,7 +113,7 @@ class Bench:
         made = {name: self.side(path) for name, (_, path) in sides.items()}
         scores: dict[tuple[str, str], list[Score]] = {}
         codecs = {name: codecs_of(name) for name in made}
-        found = measure(self._judge, self._geometry.kv, made, codecs, self.windows, self.split)
+        found = measure(self.judge, self._geometry.kv, made, codecs, self.windows, self.split)
         for number, window in enumerate(found, 1):
             for key, score in window.items():
                 scores.setdefault(key, []).append(score)
