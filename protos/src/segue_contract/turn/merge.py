@@ -10,7 +10,7 @@ Which token stands at an index:
 - an undurable one of an epoch below the highest seen is not believed at all.
 
 Where a shown token changes, everything shown from there on is taken back (`Rewound`). Tokens that
-another decoder made alike are no change: noise is counter-based, so mostly nothing is seen.
+another decoder made alike are no change: sampling is counter-based, so mostly nothing is seen.
 """
 
 from __future__ import annotations
