@@ -42,7 +42,9 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of likely tokens.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal tokens where logits are equal.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of what is drawn; a fresh one each time.")
+    ] = None,
     plan: Annotated[str, typer.Option(help="auto, edge, ship or text.")] = "auto",
 ) -> None:
     """Talk in a session. Start it twice with two --device names: each shows the other live."""
