@@ -22,7 +22,7 @@ from segue_contract.errors import (
 from segue_contract.limits import PREFILL_QUEUE_JOBS
 from segue_contract.sync.state import TurnState
 from segue_contract.v1 import agent_pb2 as pb
-from segue_edge.compute import Call, ComputeThread, Job, Priority
+from segue_edge.compute import Call, ComputeThread, Job, Load, Priority, Progress
 from segue_edge.config import read_config
 from segue_edge.node import EdgeNode
 from segue_edge.planner_cli import app as plan_app
@@ -216,13 +216,54 @@ async def test_the_queue_is_bounded_and_closing_drops_it() -> None:
         compute.submit(Call(lambda: 1), Priority.WARM) for _ in range(PREFILL_QUEUE_JOBS)
     ]
     with pytest.raises(Overloaded):
-        compute.submit(Call(lambda: 1), Priority.DECODE)
+        compute.submit(Call(lambda: 1), Priority.PREFILL)
+    token = compute.submit(Call(lambda: 1), Priority.DECODE)  # of a reply that has begun
     closing = asyncio.create_task(compute.close())
-    results = await asyncio.gather(*waiting, return_exceptions=True)
+    results = await asyncio.gather(*waiting, token, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
     gate.set()
     assert await running == ["first"]
     await closing
+
+
+async def test_a_step_that_hangs_shows_in_the_progress() -> None:
+    clock = [100.0]
+    compute, gate = ComputeThread(now=lambda: clock[0]), threading.Event()
+    compute.start()
+    assert compute.progress() == Progress(steps=0, running_s=0.0)
+    job = Steps("job", 2, [], gate)
+    done = compute.submit(job, Priority.PREFILL)
+    await asyncio.to_thread(job.begun.wait, 10)
+    assert compute.progress() == Progress(steps=0, running_s=0.0)
+    clock[0] = 107.5
+    assert compute.progress() == Progress(steps=0, running_s=7.5)
+    gate.set()
+    await done
+    await compute.close()
+    assert compute.progress() == Progress(steps=2, running_s=0.0)
+
+
+class Prompt(Steps):
+    """`left` grows less with every step, 64 tokens each."""
+
+    @property
+    def left(self) -> int:
+        return 64 * self._left
+
+
+async def test_the_load_counts_each_prompt_once_and_each_reply() -> None:
+    compute, gate = ComputeThread(), threading.Event()
+    compute.start()
+    first, second, dropped = (Prompt(name, 2, [], gate) for name in ("one", "two", "three"))
+    done = [compute.submit(job, Priority.PREFILL) for job in (first, second, dropped)]
+    await asyncio.to_thread(first.begun.wait, 10)
+    dropped.cancel()
+    with compute.decoding(), compute.decoding():
+        assert compute.load() == Load(prefill_tokens=256, decoding=2)
+    gate.set()
+    await asyncio.gather(*done[:2])
+    await compute.close()
+    assert compute.load() == Load(prefill_tokens=0, decoding=0)
 
 
 # -- settings and command line ------------------------------------------------------------------

@@ -259,6 +259,30 @@ async def test_a_turn_that_the_cloud_knows_is_followed_not_run() -> None:
     assert len(cloud.seen.specs) == 1
 
 
+async def test_replies_that_are_decoded_here_do_not_keep_a_new_prompt_waiting() -> None:
+    model, both_speak = TinyModel(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with serving(model=model) as (cloud, node, device):
+
+        def pause(what: str) -> None:
+            if node.deps.compute.load().decoding == 2:
+                loop.call_soon_threadsafe(both_speak.set)
+
+        model.pause = pause
+        cloud.script.ready.clear()  # a full cloud: both bridges go on and on
+        busy = [
+            asyncio.create_task(device.run(turn, session=turn, plan="ship", max_tokens=1500))
+            for turn in ("t1", "t2")
+        ]
+        await asyncio.wait_for(both_speak.wait(), 10)
+        told = await device.run("t3", session="t3", plan="edge", max_tokens=2)
+        assert not any(task.done() for task in busy)
+        cloud.script.ready.set()
+        replies = await asyncio.gather(*busy)
+    assert len(told.text) == 2
+    assert [len(reply.text) for reply in replies] == [1500, 1500]
+
+
 async def test_stop_from_any_device_ends_the_turn() -> None:
     async with serving() as (cloud, _node, device):
         cloud.script.ready.clear()

@@ -28,6 +28,7 @@ def facts(draw: st.DrawFn) -> PlanInputs:
         edge_prefill_tokens_per_s=within(1, 1e6),
         edge_decode_step_s=within(1e-4, 1),
         edge_queue_s=within(0, 10),
+        edge_decoding=draw(st.integers(0, 100)),
         cloud_prefill_tokens_per_s=within(1, 1e6),
         cloud_decode_step_s=within(1e-4, 1),
         cloud_queue_s=within(0, 10),
@@ -62,6 +63,40 @@ def test_a_longer_cloud_queue_never_makes_the_cloud_cheaper(
     for shape in Shape:
         assert weigh(before[shape]) <= weigh(after[shape]) * SLACK
     assert after[Shape.EDGE] == before[Shape.EDGE]
+
+
+@given(facts(), st.floats(0, 100), st.integers(0, 100))
+def test_a_busier_edge_never_makes_its_own_part_cheaper(
+    given_facts: PlanInputs, more_s: float, more_replies: int
+) -> None:
+    busier = dataclasses.replace(
+        given_facts,
+        edge_queue_s=given_facts.edge_queue_s + more_s,
+        edge_decoding=given_facts.edge_decoding + more_replies,
+    )
+    before, after = foresee(given_facts), foresee(busier)
+    for shape in Shape:
+        assert before[shape].cost.ttft_s <= after[shape].cost.ttft_s * SLACK
+    assert weigh(before[Shape.EDGE]) <= weigh(after[Shape.EDGE]) * SLACK
+    assert after[Shape.TEXT] == before[Shape.TEXT]
+
+
+def test_two_replies_on_the_edge_double_the_time_to_its_first_token() -> None:
+    idle = PlanInputs(
+        prompt_tokens=1000,
+        reply_tokens=10,
+        edge_prefill_tokens_per_s=1000,
+        edge_decode_step_s=0.01,
+        cloud_prefill_tokens_per_s=1000,
+        cloud_decode_step_s=0.03,
+        rtt_s=0.01,
+        goodput_bytes_per_s=1e9,
+        kv_bytes_per_token=1e4,
+    )
+    busy = dataclasses.replace(idle, edge_decoding=2)
+    assert foresee(idle)[Shape.EDGE].cost.ttft_s == 1.0
+    assert foresee(busy)[Shape.EDGE].cost.ttft_s == 2.0
+    assert abs(foresee(busy)[Shape.EDGE].cost.gap_s - 0.03) < 1e-12
 
 
 @given(facts(), st.sampled_from([None, *CHOOSABLE]))

@@ -149,7 +149,6 @@ class EdgeNode:
             warmer=warmer,
             outbox=outbox,
             ledger=LedgerFile(config.ledger),
-            prefill_backlog=compute.prefill_backlog,
             instance=self.instance,
             force=parse_force(config.plan),
         )
@@ -204,7 +203,7 @@ class EdgeNode:
     def _retry_after_s(self) -> float:
         """Until the prompts that wait are prefilled, at least a moment."""
         rate = self.deps.speeds.prefill_tokens_per_s.value
-        return max(0.2, self.deps.prefill_backlog() / rate)
+        return max(0.2, self.deps.compute.load().prefill_tokens / rate)
 
     def _say_provider(self, model: NodeModel) -> None:
         log.info(

@@ -50,7 +50,8 @@ SESSION_CACHE: Final = 1024  # folded session states an instance keeps at hand
 EDGE_SESSION_CACHE: Final = 1024
 ENDED_TURNS_KEPT: Final = 128  # ended turns an edge can replay to a device that comes back
 OUTBOX_TURNS: Final = 64  # turns served offline that wait for the cloud; then Overloaded
-PREFILL_QUEUE_JOBS: Final = 256  # jobs of the edge's compute thread: turns and warm-ups
+PREFILL_QUEUE_JOBS: Final = 256  # prompts and warm-ups that wait for the edge's compute thread
+EDGE_DECODE_SHARE: Final = 0.5  # of an edge's time, beside prompts: either at most doubles
 WARM_QUEUE_TURNS: Final = 16  # idle warm-ups waiting; older ones are dropped
 
 LOG_QUEUE_BYTES: Final = 1 * MIB  # lines for a stderr that nobody reads; then they are dropped
@@ -74,6 +75,7 @@ KV_STALL_TIMEOUT_S: Final = 10.0  # KV began and stopped: then the cloud recompu
 # this long on a link of 26 kB/s, and so may a chunk's prefill on a slow edge.
 KV_DRAIN_S: Final = 30.0  # the longest that sent KV is believed to be in buffers on the way
 ENGINE_RETRY_S: Final = 0.1  # an admitted turn asks again, where another's place is being cleared
+DECODE_RETURN_S: Final = 0.005  # an edge reply between two tokens: one switch of Python's threads
 READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
 KV_FIRST_BYTE_TIMEOUT_S: Final = 60.0  # an edge with a full prefill queue may start this late
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.kv.layout import BLOCK_TOKENS
+from segue_contract.limits import EDGE_DECODE_SHARE
 from segue_contract.plan import Cost, Shape
 
 
@@ -17,8 +18,9 @@ from segue_contract.plan import Cost, Shape
 class PlanInputs:
     """Everything the choice depends on. Tokens, seconds, bytes; all measured or estimated.
 
-    `edge_queue_s` is the prefill work ahead of this turn on the edge; `link_backlog_bytes` what
-    other turns have yet to send. `reply_tokens` is the expected length of the reply.
+    `edge_queue_s` is the prefill work ahead of this turn on the edge, `edge_decoding` the replies
+    that are decoded there now; `link_backlog_bytes` what other turns have yet to send.
+    `reply_tokens` is the expected length of the reply.
     """
 
     prompt_tokens: int
@@ -28,6 +30,7 @@ class PlanInputs:
     edge_prefill_tokens_per_s: float
     edge_decode_step_s: float
     edge_queue_s: float = 0.0
+    edge_decoding: int = 0
     cloud_prefill_tokens_per_s: float
     cloud_decode_step_s: float
     cloud_queue_s: float = 0.0
@@ -81,6 +84,22 @@ class PlanInputs:
     def ship_bytes(self) -> float:
         return self.ship_tokens * self.kv_bytes_per_token
 
+    @property
+    def edge_share(self) -> float:
+        """Of the edge's time for prompts: replies that are decoded there take the rest."""
+        return 1.0 - EDGE_DECODE_SHARE if self.edge_decoding else 1.0
+
+    @property
+    def edge_ttft_s(self) -> float:
+        """Until the edge has prefilled this prompt, behind those that wait already."""
+        own_s = self.edge_prefill_tokens / self.edge_prefill_tokens_per_s
+        return (self.edge_queue_s + own_s) / self.edge_share
+
+    @property
+    def edge_step_s(self) -> float:
+        """Between two tokens of this reply on the edge: the others take turns with it."""
+        return self.edge_decode_step_s * (1 + self.edge_decoding)
+
     def as_numbers(self) -> dict[str, float]:
         """For the ledger: every input as a number."""
         return {name: float(value) for name, value in vars(self).items()}
@@ -98,9 +117,9 @@ class Foreseen:
 
 def edge_cost(i: PlanInputs) -> Foreseen:
     """All of it on the edge: t_edge(n), then the edge's own decode rate."""
-    ttft = i.edge_queue_s + i.edge_prefill_tokens / i.edge_prefill_tokens_per_s
-    total = ttft + _rest(i) * i.edge_decode_step_s
-    cost = Cost(ttft_s=ttft, gap_s=i.edge_decode_step_s, total_s=total)
+    ttft = i.edge_ttft_s
+    total = ttft + _rest(i) * i.edge_step_s
+    cost = Cost(ttft_s=ttft, gap_s=i.edge_step_s, total_s=total)
     return Foreseen(cost, edge_tokens=i.reply_tokens)
 
 
@@ -118,7 +137,7 @@ def ship_cost(i: PlanInputs) -> Foreseen:
     no more than one edge step, and bridged tokens are not decoded again. Their credit is capped at
     the cloud's own pace, so that a slower link never looks cheaper (an edge may decode faster).
     """
-    ttft = i.edge_queue_s + i.edge_prefill_tokens / i.edge_prefill_tokens_per_s
+    ttft = i.edge_ttft_s
     wire = (i.link_backlog_bytes + i.ship_bytes) / i.goodput_bytes_per_s
     gap = (
         max(0.0, wire - ttft)
@@ -128,9 +147,9 @@ def ship_cost(i: PlanInputs) -> Foreseen:
         + i.cloud_decode_step_s
     )
     rest = _rest(i)
-    bridge = min(rest, gap / i.edge_decode_step_s) if i.edge_can_decode else 0.0
-    credit = bridge * min(i.cloud_decode_step_s, i.edge_decode_step_s)
-    felt = min(gap, i.edge_decode_step_s) if i.edge_can_decode else gap
+    bridge = min(rest, gap / i.edge_step_s) if i.edge_can_decode else 0.0
+    credit = bridge * min(i.cloud_decode_step_s, i.edge_step_s)
+    felt = min(gap, i.edge_step_s) if i.edge_can_decode else gap
     total = ttft + gap + rest * i.cloud_decode_step_s - credit
     return Foreseen(Cost(ttft_s=ttft, gap_s=felt, total_s=total), edge_tokens=1.0 + bridge)
 
@@ -146,7 +165,7 @@ def split_cost(i: PlanInputs) -> Foreseen:
         on_edge = max(0, x - i.edge_cached_tokens) / i.edge_prefill_tokens_per_s
         sent = max(0, x - i.cloud_cached_tokens) * i.kv_bytes_per_token
         wire = (i.link_backlog_bytes + sent) / i.goodput_bytes_per_s if sent else 0.0
-        head = max(i.edge_queue_s + on_edge, wire) if x else 0.0
+        head = max((i.edge_queue_s + on_edge) / i.edge_share, wire) if x else 0.0
         rest_of_prompt = max(1, i.prompt_tokens - max(x, i.cloud_cached_tokens))
         ttft = head + i.rtt_s + i.cloud_queue_s + rest_of_prompt / i.cloud_prefill_tokens_per_s
         if best is None or ttft < best.cost.ttft_s:

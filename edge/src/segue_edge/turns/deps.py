@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -22,9 +22,7 @@ from segue_edge.uplink.sender import Encode
 
 @dataclass(frozen=True)
 class EdgeDeps:
-    """`force`: the plan shape of `--plan`. `prefill_backlog`: prompt tokens waiting for prefill.
-    `encode`: a block to frames in the codec of `recipe`.
-    """
+    """`force`: the plan shape of `--plan`. `encode`: a block to frames in the codec of `recipe`."""
 
     model: EdgeModelPort
     manifest: Manifest
@@ -40,7 +38,6 @@ class EdgeDeps:
     warmer: Warmer
     outbox: Outbox
     ledger: LedgerFile
-    prefill_backlog: Callable[[], int]
     instance: str
     force: Shape | None = None
 

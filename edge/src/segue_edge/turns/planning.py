@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.plan import PlanReport, Shape
+from segue_edge.compute import Load
 from segue_edge.planner.costs import PlanInputs
 from segue_edge.planner.estimators import CloudView
 from segue_edge.planner.ledger import open_report
@@ -47,8 +48,9 @@ def plan_turn(
     cached = early.cached_blocks
     if early is NOTHING_YET:
         cached = min(deps.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
-    waiting = max(0, deps.prefill_backlog() - early.left_tokens)
-    inputs = _inputs(deps, asked, begun, max_tokens, cached, waiting)
+    load = deps.compute.load()
+    ahead = Load(max(0, load.prefill_tokens - early.left_tokens), load.decoding)
+    inputs = _inputs(deps, asked, begun, max_tokens, cached, ahead)
     plan = choose(inputs, asked.force or deps.force)
     report = open_report(
         plan,
@@ -68,7 +70,7 @@ def _inputs(
     begun: Begun,
     max_tokens: int,
     cached_blocks: int,
-    waiting_tokens: int,
+    ahead: Load,
 ) -> PlanInputs:
     cloud = begun.cloud
     view = cloud.view if cloud else CloudView()
@@ -81,7 +83,8 @@ def _inputs(
         cloud_cached_tokens=history.cloud_has(cloud.instance, begun.prompt) if cloud else 0,
         edge_prefill_tokens_per_s=rate,
         edge_decode_step_s=deps.speeds.decode_step_s.value,
-        edge_queue_s=waiting_tokens / rate,
+        edge_queue_s=ahead.prefill_tokens / rate,
+        edge_decoding=ahead.decoding,
         cloud_prefill_tokens_per_s=view.prefill_tokens_per_s.value,
         cloud_decode_step_s=view.decode_step_s.value,
         cloud_queue_s=view.queue_s,

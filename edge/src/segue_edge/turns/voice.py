@@ -52,7 +52,6 @@ class Voice:
         for token in made:
             self._scanner.push((token,), (self._detokenizer.push(token),))
         self._scanner.flush()
-        self.decode_s = 0.0
 
     async def speak(self, prefill: Prefill, until: asyncio.Event) -> str:
         """Say tokens until the reply ends or `until` is set.
@@ -61,6 +60,10 @@ class Voice:
             "stop" or "length", or `INTERRUPTED` where `until` was set first; what was not said
             by then (tokens that wait for a stop string, a step under way) was never made.
         """
+        with self._compute.decoding():
+            return await self._speak(prefill, until)
+
+    async def _speak(self, prefill: Prefill, until: asyncio.Event) -> str:
         token = prefill.first_token
         while True:
             if token in self._end_tokens:
@@ -97,7 +100,6 @@ class Voice:
             if not done.done():
                 job.cancel()
         self._speeds.decode_step_s.observe(seconds)
-        self.decode_s += seconds
         return chosen
 
     def _flush(self) -> None:
