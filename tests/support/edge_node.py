@@ -40,7 +40,8 @@ class Told:
     events: list[pb.TurnEvent] = field(default_factory=list)
 
     def take(self, event: pb.TurnEvent) -> None:
-        self.events.append(event)
+        if event.WhichOneof("kind") != "heartbeat":
+            self.events.append(event)
 
     @property
     def kinds(self) -> list[str]:

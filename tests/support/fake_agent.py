@@ -18,6 +18,7 @@ from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.sync.ops import Op, decode_op, encode_op
 from segue_contract.sync.replica import Replica
 from segue_contract.sync.state import SessionState, encode_state
+from segue_contract.transport.heartbeat import beating
 from segue_contract.transport.server import RunningServer, start_server
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
@@ -210,7 +211,11 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             max_context_tokens=8192,
         )
 
-    async def RunTurn(
+    def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
+        events = self._run_turn(request, context)
+        return beating(events, lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+
+    async def _run_turn(
         self, request: pb.RunTurnRequest, context: Any
     ) -> AsyncIterator[pb.TurnEvent]:
         self._called("RunTurn")
@@ -257,7 +262,10 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         reply.entries.extend(log.entries(after, min(request.max_entries, self.page)))
         return reply
 
-    async def Attach(self, request: pb.AttachRequest, _: Any) -> AsyncIterator[pb.AttachEvent]:
+    def Attach(self, request: pb.AttachRequest, _: Any) -> AsyncIterator[pb.AttachEvent]:
+        return beating(self._attach(), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
+
+    async def _attach(self) -> AsyncIterator[pb.AttachEvent]:
         self._called("Attach")
         self.attaches += 1
         state = self.log.state()

@@ -17,6 +17,7 @@ from segue_contract.errors import SegueError, UnknownSession
 from segue_contract.kv.assembler import Assembler
 from segue_contract.kv.layout import KvBlock
 from segue_contract.sync.state import TurnState, encode_turns
+from segue_contract.transport.heartbeat import beating
 from segue_contract.transport.server import RunningServer, start_server
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
@@ -123,9 +124,10 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         self.seen.stopped.set()
         return pb.StopTurnReply(stopping=True, turn=request.turn)
 
-    async def Attach(
-        self, request: pb.AttachRequest, context: Any
-    ) -> AsyncIterator[pb.AttachEvent]:
+    def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachEvent]:
+        return beating(self._attach(), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
+
+    async def _attach(self) -> AsyncIterator[pb.AttachEvent]:
         yield pb.AttachEvent(snapshot=pb.Snapshot())
         await asyncio.Event().wait()
 
@@ -162,10 +164,15 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             facts=self.facts(),
         )
 
-    async def Run(
+    def Run(
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
-        requests = aiter(request_iterator)
+        replies = self._run(aiter(request_iterator), context)
+        return beating(replies, lambda: dpb.RunReply(heartbeat=pb.Heartbeat()))
+
+    async def _run(
+        self, requests: AsyncIterator[dpb.RunRequest], context: Any
+    ) -> AsyncIterator[dpb.RunReply]:
         spec = (await anext(requests)).open
         self.seen.specs.append(spec)
         stream = _Stream(self, spec, requests, context)
@@ -237,6 +244,8 @@ class _Stream:
             self._complete.set()
         async for request in self._requests:
             kind = request.WhichOneof("kind")
+            if kind == "heartbeat":
+                continue
             seen.order.append(kind or "")
             if kind == "kv":
                 blocks = assembler.feed(request.kv.data)

@@ -1,7 +1,9 @@
 """The nodes a client may talk to, in order of preference, and calls that survive one of them.
 
 All calls of the device API are idempotent (a turn by its id, an append by its sequence numbers),
-so a call whose answer was lost may be repeated at the next node.
+so a call whose answer was lost may be repeated at the next node. A node that says nothing though
+its connection stands (its process hangs, its network is gone) is as good as lost: see
+`segue_contract.transport.heartbeat`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from segue_contract.limits import (
     RPC_TIMEOUT_S,
 )
 from segue_contract.transport.channel import check_target, open_channel
+from segue_contract.transport.heartbeat import answered
 from segue_contract.transport.status import ERROR_KEY, error_from_rpc
 from segue_contract.v1 import agent_pb2_grpc
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+_HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 _LOST_CODES = frozenset(
     {
@@ -42,12 +47,16 @@ _LOST_CODES = frozenset(
 
 @dataclass(slots=True)
 class Node:
-    """One address. `failed_at` is a monotonic time; -inf: it did not fail lately."""
+    """One address. `failed_at` is a monotonic time; -inf: it did not fail lately.
+
+    `reviving` runs while it counts as silent: until a new connection gets an answer.
+    """
 
     address: str
     failed_at: float = float("-inf")
     channel: grpc.aio.Channel | None = None
     stub: Any = None
+    reviving: asyncio.Task[None] | None = None
 
 
 def is_link_loss(error: BaseException) -> bool:
@@ -123,11 +132,17 @@ class Nodes:
         self._closed = False
 
     def order(self) -> list[Node]:
-        """By preference; those that failed within `ADDRESS_RETRY_S` last, longest ago first."""
+        """By preference; those that failed within `ADDRESS_RETRY_S` last, longest ago first.
+
+        A silent one is the very last, however long ago it fell silent.
+        """
         now = self._clock()
-        recent = [n for n in self._nodes if now - n.failed_at < ADDRESS_RETRY_S]
-        rest = [n for n in self._nodes if now - n.failed_at >= ADDRESS_RETRY_S]
-        return rest + sorted(recent, key=lambda node: node.failed_at)
+
+        def doubt(node: Node) -> tuple[bool, float]:
+            recent = now - node.failed_at < ADDRESS_RETRY_S
+            return node.reviving is not None, node.failed_at if recent else float("-inf")
+
+        return sorted(self._nodes, key=doubt)
 
     async def stub(self, node: Node) -> Any:
         """The `Agent` stub of a connected node.
@@ -161,9 +176,37 @@ class Nodes:
         channel = node.channel
         if channel is None or channel.get_state() is grpc.ChannelConnectivity.READY:
             return
-        node.channel, node.stub = None, None
-        with contextlib.suppress(Exception):
-            await channel.close(None)
+        await self._disconnect(node)
+
+    async def silent(self, node: Node) -> None:
+        """It says nothing, though its connection may stand: others come first until it answers."""
+        node.failed_at = self._clock()
+        await self._disconnect(node)
+        if node.reviving is None and not self._closed:
+            name = f"revive {node.address}"
+            node.reviving = asyncio.create_task(self._revive(node), name=name)
+
+    async def _disconnect(self, node: Node) -> None:
+        channel, node.channel, node.stub = node.channel, None, None
+        if channel is not None:
+            with contextlib.suppress(Exception):
+                await channel.close(None)
+
+    async def _revive(self, node: Node) -> None:
+        """Until it answers: a new connection is ready only once the other side spoke."""
+        while True:
+            channel = open_channel(node.address)
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await _connected(channel)
+            except (TimeoutError, Unreachable):
+                await asyncio.sleep(RETRY_PAUSE_MAX_S)
+            else:
+                node.reviving = None
+                return
+            finally:
+                with contextlib.suppress(Exception):
+                    await channel.close(None)
 
     async def connect(self) -> Node:
         """The first node that can be reached.
@@ -195,7 +238,7 @@ class Nodes:
             for node in self.order():
                 try:
                     stub = await self.stub(node)
-                    return await getattr(stub, method)(request, timeout=RPC_TIMEOUT_S)
+                    return await self._ask(node, getattr(stub, method), request)
                 except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                     if being_cancelled():
                         raise
@@ -209,12 +252,35 @@ class Nodes:
                 raise lost
             await asyncio.sleep(pause)
 
+    async def _ask(self, node: Node, method: Any, request: Any) -> Any:
+        """One call; where another node could serve it, a silent one is not waited for.
+
+        Raises:
+            Unreachable: the node says nothing at all.
+            AioRpcError: what became of the call.
+        """
+        call = method(request, timeout=RPC_TIMEOUT_S)
+        if len(self._nodes) == 1:
+            return await call
+        channel = node.channel
+        assert channel is not None
+
+        async def ping(timeout_s: float) -> None:
+            await channel.unary_unary(_HEALTH_METHOD, None, None)(b"", timeout=timeout_s)
+
+        try:
+            return await answered(call, ping)
+        except Unreachable:
+            await self.silent(node)
+            raise
+
     async def close(self) -> None:
         self._closed = True
         for node in self._nodes:
-            channel, node.channel, node.stub = node.channel, None, None
-            if channel is not None:
-                await channel.close(None)
+            if node.reviving is not None:
+                node.reviving.cancel()
+                await asyncio.gather(node.reviving, return_exceptions=True)
+            await self._disconnect(node)
 
 
 async def _connected(channel: grpc.aio.Channel) -> None:

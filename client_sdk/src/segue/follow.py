@@ -17,7 +17,7 @@ import grpc
 
 from segue._inbox import Batch, Closed, Head, Inbox, Item, Link, Overflow, RawEntry, StreamLost
 from segue._log import LogView
-from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue.events import Entry, Snapshot
 from segue_contract.errors import InvalidArgument, SegueError, Unreachable
 from segue_contract.ids import SessionName
@@ -29,6 +29,7 @@ from segue_contract.limits import (
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state
 from segue_contract.topics import decode_head, decode_log_message, head_topic, log_topic
+from segue_contract.transport.heartbeat import EOF, Listening
 from segue_contract.v1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -270,18 +271,17 @@ class Follower:
     async def _pump_stream(self, number: int) -> None:
         """Put what `Attach` brings into the inbox, until it ends one way or another."""
         error: Exception = Unreachable("The live stream ended.")
-        node = None
+        node = call = None
         try:
             node = await self._nodes.connect()
             stub = await self._nodes.stub(node)
             after = self._view.cursor
-            call = stub.Attach(
-                pb.AttachRequest(
-                    session=self._session,
-                    device=self._device,
-                    after=pb.Cursor(generation=after.generation, offset=after.offset),
-                )
+            request = pb.AttachRequest(
+                session=self._session,
+                device=self._device,
+                after=pb.Cursor(generation=after.generation, offset=after.offset),
             )
+            call = Listening(stub.Attach(request))
             try:
                 while (event := await call.read()) is not EOF:
                     self._take(event)
@@ -292,7 +292,8 @@ class Follower:
                 raise
             error = typed(caught)
         if node is not None and is_link_loss(error):
-            await self._nodes.failed(node)
+            silent = call is not None and call.silent
+            await (self._nodes.silent if silent else self._nodes.failed)(node)
         self._inbox.put(StreamLost(number, error))
 
     def _take(self, event: pb.AttachEvent) -> None:

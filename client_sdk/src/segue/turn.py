@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any
 
 import grpc
 
-from segue._nodes import EOF, Node, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._nodes import Node, Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
 from segue_contract.errors import InvalidArgument, SegueError, TurnFailed, Unreachable
@@ -21,6 +20,7 @@ from segue_contract.limits import (
     TURN_TIMEOUT_S,
     TURN_WAIT_TIMEOUT_S,
 )
+from segue_contract.transport.heartbeat import EOF, Listening
 from segue_contract.v1 import agent_pb2 as pb
 
 
@@ -54,7 +54,7 @@ class Turn:
         self._view = ReplyView(request.turn)
         self._ready: deque[TurnEvent] = deque()
         self._node: Node | None = None
-        self._call: Any = None
+        self._call: Listening | None = None
         self._entered = False
         self._begun_at = 0.0
         self._lost_since: float | None = None
@@ -152,13 +152,14 @@ class Turn:
         while not self._ready and self._view.ended is None:
             try:
                 if self._call is None:
-                    await self._open()
+                    self._call = await self._open()
                 wire = await self._call.read()
             except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+                silent = self._call is not None and self._call.silent
                 self._drop()
                 if being_cancelled():
                     raise
-                await self._survive(error)
+                await self._survive(error, silent=silent)
                 continue
             if wire is EOF:
                 self._drop()
@@ -182,7 +183,7 @@ class Turn:
         elif self._view.ended is not None:
             self._drop()
 
-    async def _open(self) -> None:
+    async def _open(self) -> Listening:
         """Run, or join, the turn at the node that is preferred now."""
         self._node = await self._nodes.connect()
         stub = await self._nodes.stub(self._node)
@@ -192,7 +193,7 @@ class Turn:
             request.CopyFrom(self._request)
             request.from_index = self._view.resume_index
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
-        self._call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
+        return Listening(stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S))
 
     def _drop(self) -> None:
         """Leave the stream; the turn goes on."""
@@ -200,7 +201,7 @@ class Turn:
         if call is not None:
             call.cancel()
 
-    async def _survive(self, error: BaseException) -> None:
+    async def _survive(self, error: BaseException, *, silent: bool = False) -> None:
         """Pause before another attempt; raise where none would help."""
         failure = typed(error)
         accepted = self._view.started
@@ -208,7 +209,7 @@ class Turn:
             await self._try_next_or_raise(failure)
             return
         if self._node is not None:
-            await self._nodes.failed(self._node)
+            await (self._nodes.silent if silent else self._nodes.failed)(self._node)
         now = self._clock()
         if self._lost_since is None:
             self._lost_since = now

@@ -29,6 +29,7 @@ from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
+from segue_contract.transport.heartbeat import beating
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 
@@ -77,9 +78,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             max_context_tokens=me.max_context,
         )
 
-    async def RunTurn(
-        self, request: pb.RunTurnRequest, context: Any
-    ) -> AsyncIterator[pb.TurnEvent]:
+    def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
+        return beating(self._run_turn(request), lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+
+    async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         if request.plan not in ("", Shape.TEXT.value):
             raise InvalidArgument(
                 f"The cloud alone cannot serve the plan shape {request.plan!r}.",
@@ -121,9 +123,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             self._manager.stop(session, turn)
         return pb.StopTurnReply(stopping=bool(turn), turn=turn)
 
-    async def Attach(
-        self, request: pb.AttachRequest, context: Any
-    ) -> AsyncIterator[pb.AttachEvent]:
+    def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachEvent]:
+        return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
+
+    async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         session = self._session(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         await self._manager.recover(session)

@@ -22,6 +22,8 @@ from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState, encode_turns, find_turn
+from segue_contract.transport.heartbeat import beating
+from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_contract.v1 import decode_pb2_grpc
 
@@ -61,10 +63,14 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             facts=self._facts.facts(),
         )
 
-    async def Run(
+    def Run(
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
-        requests = aiter(request_iterator)
+        return beating(
+            self._run(aiter(request_iterator)), lambda: dpb.RunReply(heartbeat=pb.Heartbeat())
+        )
+
+    async def _run(self, requests: AsyncIterator[dpb.RunRequest]) -> AsyncIterator[dpb.RunReply]:
         message = await _first(requests)
         spec = owned_turn(message, self._tenant, self._manifest.geometry.vocab)
         if spec.ship_blocks and message.recipe not in self._recipes:

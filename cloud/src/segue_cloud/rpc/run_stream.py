@@ -87,9 +87,12 @@ class RunStream:
 
     async def _read(self, requests: AsyncIterator[dpb.RunRequest]) -> None:
         iterator = aiter(requests)
+        now_s = asyncio.get_running_loop().time
+        since_s = now_s()  # of the last message that says more than that the edge lives
         while True:
+            patience_s = self._patience_s()
             try:
-                async with asyncio.timeout(self._patience_s()):
+                async with asyncio.timeout_at(patience_s and since_s + patience_s):
                     request = await anext(iterator, None)
             except TimeoutError as error:
                 raise DeadlineExceeded(
@@ -100,8 +103,11 @@ class RunStream:
                 if not self._attached and not self._intake.complete.is_set():
                     self._intake.close()
                 return
+            if request.WhichOneof("kind") == "heartbeat":
+                continue
             if not self._attached:
                 await self._take(request)
+            since_s = now_s()
 
     def _patience_s(self) -> float | None:
         if self._attached or self._intake.complete.is_set():

@@ -11,6 +11,7 @@ import grpc
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.ids import DEFAULT_TENANT, check_id
 from segue_contract.limits import RPC_TIMEOUT_S
+from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
@@ -40,7 +41,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._instance = instance
         self._model = model
         self._context = context
-        self._attached: set[Any] = set()
+        self._attached: set[Listening] = set()
 
     def close(self) -> None:
         """End the streams that would go on for ever; their devices attach elsewhere."""
@@ -49,9 +50,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     # -- turns ---------------------------------------------------------------------------------
 
-    async def RunTurn(
-        self, request: pb.RunTurnRequest, context: Any
-    ) -> AsyncIterator[pb.TurnEvent]:
+    def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
+        return beating(self._run_turn(request), lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+
+    async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         run = self._registry.run_or_join(Asked.of(request))
         async for event in run.feed.read(request.from_index):
             yield event
@@ -104,16 +106,20 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     # -- the log -------------------------------------------------------------------------------
 
-    async def Attach(
-        self, request: pb.AttachRequest, context: Any
-    ) -> AsyncIterator[pb.AttachEvent]:
+    def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachEvent]:
+        return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
+
+    async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         cloud = self._clouds.best(check_id(request.session, "session"))
         await cloud.reach()
-        call = cloud.agent.Attach(request)
+        call = Listening(cloud.agent.Attach(request), patient=lambda: cloud.carries_kv)
         self._attached.add(call)
         try:
             async for event in call:
                 yield event
+        except Unreachable as error:
+            cloud.failed(error)
+            raise
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         except asyncio.CancelledError:

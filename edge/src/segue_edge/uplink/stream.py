@@ -17,8 +17,10 @@ from typing import Any
 import grpc
 
 from segue_contract.errors import SegueError, Unreachable
-from segue_contract.limits import KV_PART_BYTES, MAX_NEW_TOKENS
+from segue_contract.limits import HEARTBEAT_S, KV_PART_BYTES, MAX_NEW_TOKENS
+from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.uplink.clouds import Cloud
 from segue_edge.uplink.pacer import Pacer
@@ -101,7 +103,9 @@ class TurnStream:
             SegueError: the stream broke, or the cloud refused the turn.
         """
         try:
-            async for reply in self._call:
+            # what is sent first may wait behind KV of other turns on its way up
+            heard = Listening(self._call, patient=lambda: self.cloud.carries_kv)
+            async for reply in heard:
                 yield reply
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
@@ -115,8 +119,9 @@ class TurnStream:
     async def _write_all(self) -> None:
         try:
             while True:
-                await self._work.wait()
-                if self._control:
+                if not self._work.is_set() and not await self._wait_for_work():
+                    await self._call.write(dpb.RunRequest(heartbeat=pb.Heartbeat()))
+                elif self._control:
                     await self._call.write(self._control.popleft())
                 elif not self._kv.empty():
                     await self._write_kv(self._kv.get_nowait())
@@ -129,6 +134,15 @@ class TurnStream:
             self._failure = Unreachable(f"The stream to the cloud broke ({type(error).__name__}).")
         finally:
             self._drain()
+
+    async def _wait_for_work(self) -> bool:
+        """False where there was none for `HEARTBEAT_S`."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                await self._work.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _write_kv(self, data: bytes) -> None:
         started = time.monotonic()

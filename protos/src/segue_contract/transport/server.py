@@ -15,7 +15,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
-from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, SHUTDOWN_GRACE_S
+from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, PING_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.transport.status import ErrorInterceptor
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
@@ -23,7 +23,10 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
+    # While bytes flow gRPC's ping for the bandwidth is nearly always under way and the keep-alive
+    # waits for it: without this a peer that fell silent is noticed after a minute.
+    ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )

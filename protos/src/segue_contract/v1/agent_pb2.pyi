@@ -450,6 +450,32 @@ class TurnEnded(_message.Message):
 Global___TurnEnded: _TypeAlias = TurnEnded  # noqa: Y015
 
 @_typing.final
+class Heartbeat(_message.Message):
+    """In a long stream, where nothing else was said for a while: this peer lives. Who hears nothing for
+    a second and a half takes it for lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STALLED_FIELD_NUMBER: _builtins.int
+    stalled: _builtins.bool
+    """What the reader waits for makes no progress: a step of the compute behind this stream takes
+    many times as long as such steps do. As good as silence, where somebody else can go on.
+    """
+    def __init__(
+        self,
+        *,
+        stalled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stalled", b"stalled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
 class TurnEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -458,6 +484,7 @@ class TurnEvent(_message.Message):
     DURABLE_FIELD_NUMBER: _builtins.int
     REWOUND_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___TurnStarted: ...
     @_builtins.property
@@ -468,6 +495,8 @@ class TurnEvent(_message.Message):
     def rewound(self) -> Global___TurnRewound: ...
     @_builtins.property
     def ended(self) -> Global___TurnEnded: ...
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
         *,
@@ -476,12 +505,13 @@ class TurnEvent(_message.Message):
         durable: Global___TurnDurable | None = ...,
         rewound: Global___TurnRewound | None = ...,
         ended: Global___TurnEnded | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "kind", b"kind", "rewound", b"rewound", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "heartbeat", b"heartbeat", "kind", b"kind", "rewound", b"rewound", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "kind", b"kind", "rewound", b"rewound", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "heartbeat", b"heartbeat", "kind", b"kind", "rewound", b"rewound", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["started", "frame", "durable", "rewound", "ended"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["started", "frame", "durable", "rewound", "ended", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -612,21 +642,25 @@ class AttachEvent(_message.Message):
 
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def snapshot(self) -> Global___Snapshot: ...
     @_builtins.property
     def entries(self) -> Global___EntryBatch: ...
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
         *,
         snapshot: Global___Snapshot | None = ...,
         entries: Global___EntryBatch | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "kind", b"kind", "snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "heartbeat", b"heartbeat", "kind", b"kind", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "kind", b"kind", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "heartbeat", b"heartbeat", "kind", b"kind", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["snapshot", "entries"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["snapshot", "entries", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -826,3 +860,52 @@ class ListSessionsReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListSessionsReply: _TypeAlias = ListSessionsReply  # noqa: Y015
+
+@_typing.final
+class TailsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        sessions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TailsRequest: _TypeAlias = TailsRequest  # noqa: Y015
+
+@_typing.final
+class TailsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAILS_FIELD_NUMBER: _builtins.int
+    PUBLISHING_FIELD_NUMBER: _builtins.int
+    publishing: _builtins.bool
+    """False: the broker is away, silent or refuses; new entries come by Attach alone."""
+    @_builtins.property
+    def tails(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cursor]:
+        """One for each session that was asked for, in that order; generation 0: there is none."""
+
+    def __init__(
+        self,
+        *,
+        tails: _abc.Iterable[Global___Cursor] | None = ...,
+        publishing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["publishing", b"publishing", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TailsReply: _TypeAlias = TailsReply  # noqa: Y015

@@ -69,6 +69,11 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.FromString,
                 _registered_method=True)
+        self.Tails = channel.unary_unary(
+                '/segue.v1.Agent/Tails',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.TailsRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.TailsReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -122,6 +127,14 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tails(self, request, context):
+        """How far the logs of some sessions go: for a device that follows them over MQTT and wants to
+        know whether it misses something.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -159,6 +172,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.SerializeToString,
+            ),
+            'Tails': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tails,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.TailsRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.TailsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +368,33 @@ class Agent(object):
             '/segue.v1.Agent/ListSessions',
             segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tails(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/Tails',
+            segue__contract_dot_v1_dot_agent__pb2.TailsRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.TailsReply.FromString,
             options,
             channel_credentials,
             insecure,

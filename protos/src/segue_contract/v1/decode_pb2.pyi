@@ -326,6 +326,7 @@ class RunRequest(_message.Message):
     HAND_OVER_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___TurnSpec: ...
     @_builtins.property
@@ -338,6 +339,8 @@ class RunRequest(_message.Message):
     def ended(self) -> Global___EdgeEnded: ...
     @_builtins.property
     def plan(self) -> Global___PlanNote: ...
+    @_builtins.property
+    def heartbeat(self) -> _agent_pb2.Heartbeat: ...
     def __init__(
         self,
         *,
@@ -347,12 +350,13 @@ class RunRequest(_message.Message):
         hand_over: Global___HandOver | None = ...,
         ended: Global___EdgeEnded | None = ...,
         plan: Global___PlanNote | None = ...,
+        heartbeat: _agent_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hand_over", b"hand_over", "kind", b"kind", "kv", b"kv", "open", b"open", "plan", b"plan", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hand_over", b"hand_over", "heartbeat", b"heartbeat", "kind", b"kind", "kv", b"kv", "open", b"open", "plan", b"plan", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hand_over", b"hand_over", "kind", b"kind", "kv", b"kv", "open", b"open", "plan", b"plan", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hand_over", b"hand_over", "heartbeat", b"heartbeat", "kind", b"kind", "kv", b"kv", "open", b"open", "plan", b"plan", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "kv", "tokens", "hand_over", "ended", "plan"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "kv", "tokens", "hand_over", "ended", "plan", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -449,6 +453,7 @@ class RunReply(_message.Message):
     DURABLE_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___Opened: ...
     @_builtins.property
@@ -461,6 +466,8 @@ class RunReply(_message.Message):
     def stop(self) -> Global___StopNow: ...
     @_builtins.property
     def ended(self) -> _agent_pb2.TurnEnded: ...
+    @_builtins.property
+    def heartbeat(self) -> _agent_pb2.Heartbeat: ...
     def __init__(
         self,
         *,
@@ -470,12 +477,13 @@ class RunReply(_message.Message):
         durable: _agent_pb2.TurnDurable | None = ...,
         stop: Global___StopNow | None = ...,
         ended: _agent_pb2.TurnEnded | None = ...,
+        heartbeat: _agent_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "kind", b"kind", "opened", b"opened", "ready", b"ready", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "heartbeat", b"heartbeat", "kind", b"kind", "opened", b"opened", "ready", b"ready", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "kind", b"kind", "opened", b"opened", "ready", b"ready", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "ended", b"ended", "frame", b"frame", "heartbeat", b"heartbeat", "kind", b"kind", "opened", b"opened", "ready", b"ready", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "ready", "frame", "durable", "stop", "ended"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "ready", "frame", "durable", "stop", "ended", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -1,0 +1,224 @@
+"""Both ends of a stream that may say nothing for long: who writes sends heartbeats, who reads
+takes silence for the loss of the peer.
+
+A dead process breaks its connections at once. One that was stopped, a machine without power, a
+cable that was pulled do not: gRPC notices them after seconds at best. So every long stream carries
+a `Heartbeat` each `HEARTBEAT_S` where nothing else was sent, from the event loop that serves it,
+and its reader gives up after `SILENCE_S` without anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from segue_contract.errors import Unreachable
+from segue_contract.limits import HEARTBEAT_S, SILENCE_LOOKS, SILENCE_S
+from segue_contract.liveness import Silence
+
+T = TypeVar("T")
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+async def beating(
+    source: AsyncIterator[T], beat: Callable[[], T], *, every_s: float = HEARTBEAT_S
+) -> AsyncGenerator[T, None]:
+    """The items of `source`, and `beat()` after each `every_s` without one.
+
+    `source` is read in a task of its own, and no further than this generator is.
+    """
+    loop = asyncio.get_running_loop()
+    ready: deque[T] = deque()
+    wanted, changed = asyncio.Event(), asyncio.Event()
+    last_s = loop.time()
+    timer: asyncio.TimerHandle
+
+    async def pump() -> None:
+        try:
+            await wanted.wait()
+            async for item in source:
+                ready.append(item)
+                wanted.clear()
+                changed.set()
+                await wanted.wait()
+        finally:
+            changed.set()
+            if inspect.isasyncgen(source):
+                await source.aclose()  # it ends when its reader does, and not some time later
+
+    def wake() -> None:
+        nonlocal timer
+        left_s = last_s + every_s - loop.time()
+        if left_s <= 0:
+            changed.set()
+            left_s = every_s
+        timer = loop.call_later(left_s, wake)
+
+    timer = loop.call_later(every_s, wake)
+    pumping = asyncio.create_task(pump(), name="heartbeats: source")
+    try:
+        while True:
+            if ready:
+                last_s = loop.time()
+                yield ready.popleft()
+            elif pumping.done():
+                await pumping
+                return
+            elif loop.time() - last_s >= every_s:
+                last_s = loop.time()
+                yield beat()
+            else:
+                wanted.set()
+                changed.clear()
+                await changed.wait()
+    finally:
+        timer.cancel()
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
+
+
+class Listening:
+    """Reads a gRPC call whose writer is `beating`; its heartbeats are left out.
+
+    Only the time that a reader waits in `read` counts as silence.
+
+    Args:
+        patient: while it is true, a first message may take as long as it likes: the request itself
+            waits on its way, behind what else this link carries.
+
+    Attributes:
+        silent: the peer said nothing for `SILENCE_S`: the call was cancelled for that.
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        *,
+        silence_s: float = SILENCE_S,
+        patient: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.silent = False
+        self._call = call
+        self._patient = patient
+        self._begun = False  # the peer said something
+        self._silence = Silence()
+        self._pause_s = silence_s / SILENCE_LOOKS
+        self._waiting = False
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._pause_s, self._look)
+
+    async def read(self) -> Any:
+        """The next message, or `EOF` where the peer ended the call.
+
+        Raises:
+            Unreachable: it fell silent.
+            AioRpcError, CancelledError: as the call's own `read`.
+        """
+        while True:
+            self._silence.heard()
+            self._waiting = True
+            try:
+                message = await self._next()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self.silent and not (task is not None and task.cancelling()):
+                    raise self._lost() from None
+                self.cancel()
+                raise
+            except BaseException:
+                self.cancel()
+                raise
+            finally:
+                self._waiting = False
+            self._begun = True
+            if message is EOF:
+                self._timer.cancel()
+                return message
+            if message.WhichOneof("kind") != "heartbeat":
+                return message
+
+    async def _next(self) -> Any:
+        """The next message but for those that say as much as silence does."""
+        while True:
+            message = await self._call.read()
+            stalled = (
+                message is not EOF
+                and message.WhichOneof("kind") == "heartbeat"
+                and message.heartbeat.stalled
+            )
+            if not stalled:
+                return message
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """All messages up to the end."""
+        while (message := await self.read()) is not EOF:
+            yield message
+
+    def cancel(self) -> None:
+        """Leave the call."""
+        self._timer.cancel()
+        self._call.cancel()
+
+    def _look(self) -> None:
+        listening = self._waiting and (self._begun or not self._patient())
+        if listening and self._silence.look():
+            self.silent = True
+            self._call.cancel()
+            return
+        self._timer = self._loop.call_later(self._pause_s, self._look)
+
+    def _lost(self) -> Unreachable:
+        return Unreachable(
+            f"The other side said nothing for {SILENCE_S:g} s.",
+            hint="Its process hangs, or the network between lost it.",
+        )
+
+
+async def answered(
+    call: Awaitable[T],
+    ping: Callable[[float], Awaitable[object]],
+    *,
+    silence_s: float = SILENCE_S,
+) -> T:
+    """The result of `call`, given up where the peer answers nothing at all.
+
+    A slow answer is none that is lost: after half of `silence_s`, and again and again, `ping` is
+    asked for a sign of life within the other half.
+
+    Args:
+        ping: called with seconds; raises where no answer came within them.
+
+    Raises:
+        Unreachable: no answer, and no sign of life either.
+        Whatever `call` raises.
+    """
+    half_s = silence_s / 2
+    asking = asyncio.ensure_future(call)
+    try:
+        while True:
+            done, _ = await asyncio.wait({asking}, timeout=half_s)
+            if done:
+                return asking.result()
+            began = asyncio.get_running_loop().time()
+            try:
+                await ping(half_s)
+            except Exception as error:
+                if asking.done():
+                    return asking.result()
+                late_s = asyncio.get_running_loop().time() - began
+                if late_s > 2 * half_s:
+                    continue  # we were not scheduled ourselves: that says nothing of the peer
+                raise Unreachable(
+                    f"The other side did not answer for {silence_s:g} s.",
+                    hint="Its process hangs, or the network between lost it.",
+                ) from error
+    finally:
+        if not asking.done():
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)

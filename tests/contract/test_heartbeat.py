@@ -1,0 +1,208 @@
+"""Heartbeats in long streams, and readers that take silence for a loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segue_contract.errors import Overloaded, Unreachable
+from segue_contract.liveness import Silence
+from segue_contract.transport.heartbeat import EOF, Listening, answered, beating
+from segue_contract.v1 import agent_pb2 as pb
+
+BEAT = pb.TurnEvent(heartbeat=pb.Heartbeat())
+STALLED = pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=True))
+FRAME = pb.TurnEvent(frame=pb.TokenFrame(index=1))
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9))
+def test_a_peer_is_lost_after_so_many_looks_in_a_row(heard: list[bool], looks: int) -> None:
+    silence = Silence(looks)
+    quiet = 0
+    for one in heard:
+        if one:
+            silence.heard()
+            quiet = 0
+        else:
+            quiet += 1
+            assert silence.look() == (quiet >= looks)
+        assert silence.lost == (quiet >= looks)
+
+
+async def test_every_item_comes_once_and_in_order_with_beats_where_it_is_quiet() -> None:
+    go_on = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        for number in range(100):
+            yield str(number)
+        await go_on.wait()
+        yield "last"
+
+    found = []
+    async for item in beating(source(), lambda: "beat", every_s=0.01):
+        found.append(item)
+        if found.count("beat") == 3:
+            go_on.set()
+    assert [item for item in found if item != "beat"] == [str(n) for n in range(100)] + ["last"]
+    assert found[:100] == [str(n) for n in range(100)]
+
+
+async def test_the_source_s_error_comes_behind_its_items_and_leaving_ends_it() -> None:
+    closed = asyncio.Event()
+
+    async def source(fails: bool) -> AsyncIterator[int]:
+        try:
+            yield 1
+            if fails:
+                raise Overloaded("Too much.")
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    failing = beating(source(True), lambda: 0)
+    assert await anext(failing) == 1
+    with pytest.raises(Overloaded):
+        await anext(failing)
+    closed.clear()
+    stream = beating(source(False), lambda: 0)
+    assert await anext(stream) == 1
+    await stream.aclose()
+    assert closed.is_set()
+
+
+async def test_a_source_is_read_no_further_than_its_reader_is() -> None:
+    last = 0
+
+    async def source() -> AsyncIterator[int]:
+        nonlocal last
+        for last in range(100):
+            yield last
+
+    stream = beating(source(), lambda: -1)
+    for number in range(3):
+        assert await anext(stream) == number
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert last == number
+    await stream.aclose()
+
+
+class ScriptedCall:
+    """A stream call: says `script`, then nothing."""
+
+    def __init__(self, *script: Any) -> None:
+        self.messages: asyncio.Queue[Any] = asyncio.Queue()
+        for message in script:
+            self.messages.put_nowait(message)
+        self.cancelled = False
+        self._reading: asyncio.Task[Any] | None = None
+
+    async def read(self) -> Any:
+        self._reading = asyncio.create_task(self.messages.get())
+        return await self._reading
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+async def test_silence_ends_a_call_and_heartbeats_do_not_reach_the_reader() -> None:
+    call = ScriptedCall(BEAT, FRAME, BEAT)
+    listening = Listening(call, silence_s=0.12)
+    assert await listening.read() == FRAME
+    with pytest.raises(Unreachable, match="said nothing"):
+        await listening.read()
+    assert listening.silent
+    assert call.cancelled
+
+
+async def test_who_does_not_read_hears_no_silence() -> None:
+    call = ScriptedCall(FRAME)
+    listening = Listening(call, silence_s=0.03)
+    await asyncio.sleep(0.1)
+    assert await listening.read() == FRAME
+    assert not listening.silent
+    listening.cancel()
+
+
+async def test_a_stalled_peer_is_as_good_as_a_silent_one() -> None:
+    call = ScriptedCall(BEAT)
+    listening = Listening(call, silence_s=0.12)
+
+    async def say() -> None:
+        while not call.cancelled:
+            call.messages.put_nowait(STALLED)
+            await asyncio.sleep(0.01)
+
+    saying = asyncio.create_task(say())
+    with pytest.raises(Unreachable):
+        await listening.read()
+    await saying
+
+
+async def test_a_loop_that_stood_still_is_not_the_peer_s_silence() -> None:
+    import time
+
+    call = ScriptedCall()
+    listening = Listening(call, silence_s=0.3)
+    reading = asyncio.create_task(listening.read())
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # noqa: ASYNC251 - as a machine that schedules nobody
+    call.messages.put_nowait(FRAME)
+    assert await reading == FRAME
+    listening.cancel()
+
+
+async def test_the_end_and_being_cancelled_stay_what_they_are() -> None:
+    listening = Listening(ScriptedCall(FRAME, EOF))
+    assert [message async for message in listening] == [FRAME]
+    listening = Listening(ScriptedCall())
+    reading = asyncio.create_task(listening.read())
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert not listening.silent
+
+
+async def test_a_slow_answer_is_waited_for_while_there_are_signs_of_life() -> None:
+    pings = 0
+    enough = asyncio.Event()
+
+    async def ping(timeout_s: float) -> None:
+        nonlocal pings
+        pings += 1
+        if pings == 3:
+            enough.set()
+
+    async def slow() -> str:
+        await enough.wait()
+        return "at last"
+
+    assert await answered(slow(), ping, silence_s=0.02) == "at last"
+    assert await answered(slow(), ping, silence_s=0.02) == "at last"
+
+
+async def test_no_answer_and_no_sign_of_life_is_a_loss() -> None:
+    async def ping(timeout_s: float) -> None:
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata()
+        )
+
+    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    with pytest.raises(Unreachable, match="did not answer"):
+        await answered(never, ping, silence_s=0.02)
+    assert never.cancelled()
+    with pytest.raises(Overloaded):
+        await answered(_refuse(), ping)
+
+
+async def _refuse() -> None:
+    raise Overloaded("Too much.")
