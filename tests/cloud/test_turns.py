@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from segue_cloud.log.session_log import SessionLog
+from segue_cloud.sessions.running import RunningTurns
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import Begun, TurnManager
 from segue_cloud.turns.opening import TurnRequest
@@ -25,10 +26,19 @@ from segue_contract.errors import (
     InvalidArgument,
     Overloaded,
     SessionBusy,
+    StaleEpoch,
+    TurnCancelled,
+    TurnConflict,
     TurnFailed,
+    Unreachable,
 )
 from segue_contract.ids import SessionName
-from segue_contract.limits import STORE_PATIENCE_CALLS, STORE_TIMEOUT_S, TURN_ENGINES
+from segue_contract.limits import (
+    MAX_TURNS_WAITING_PER_SESSION,
+    STORE_PATIENCE_CALLS,
+    STORE_TIMEOUT_S,
+    TURN_ENGINES,
+)
 from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
@@ -38,6 +48,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.servers import stopped
 
 SESSION = SessionName("default", "trip")
+OTHER = SessionName("default", "work")
 WAIT_S = 20.0
 
 
@@ -49,6 +60,7 @@ class Bench:
     log: SessionLog
     engine: ScriptedEngine
     tokenizer: ChatTokenizer
+    running: RunningTurns
 
     def request(self, turn: str = "t1", **changes: object) -> TurnRequest:
         values: dict[str, object] = {
@@ -87,6 +99,7 @@ async def bench_on(
     engine: ScriptedEngine,
     *,
     max_turns: int = 8,
+    model: str = "m",
     store_timeout_s: float = STORE_TIMEOUT_S,
     store_patience_calls: int = STORE_PATIENCE_CALLS,
 ) -> AsyncIterator[Bench]:
@@ -97,10 +110,11 @@ async def bench_on(
             log, engine, tokenizer, frozenset({2}), 8192, 49152,
             lambda: time.time_ns() // 1_000_000, time.monotonic, store_patience_calls,
         )  # fmt: skip
-        manager = TurnManager(deps, model="m", max_turns=max_turns)
+        running = store.running_turns(model)
+        manager = TurnManager(deps, running, model=model, max_turns=max_turns)
         await log.open_session(SESSION, device="phone")
         try:
-            yield Bench(manager, log, engine, tokenizer)
+            yield Bench(manager, log, engine, tokenizer, running)
         finally:
             await manager.close()
             await store.close()
@@ -240,11 +254,12 @@ async def test_beyond_the_bound_it_refuses_with_a_hint(
     engine = ScriptedEngine(words, free=False)
     async with bench_on(valkey.url, model_dir, engine, max_turns=1) as bench:
         bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        await bench.log.open_session(OTHER, device="phone")
         with pytest.raises(Overloaded) as refused:
-            await bench.begin("t2")
+            await bench.begin("t2", session=OTHER)
         assert refused.value.fields["retry_after_s"] > 0
-        state = await bench.log.state(SESSION)
-        assert [turn.turn for turn in state.turns] == ["t1"]
+        assert not (await bench.log.state(OTHER)).turns
+        engine.allow(len(words))
 
 
 async def test_a_full_instance_still_lets_its_own_turns_be_joined(
@@ -404,7 +419,7 @@ async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("claims", "succession", "writer"):
+    for module in ("claims", "takeover", "writer", "manager", "recovery"):
         monkeypatch.setattr(f"segue_cloud.turns.{module}.TURN_LEASE_S", 0.3)
 
 
@@ -415,7 +430,7 @@ async def test_an_orphan_is_finished_though_nobody_asks(
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
         await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
-        async with recovering(bench.manager, bench.log, SESSION.tenant, every_s=0.05):
+        async with recovering(bench.manager, bench.running, every_s=0.05):
             async with asyncio.timeout(WAIT_S):
                 while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
@@ -481,3 +496,177 @@ async def test_a_store_that_never_comes_back_leaves_the_turn_open_and_tells_no_e
         async with asyncio.timeout(WAIT_S):
             events = [event async for event in owner.feed.read()]
         assert [event.WhichOneof("kind") for event in events] == ["started"]
+
+
+async def waiting(bench: Bench, turns: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while bench.manager.waiting < turns:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_waiting_turn_holds_no_place_and_can_be_taken_back(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine, max_turns=2) as bench:
+        first = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        second = asyncio.create_task(bench.manager.run(bench.request("t2")))
+        await waiting(bench, 1)
+        await bench.log.open_session(OTHER, device="phone")
+        elsewhere = await bench.begin("t1", session=OTHER)  # the place that t2 does not hold
+        assert not elsewhere.known
+
+        assert await bench.log.request_stop(SESSION, "t2") == "t2"
+        bench.manager.stop(SESSION, "t2")
+        with pytest.raises(TurnCancelled):
+            await asyncio.wait_for(second, WAIT_S)
+        engine.allow(len(words))
+        assert (await bench.ended(first)).reason == "stop"
+        with pytest.raises(TurnCancelled):  # asked again by a caller that did not hear of it
+            await bench.begin("t2")
+        assert [turn.turn for turn in (await bench.log.state(SESSION)).turns] == ["t1"]
+
+
+async def test_first_come_first_served_across_instances(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    mine, other = ScriptedEngine(words, free=False), ScriptedEngine(words)
+    async with (
+        bench_on(valkey.url, model_dir, mine) as here,
+        bench_on(valkey.url, model_dir, other) as there,
+    ):
+        first = here.manager.start(here.spec(await here.begin(), has_edge=False))
+        second = asyncio.create_task(there.manager.run(there.request("t2")))
+        await waiting(there, 1)
+        third = asyncio.create_task(here.manager.run(here.request("t3")))
+        await waiting(here, 1)
+        mine.allow(100)
+        await here.ended(first)  # those who wait here hear of it at once, and are not next
+        with pytest.raises(SessionBusy):
+            await here.begin("t4", wait=False)
+        _, owner = await asyncio.wait_for(second, WAIT_S)
+        assert owner is not None
+        await there.ended(owner)
+        _, owner = await asyncio.wait_for(third, WAIT_S)
+        assert owner is not None
+        await here.ended(owner)
+        state = await here.log.state(SESSION)
+        assert [turn.turn for turn in state.turns] == ["t1", "t2", "t3"]
+
+
+async def test_too_many_that_wait_are_refused(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        tasks = [
+            asyncio.create_task(bench.begin(f"w{at}"))
+            for at in range(MAX_TURNS_WAITING_PER_SESSION)
+        ]
+        await waiting(bench, len(tasks))
+        async with asyncio.timeout(WAIT_S):
+            while True:  # each has its place once the store knows of it
+                try:
+                    await asyncio.wait_for(bench.begin("more"), 0.5)
+                except Overloaded:
+                    break
+                except TimeoutError:
+                    await bench.log.request_stop(SESSION, "more")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_the_same_id_with_other_content_is_a_conflict(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.sessions.store.TURN_ID_MEMORY", 1)
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        for turn in ("t1", "t2", "t3"):
+            owner = bench.manager.start(bench.spec(await bench.begin(turn), turn, has_edge=False))
+            await bench.ended(owner)
+        for turn in ("t1", "t3"):  # t1 is long forgotten but for its id
+            again = await bench.begin(turn)
+            assert again.known
+            assert again.ended
+            with pytest.raises(TurnConflict):
+                await bench.begin(turn, prompt="Something else")
+        assert len((await bench.log.state(SESSION)).turns) == 3
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_orphans_go_to_those_with_room_and_none_ends_for_want_of_it(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    names = [SessionName("default", f"s{at}") for at in range(5)]
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        for name in names:
+            await dead.log.open_session(name, device="phone")
+            await dead.begin(session=name)
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine, max_turns=2) as bench,
+        recovering(bench.manager, bench.running, every_s=0.05),
+    ):
+        async with asyncio.timeout(WAIT_S):
+            while bench.manager.running < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert bench.manager.room == 0
+        engine.allow(len(names) * len(words))
+        async with asyncio.timeout(WAIT_S):
+            for name in names:
+                while not (turn := (await bench.log.state(name)).turns[0]).ended:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                assert (turn.tokens, turn.reason) == (words, "stop")
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_an_instance_leaves_orphans_of_another_model_alone(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), model="n") as bench:
+        assert not await bench.running.due(8)
+        assert not await bench.manager.recover(SESSION)
+        assert (await bench.turn()).epoch == 1
+
+
+async def test_a_planned_stop_gives_the_lease_back(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.SHUTDOWN_GRACE_S", 0.1)
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new:
+        async with bench_on(valkey.url, model_dir, engine) as old:
+            owner = old.manager.start(old.spec(await old.begin(), has_edge=False))
+            engine.allow(3)
+            await shown_tokens(owner, 3)
+            assert not await new.manager.recover(SESSION), "its lease holds"
+            await old.manager.close()
+            with pytest.raises(Unreachable):
+                await old.begin("t2")
+            kinds = [event.WhichOneof("kind") async for event in owner.feed.read()]
+            assert "ended" not in kinds
+            assert await new.manager.recover(SESSION)
+        second = new.manager.owned(SESSION, "t1")
+        assert second is not None
+        turn = await new.ended(second)
+        assert (turn.tokens, turn.epoch) == (words, 2)
+
+
+async def test_a_turn_is_opened_only_where_it_began(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine) as one,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words[::-1])) as two,
+    ):
+        begun = await one.begin()
+        owner = one.manager.start(one.spec(begun, has_edge=False))
+        with pytest.raises(StaleEpoch):
+            two.manager.open(two.spec(begun))
+        engine.allow(len(words))
+        assert (await one.ended(owner)).tokens == words

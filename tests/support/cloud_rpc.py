@@ -60,7 +60,9 @@ async def cloud_rpc(
             now_ms=lambda: time.time_ns() // 1_000_000,
             monotonic=time.monotonic,
         )
-        manager = TurnManager(deps, model=manifest.name, max_turns=max_turns)
+        manager = TurnManager(
+            deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
+        )
         agent = AgentService(
             Identity("default", "cloud-1", manifest.name, "", context), manager, log
         )

@@ -127,9 +127,9 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         now_ms=lambda: time.time_ns() // 1_000_000,
         monotonic=time.monotonic,
     )
-    manager = TurnManager(deps, model=manifest.name, max_turns=settings.max_turns)
-    stack.push_async_callback(manager.close)
-    await stack.enter_async_context(recovering(manager, session_log, settings.tenant))
+    running = store.running_turns(manifest.name)
+    manager = TurnManager(deps, running, model=manifest.name, max_turns=settings.max_turns)
+    await stack.enter_async_context(recovering(manager, running))
     identity = Identity(
         settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
     )
@@ -151,6 +151,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         ],
     )
     stack.push_async_callback(server.stop)
+    stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
     if settings.metrics_port:
         stack.enter_context(CloudMetrics(engine, manager).listen(settings.metrics_port))
     return Cloud(server, manager, engine, instance, manifest.name, redis_url, mqtt_url)

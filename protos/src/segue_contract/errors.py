@@ -11,6 +11,8 @@ SegueError
 │   ├── UnknownTurn            no such turn in this session
 │   └── UnknownModel           this node serves another model
 ├── SessionBusy                another turn runs, and the caller chose not to wait
+├── TurnConflict               the turn's id was used for something else in this session
+├── TurnCancelled              the turn was stopped while it waited; nothing of it is in the log
 ├── Overloaded                 a bound is reached; `retry_after_s` says when to come back
 ├── StaleEpoch                 a newer holder exists; `current` is its epoch
 ├── SequenceGap                `expected` is the sequence number the log waits for
@@ -145,6 +147,14 @@ class UnknownModel(NotFound):
 class SessionBusy(SegueError):
     grpc_code = "ABORTED"
     retryable = True
+
+
+class TurnConflict(SegueError):
+    grpc_code = "ALREADY_EXISTS"
+
+
+class TurnCancelled(SegueError):
+    grpc_code = "ABORTED"
 
 
 class Overloaded(SegueError):

@@ -30,7 +30,7 @@ from segue_cloud.sessions.port import (
     TurnHold,
 )
 from segue_cloud.sessions.reader import LogReader, Page
-from segue_contract.errors import SegueError
+from segue_contract.errors import SegueError, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     COMPACT_AFTER_ENTRIES,
@@ -156,17 +156,34 @@ class SessionLog:
         return result
 
     async def begin_turn(
-        self, session: SessionName, turn: str, ops: Sequence[Op], lease_s: float = TURN_LEASE_S
+        self,
+        session: SessionName,
+        turn: str,
+        ops: Sequence[Op],
+        lease_s: float = TURN_LEASE_S,
+        *,
+        digest: str = "",
+        abandon_s: float = 0.0,
     ) -> TurnClaim:
         """As the store's; also ends the turn of an owner that let its lease run out."""
         encoded = [LogOp.of(op) for op in ops]
         data = [op.data for op in encoded]
-        claim = await self._store.begin_turn(session, turn, data, lease_s, title=_title(ops))
+        claim = await self._store.begin_turn(
+            session, turn, data, lease_s, title=_title(ops), digest=digest, abandon_s=abandon_s
+        )
         if claim.status is Status.OK and claim.appended:
             self._spread(session, claim.cursor, encoded[len(encoded) - claim.appended :])
         if claim.status is Status.OK and claim.holder:
-            await self._end_abandoned(session, claim.holder)
+            try:
+                await self.end_abandoned(session, claim.holder)
+            except StoreUnavailable as error:  # whoever looks at the session's turns ends it
+                log.warning("turn_not_ended", turn=claim.holder, error=error.message)
         return claim
+
+    async def wait_turn(
+        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+    ) -> TurnClaim:
+        return await self._store.wait_turn(session, turn, digest, mode, abandon_s=abandon_s)
 
     async def take_over(
         self,
@@ -214,7 +231,8 @@ class SessionLog:
             self._folded_at[session] = tail.offset
             self._spawn(self._compact(session), f"compact {session}")
 
-    async def _end_abandoned(self, session: SessionName, turn: str) -> None:
+    async def end_abandoned(self, session: SessionName, turn: str) -> None:
+        """End a turn that lost its session to another one, with an error."""
         fence = await self._store.fence_turn(session, turn)
         if fence.status is not Status.OK:
             return  # somebody ended it meanwhile

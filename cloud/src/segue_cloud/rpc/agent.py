@@ -65,7 +65,6 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         tail, created = await self._log.open_session(
             session, must_exist=request.must_exist, device=device
         )
-        await self._manager.recover(session)
         return pb.OpenSessionReply(
             session=session.session,
             tail=cursor_message(tail),
@@ -101,6 +100,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, session: SessionName, turn: str, from_index: int
     ) -> AsyncIterator[pb.TurnEvent]:
         """A turn that began earlier: here, in another instance, or long ago."""
+        await self._manager.recover(session)
         owner = self._manager.owned(session, turn)
         if owner is not None:
             async for event in owner.feed.read(from_index):
@@ -129,7 +129,6 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         session = self._session(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
-        await self._manager.recover(session)
         after = Cursor(request.after.generation, request.after.offset)
         async with self._log.follow(session, after) as following:
             async for item in following:

@@ -48,6 +48,11 @@ def active_key(shard: int) -> str:
     return f"segue:active:{{{shard}}}"
 
 
+def running_key(shard: int, model: str) -> str:
+    """Sorted set: sessions in which a turn of `model` runs, by when to look at its lease, ms."""
+    return f"segue:running:{{{shard}}}:{model}"
+
+
 def active_shard(session: SessionName) -> int:
     return crc_hqx(str(session).encode(), 0) % ACTIVE_SHARDS
 

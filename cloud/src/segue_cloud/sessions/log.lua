@@ -3,7 +3,9 @@
 --
 -- KEYS  1 log        stream; entry id = <generation>-<offset>, field "o" = the op's bytes
 --       2 meta       hash: gen, tail, gs (first offset of this generation), cur (running turn),
---                    lease (ms), stop (turn asked to stop), pub (published offset), da (dirty since,
+--                    lease (ms), stop (turn asked to stop), wait (turns that wait for the
+--                    session, first come first: "turn:ms:flag,..."; flag w waits and named
+--                    itself then, s was stopped then), d:<turn> = digest of what was asked, pub (published offset), da (dirty since,
 --                    ms), u (updated, ms), n (turns), title,
 --                    p:<producer> and t:<turn> = "epoch|seq|seq:offset,seq:offset,...",
 --                    x:<turn> = "<ended>|<nonce of the claim that made its epoch>": who
@@ -86,6 +88,66 @@ local function hold(turn, lease_ms, now)
   redis.call('HSET', META, 'cur', turn, 'lease', now + tonumber(lease_ms))
 end
 
+-- The turns that wait, without those that nobody named for `wait_ms`.
+local function waiting(now, wait_ms)
+  local list = {}
+  for turn, at, flag in string.gmatch(redis.call('HGET', META, 'wait') or '', '([^:,]+):(%d+):(%a)') do
+    local kept_ms = flag == 's' and 60000 or tonumber(wait_ms)
+    if tonumber(at) + kept_ms > now then list[#list + 1] = {turn, at, flag} end
+  end
+  return list
+end
+
+local function keep_waiting(list)
+  local parts = {}
+  for i, one in ipairs(list) do parts[i] = one[1] .. ':' .. one[2] .. ':' .. one[3] end
+  redis.call('HSET', META, 'wait', table.concat(parts, ','))
+end
+
+-- The place of `turn` among those that wait, how many wait, and the first of them.
+local function place_of(list, turn)
+  local place, count, first = nil, 0, ''
+  for i, one in ipairs(list) do
+    if one[1] == turn then place = i end
+    if one[3] == 'w' then
+      count = count + 1
+      if first == '' then first = one[1] end
+    end
+  end
+  return place, count, first
+end
+
+-- What there is to say of a turn before it begins, as begin; nil where it may begin now.
+local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
+  local generation, tail, current = known[1], known[2], known[3]
+  local before = redis.call('HGET', META, 'd:' .. turn)
+  if before and digest ~= '' and before ~= digest then
+    return {'conflict', 0, generation, tail, 1, 0, '', 0, 0}
+  end
+  if known[5] then
+    local ended, owner = turn_flags(turn)
+    local begun = tonumber(redis.call('ZSCORE', TURNS, turn) or '0')
+    if nonce ~= '' and owner == nonce then
+      return {'ok', parse(known[5]), generation, begun, 0, 0, '', ops, 0}
+    end
+    return {'ok', parse(known[5]), generation, begun, 1, ended and 1 or 0, '', 0, 0}
+  end
+  if before then return {'ok', 0, generation, 0, 1, 1, '', 0, 0} end  -- it ended long ago
+  local list = waiting(now, wait_ms)
+  local place, _, first = place_of(list, turn)
+  if place and list[place][3] == 's' then
+    return {'cancelled', 0, generation, tail, 0, 0, '', 0, 0}
+  end
+  local left = tonumber(known[4]) - now
+  if current ~= '' and left + tonumber(abandon_ms) > 0 then
+    return {'busy', 0, generation, tail, 0, 0, current, 0, left}
+  end
+  if first ~= '' and first ~= turn then
+    return {'busy', 0, generation, tail, 0, 0, first, 0, tonumber(wait_ms)}
+  end
+  return nil
+end
+
 local verbs = {}
 
 -- must_exist, device, devices bound -> {status, generation, tail, created}
@@ -158,37 +220,62 @@ function verbs.append(producer, epoch, first, turn, nonce, ends, lease_ms, runs_
   return {'ok', generation, offset_of(runs, first), tail, epoch, last + 1, stopping, last - seq}
 end
 
--- turn, lease ms, turns bound, title, nonce, ops...
--- -> {status, epoch, generation, offset of the last opening op, known, ended, holder, appended}
+-- turn, lease ms, turns bound, title, nonce, digest, wait ms, abandon ms (how long after its lease
+-- an owner's turn is left to others), ops...
+-- -> {status, epoch, generation, offset of the last opening op, known, ended, holder, appended,
+--     what is left of the holder's lease, ms}
 -- The nonce tells a repeated call, whose reply was lost, from another one's turn.
-function verbs.begin(turn, lease_ms, bound, title, nonce)
-  local OPS = 7
+function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms)
+  local OPS = 10
   local known = meta('cur', 'lease', 't:' .. turn, 'title')
-  if not known then return {'missing', 0, 0, 0, 0, 0, '', 0} end
+  if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
   local generation, tail, current = known[1], known[2], known[3]
-  if known[5] then
-    local ended, before = turn_flags(turn)
-    local begun = tonumber(redis.call('ZSCORE', TURNS, turn) or '0')
-    if before == nonce then
-      return {'ok', parse(known[5]), generation, begun, 0, 0, '', #ARGV - OPS + 1}
-    end
-    return {'ok', parse(known[5]), generation, begun, 1, ended and 1 or 0, '', 0}
-  end
   local now = now_ms()
+  local said = judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, #ARGV - OPS + 1)
+  if said then return said end
   if current ~= '' then
-    if tonumber(known[4]) > now then return {'busy', 0, generation, tail, 0, 0, current, 0} end
     -- Its owner is gone: whatever that one may still send is refused from here on.
     redis.call('HSET', META, 't:' .. current, parse(redis.call('HGET', META, 't:' .. current)) + 1
       .. '|0|')
   end
   tail = write(generation, tail, OPS, #ARGV, now)
   redis.call('HSET', META, 't:' .. turn, '1|0|', 'x:' .. turn, '0|' .. nonce, 'stop', '')
+  if digest ~= '' then redis.call('HSET', META, 'd:' .. turn, digest) end
+  local list = waiting(now, wait_ms)
+  local place = place_of(list, turn)
+  if place then
+    table.remove(list, place)
+    keep_waiting(list)
+  end
   redis.call('HINCRBY', META, 'n', 1)
   if known[6] == '' and title ~= '' then redis.call('HSET', META, 'title', title) end
   hold(turn, lease_ms, now)
   redis.call('ZADD', TURNS, tail, turn)
   forget(TURNS, tonumber(bound), 't:', 'x:')
-  return {'ok', 1, generation, tail, 0, 0, current, #ARGV - OPS + 1}
+  return {'ok', 1, generation, tail, 0, 0, current, #ARGV - OPS + 1, 0}
+end
+
+-- turn, digest, mode ("look", "join" the turns that wait, "leave" them), wait ms, bound of those
+-- that wait, abandon ms -> as begin; "ok" and not known: it may begin now
+function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms)
+  local known = meta('cur', 'lease', 't:' .. turn)
+  if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
+  local now = now_ms()
+  local said = judge(known, turn, digest, '', wait_ms, abandon_ms, now, 0)
+    or {'ok', 0, known[1], known[2], 0, 0, '', 0, 0}
+  local list = waiting(now, wait_ms)
+  local place, count = place_of(list, turn)
+  if mode == 'leave' and place and list[place][3] == 'w' then
+    table.remove(list, place)
+    keep_waiting(list)
+  elseif mode == 'join' and (said[1] == 'busy' or (said[1] == 'ok' and said[5] == 0)) then
+    if not place and count >= tonumber(bound) then
+      return {'full', 0, known[1], known[2], 0, 0, said[7], 0, said[9]}
+    end
+    list[place or #list + 1] = {turn, now, 'w'}
+    keep_waiting(list)
+  end
+  return said
 end
 
 -- turn, lease ms, mode ("now", "expired": only where no lease holds, "fence": without claiming
@@ -202,6 +289,10 @@ function verbs.take(turn, lease_ms, mode, nonce)
   if ended then return {'missing', epoch, generation, tail, 1, 1, current, 0} end
   if before == nonce then return {'ok', epoch, generation, tail, 1, 0, '', 0} end
   local now = now_ms()
+  -- A turn that lost its session to another one is not gone on with.
+  if mode == 'expired' and current ~= turn then
+    return {'busy', epoch, generation, tail, 1, 0, current, 0}
+  end
   local held = current ~= '' and tonumber(known[4]) > now
   if held and mode ~= 'fence' and (current ~= turn or mode == 'expired') then
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
@@ -232,14 +323,25 @@ function verbs.release(turn, epoch, nonce)
   local has = parse(known[4])
   local _, owner = turn_flags(turn)
   if tonumber(epoch) ~= has or nonce ~= owner or known[3] ~= turn then return {'stale'} end
-  redis.call('HSET', META, 'lease', 0)
+  redis.call('HSET', META, 'lease', now_ms())
   return {'ok'}
 end
 
--- turn or "" -> {the turn that is asked to stop, or ""}
+-- turn or "" (whichever runs) -> {the turn that is asked to stop, or ""}; one that waits for the
+-- session will not begin
 function verbs.stop(turn)
   local known = meta('cur')
-  if not known or known[3] == '' or (turn ~= '' and turn ~= known[3]) then return {''} end
+  if not known then return {''} end
+  if turn ~= '' and turn ~= known[3] then
+    local now = now_ms()
+    local list = waiting(now, 60000)
+    local place = place_of(list, turn)
+    if not place then return {''} end
+    list[place] = {turn, now, 's'}
+    keep_waiting(list)
+    return {turn}
+  end
+  if known[3] == '' then return {''} end
   redis.call('HSET', META, 'stop', known[3])
   return {known[3]}
 end

@@ -29,6 +29,9 @@ class Status(StrEnum):
     GAP = "gap"  # `expected_seq` is what the log waits for
     BUSY = "busy"  # another turn holds the session
     MISSING = "missing"  # no such session
+    FULL = "full"  # too many turns wait for the session
+    CANCELLED = "cancelled"  # the turn was stopped before it began
+    CONFLICT = "conflict"  # the turn's id was used for something else
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class TurnClaim:
     # this claim fenced off without ending it.
     holder: str = ""
     appended: int = 0  # how many opening ops this call appended; they end at `cursor`
+    # BUSY: how much longer the holder holds the session; not positive: nobody renews its lease
+    lease_left_s: float = 0.0
     nonce: str = ""  # OK, unless `begin_turn` found the turn `known`: what the owner appends with
 
     def hold(self, turn: str) -> TurnHold:
@@ -168,12 +173,27 @@ class Turns(Protocol):
         lease_s: float,
         *,
         title: str = "",
+        digest: str = "",
+        abandon_s: float = 0.0,
     ) -> TurnClaim:
         """Claim the session for `turn` and append its first ops (user_message, turn_started).
 
         BUSY while another turn's lease holds. A known turn id appends nothing (`known`).
         turn_started carries epoch 1 on a first claim; every take-over counts up by one.
-        `title` names a session that has no title yet.
+        `title` names a session that has no title yet. `digest` says what was asked for: the same
+        id with another one is CONFLICT, for as long as the session lives. A turn whose owner let
+        its lease run out is left to those who could go on with it for `abandon_s`. Others that
+        wait come first; CANCELLED where the turn was stopped while it waited.
+        """
+        ...
+
+    async def wait_turn(
+        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+    ) -> TurnClaim:
+        """Where `turn` stands before it begins; OK and not known: it may begin now.
+
+        Mode "join" gives it a place among those that wait, or keeps it: a place is lost that nobody
+        names for WAITING_LEASE_S (FULL: too many wait). "leave" gives it up, "look" does nothing.
         """
         ...
 

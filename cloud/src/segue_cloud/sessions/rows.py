@@ -39,7 +39,7 @@ def append_result(row: list[Any]) -> AppendResult:
 
 def claim(row: list[Any], nonce: str) -> TurnClaim:
     """Of the verbs begin and take."""
-    status, epoch, generation, offset, known, ended, holder, appended = row
+    status, epoch, generation, offset, known, ended, holder, appended, *left_ms = row
     return TurnClaim(
         status=Status(status.decode()),
         epoch=epoch,
@@ -49,6 +49,7 @@ def claim(row: list[Any], nonce: str) -> TurnClaim:
         holder=holder.decode(),
         appended=appended,
         nonce=nonce,
+        lease_left_s=left_ms[0] / 1000 if left_ms else 0.0,
     )
 
 

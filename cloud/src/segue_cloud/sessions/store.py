@@ -20,6 +20,7 @@ from segue_cloud.sessions.port import (
     TurnClaim,
     TurnHold,
 )
+from segue_cloud.sessions.running import RUNNING, RunningTurns
 from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
 from segue_contract.ids import SessionName
@@ -27,6 +28,7 @@ from segue_contract.limits import (
     ACTIVE_REFRESH_S,
     ACTIVE_SHARDS,
     MAX_SESSION_DEVICES,
+    MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
     SESSION_CACHE,
@@ -34,6 +36,7 @@ from segue_contract.limits import (
     STORE_TIMEOUT_S,
     TURN_ID_MEMORY,
     TURN_LEASE_S,
+    WAITING_LEASE_S,
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
 
@@ -85,7 +88,7 @@ class RedisStore:
         """
         wire = Wire(
             url,
-            scripts=(_LOG, _ACTIVE),
+            scripts=(_LOG, _ACTIVE, RUNNING),
             timeout_s=timeout_s,
             max_connections=max_connections,
             sleep=sleep,
@@ -195,13 +198,29 @@ class RedisStore:
         lease_s: float,
         *,
         title: str = "",
+        digest: str = "",
+        abandon_s: float = 0.0,
     ) -> TurnClaim:
         rows.check_ops(ops, least=0)
         nonce = self._nonce()
         verb = self._log(
-            session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, *ops
-        )
+            session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, digest,
+            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), *ops,
+        )  # fmt: skip
         return rows.claim(await self._write(session, self._index(session), verb), nonce)
+
+    async def wait_turn(
+        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+    ) -> TurnClaim:
+        verb = self._log(
+            session, "wait", turn, digest, mode, int(WAITING_LEASE_S * 1000),
+            MAX_TURNS_WAITING_PER_SESSION, int(abandon_s * 1000),
+        )  # fmt: skip
+        return rows.claim((await self._wire.call(verb))[0], "")
+
+    def running_turns(self, model: str) -> RunningTurns:
+        """The sessions in which a turn of `model` runs, of all instances."""
+        return RunningTurns(self._wire, model)
 
     async def take_over(
         self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False

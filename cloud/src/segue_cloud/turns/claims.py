@@ -1,4 +1,8 @@
-"""The claim of a session for a new turn: one turn at a time, others wait in order or are told."""
+"""The claim of a session for a new turn: one turn at a time, others wait in order or are told.
+
+The order is kept in the store, so it holds for newcomers and across instances: who waits names
+itself now and then, and is told when its turn has come.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,29 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from segue_cloud.sessions.port import Status, TurnClaim
-from segue_cloud.turns.gate import SessionGate
 from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps
-from segue_contract.errors import DeadlineExceeded, SessionBusy
+from segue_cloud.turns.patience import done_within
+from segue_cloud.turns.places import Places
+from segue_cloud.turns.ports import RunningTurns
+from segue_contract.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    SegueError,
+    SessionBusy,
+    TurnCancelled,
+    TurnConflict,
+    UnknownSession,
+)
 from segue_contract.ids import SessionName
-from segue_contract.limits import TURN_LEASE_S, TURN_WAIT_TIMEOUT_S
-
-# Another instance may hold the session: its end is not heard here, so look again this often.
-_RETRY_S = 0.25
+from segue_contract.limits import (
+    MAX_TURNS_WAITING_PER_SESSION,
+    ORPHAN_PATIENCE_S,
+    TURN_LEASE_S,
+    TURN_WAIT_TIMEOUT_S,
+    WAIT_POLL_LATER_S,
+    WAIT_POLL_S,
+)
 
 
 class SessionClaims:
@@ -22,67 +40,157 @@ class SessionClaims:
 
     Args:
         model: name written into turn_started.
-        recover: finishes a turn of a session whose owner died, if there is one.
+        recover: finishes a turn of a session whose owner died, if there is one and room for it.
+        overloaded: the error for a turn that finds no room.
     """
 
     def __init__(
-        self, deps: OwnerDeps, *, model: str, recover: Callable[[SessionName], Awaitable[bool]]
+        self,
+        deps: OwnerDeps,
+        places: Places,
+        running: RunningTurns,
+        *,
+        model: str,
+        recover: Callable[[SessionName], Awaitable[bool]],
+        overloaded: Callable[[], Overloaded],
     ) -> None:
         self._deps = deps
+        self._places = places
+        self._running = running
         self._model = model
         self._recover = recover
-        self._gate = SessionGate()
+        self._overloaded = overloaded
+        self._waiting: dict[SessionName, set[asyncio.Future[None]]] = {}
 
-    def release(self, session: SessionName) -> None:
-        """A turn of the session ended in this instance."""
-        self._gate.release(session)
+    @property
+    def waiting(self) -> int:
+        """Turns that wait here for their session."""
+        return sum(len(some) for some in self._waiting.values())
+
+    def wake(self, session: SessionName) -> None:
+        """Something changed for those who wait here: a turn ended, or one of them was stopped."""
+        for woken in self._waiting.get(session, ()):
+            if not woken.done():
+                woken.set_result(None)
 
     async def claim(self, request: TurnRequest) -> TurnClaim:
         """Append user_message and turn_started once the session is free; a turn that is known
-        already is said to be.
+        already is said to be. A turn that begins holds a place from then on.
 
         Raises:
             SessionBusy, Overloaded, DeadlineExceeded, StoreUnavailable.
+            TurnConflict: the id was used for something else.
+            TurnCancelled: it was stopped while it waited.
         """
-        session = request.session
-        if not request.wait and self._gate.waiting(session):
-            raise _busy(session, "")
-        claim = await self._try_claim(request)
-        if claim.status is not Status.BUSY:
+        claim = await self._try(request)
+        if claim.status is Status.OK:
             return claim
         if not request.wait:
-            raise _busy(session, claim.holder)
+            raise SessionBusy(
+                f"Session {request.session.session} has a running turn.",
+                hint="Wait for it (when_busy='wait') or stop it.",
+                turn=claim.holder,
+            )
         try:
-            async with (
-                asyncio.timeout(TURN_WAIT_TIMEOUT_S),
-                self._gate.pass_through(session) as ended,
-            ):
-                while True:
-                    ended.clear()
-                    claim = await self._try_claim(request)
-                    if claim.status is not Status.BUSY:
+            return await self._wait(request)
+        except SegueError:  # where this instance closes, its place is kept for another one's call
+            await self._leave(request)
+            raise
+
+    async def _try(self, request: TurnRequest) -> TurnClaim:
+        """Begin the turn if its session is free and there is room: OK or BUSY."""
+        name, digest = request.name, request.digest
+        if not self._places.take(name):
+            claim = await self._deps.log.wait_turn(
+                request.session, request.turn, digest, "look", abandon_s=ORPHAN_PATIENCE_S
+            )
+            if _checked(claim, request).status is Status.OK and not claim.known:
+                raise self._overloaded()
+            return claim
+        begun = False
+        try:
+            await self._running.name([request.session], TURN_LEASE_S)
+            claim = await self._deps.log.begin_turn(
+                request.session,
+                request.turn,
+                opening_ops(request, model=self._model, now_ms=self._deps.now_ms()),
+                TURN_LEASE_S,
+                digest=digest,
+                abandon_s=ORPHAN_PATIENCE_S,
+            )
+            begun = claim.status is Status.OK and not claim.known
+            return _checked(claim, request)
+        finally:
+            if not begun:
+                self._places.give_back(name)
+
+    async def _wait(self, request: TurnRequest) -> TurnClaim:
+        session = request.session
+        waited_s = 0.0
+        while waited_s < TURN_WAIT_TIMEOUT_S:
+            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(session, set()).add(woken)
+            try:
+                claim = await self._deps.log.wait_turn(
+                    session, request.turn, request.digest, "join", abandon_s=ORPHAN_PATIENCE_S
+                )
+                if _checked(claim, request).status is Status.OK:
+                    if claim.known:
                         return claim
                     try:
-                        async with asyncio.timeout(_RETRY_S):
-                            await ended.wait()
-                    except TimeoutError:
-                        continue
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"Session {session.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
-                hint="Stop the running turn, or ask again.",
-            ) from error
+                        claim = await self._try(request)
+                    except Overloaded:
+                        pass  # it keeps its place in the session until there is room here
+                    else:
+                        if claim.status is Status.OK:
+                            return claim
+                elif claim.lease_left_s <= 0:  # the running turn's owner died
+                    await self._recover(session)
+                first = claim.status is Status.OK or claim.lease_left_s <= TURN_LEASE_S
+                pause_s = WAIT_POLL_S if first else WAIT_POLL_LATER_S
+                await done_within({woken}, pause_s, looks=1)
+                waited_s += pause_s  # not by a clock: a process that was stopped has not waited
+            finally:
+                self._waiting[session].discard(woken)
+                if not self._waiting[session]:
+                    del self._waiting[session]
+        raise DeadlineExceeded(
+            f"Session {session.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
+            hint="Stop the running turn, or ask again.",
+        )
 
-    async def _try_claim(self, request: TurnRequest) -> TurnClaim:
-        # A turn whose owner died is finished first: the claim would only end it.
-        await self._recover(request.session)
-        ops = opening_ops(request, model=self._model, now_ms=self._deps.now_ms())
-        return await self._deps.log.begin_turn(request.session, request.turn, ops, TURN_LEASE_S)
+    async def _leave(self, request: TurnRequest) -> None:
+        """Give the place in the session up; where the store is away it is lost by itself."""
+        try:
+            await self._deps.log.wait_turn(
+                request.session, request.turn, request.digest, "leave", abandon_s=ORPHAN_PATIENCE_S
+            )
+        except SegueError:
+            return
 
 
-def _busy(session: SessionName, holder: str) -> SessionBusy:
-    return SessionBusy(
-        f"Session {session.session} has a running turn.",
-        hint="Wait for it (when_busy='wait') or stop it.",
-        turn=holder,
-    )
+def _checked(claim: TurnClaim, request: TurnRequest) -> TurnClaim:
+    """`claim`, OK or BUSY; what else the log says is raised."""
+    session = request.session.session
+    match claim.status:
+        case Status.CONFLICT:
+            raise TurnConflict(
+                f"Turn {request.turn} of session {session} was asked for something else.",
+                hint="Give each question an id of its own; the same id joins the same turn.",
+                turn=request.turn,
+            )
+        case Status.CANCELLED:
+            raise TurnCancelled(
+                f"Turn {request.turn} was stopped while it waited for session {session}.",
+                hint="Nothing of it is in the log; ask again under another id.",
+                turn=request.turn,
+            )
+        case Status.FULL:
+            raise Overloaded(
+                f"{MAX_TURNS_WAITING_PER_SESSION} turns already wait for this session.",
+                hint="Wait for the running reply, or stop it.",
+                retry_after_s=1.0,
+            )
+        case Status.MISSING:
+            raise UnknownSession(f"There is no session {session!r}.", hint="Open it first.")
+    return claim

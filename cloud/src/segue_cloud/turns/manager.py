@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
 
+from segue_cloud.sessions.port import TurnHold
 from segue_cloud.turns.claims import SessionClaims
 from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
+from segue_cloud.turns.places import Places
+from segue_cloud.turns.ports import RunningTurns
 from segue_cloud.turns.spec import OwnedTurn
-from segue_cloud.turns.succession import Succession
+from segue_cloud.turns.takeover import Takeover
 from segue_cloud.turns.writer import TurnKey
-from segue_contract.errors import EngineGone, Overloaded, SegueError
+from segue_contract.errors import (
+    EngineGone,
+    Overloaded,
+    SegueError,
+    StaleEpoch,
+    StoreUnavailable,
+    Unreachable,
+)
 from segue_contract.ids import SessionName, TurnName
-from segue_contract.limits import OPEN_TURN_TIMEOUT_S, SHUTDOWN_GRACE_S
+from segue_contract.limits import (
+    OPEN_TURN_TIMEOUT_S,
+    RELEASE_TIMEOUT_S,
+    SHUTDOWN_GRACE_S,
+    TURN_LEASE_S,
+)
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Op
-from segue_contract.sync.state import Cursor, find_turn, heard
+from segue_contract.sync.state import Cursor, heard
 
 log = structlog.get_logger("segue.turns")
 
@@ -47,20 +64,41 @@ class TurnManager:
         max_turns: turns begun and not ended, beyond which `begin` refuses.
     """
 
-    def __init__(self, deps: OwnerDeps, *, model: str, max_turns: int) -> None:
+    def __init__(
+        self, deps: OwnerDeps, running: RunningTurns, *, model: str, max_turns: int
+    ) -> None:
         self._deps = deps
+        self._running = running
         self._model = model
-        self._max_turns = max_turns
-        self._succession = Succession(deps, self)
-        self._claims = SessionClaims(deps, model=model, recover=self._succession.recover)
+        self._places = Places(max_turns)
+        self._takeover = Takeover(deps, self, self._places, running, model=model)
+        self._claims = SessionClaims(
+            deps,
+            self._places,
+            running,
+            model=model,
+            recover=self._takeover.recover,
+            overloaded=self._overloaded,
+        )
         self._owners: dict[TurnName, TurnOwner] = {}
         self._begun: dict[TurnName, Begun] = {}
+        self._beginning: dict[TurnName, tuple[str, asyncio.Task[Begun]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._admitted = 0
+        self._closing = False
 
     @property
     def running(self) -> int:
         return len(self._owners)
+
+    @property
+    def waiting(self) -> int:
+        """Turns that wait here for their session; they hold no place."""
+        return self._claims.waiting
+
+    @property
+    def room(self) -> int:
+        """How many turns more this instance would take."""
+        return 0 if self._closing or self._deps.engine.died.is_set() else self._places.free
 
     # -- beginning -----------------------------------------------------------------------------
 
@@ -68,19 +106,25 @@ class TurnManager:
         """Claim the session and append user_message and turn_started.
 
         With `expect_open` an edge will open the turn; if it does not within
-        `OPEN_TURN_TIMEOUT_S`, this instance runs the turn by itself.
+        `OPEN_TURN_TIMEOUT_S`, this instance runs the turn by itself. A caller that is cancelled
+        leaves the turn to begin: `StopTurn` takes it back, a disconnect does not.
 
         Raises:
-            Overloaded, SessionBusy, DeadlineExceeded, StoreUnavailable.
+            Overloaded, SessionBusy, DeadlineExceeded, StoreUnavailable, TurnConflict,
+            TurnCancelled.
         """
-        known = await self._known(request)
-        if known is not None:
-            return known
-        self._admitted += 1
-        try:
-            claim = await self._claims.claim(request)
-        finally:
-            self._admitted -= 1
+        self._check_serving()
+        under_way = self._beginning.get(request.name)
+        if under_way is not None and under_way[0] == request.digest:
+            return replace(await asyncio.shield(under_way[1]), known=True)
+        beginning = self._spawn(self._begin(request, expect_open), f"begin {request.turn}")
+        if under_way is None:
+            self._beginning[request.name] = request.digest, beginning
+            beginning.add_done_callback(lambda _: self._beginning.pop(request.name, None))
+        return await asyncio.shield(beginning)
+
+    async def _begin(self, request: TurnRequest, expect_open: bool) -> Begun:
+        claim = await self._claims.claim(request)
         opening = opening_ops(request, model=self._model, now_ms=self._deps.now_ms())
         begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce, opening)
         if not claim.known:
@@ -89,36 +133,36 @@ class TurnManager:
                 self._spawn(self._run_if_unopened(request, begun), f"watch {request.turn}")
         return begun
 
-    async def _known(self, request: TurnRequest) -> Begun | None:
-        """A turn that runs here is joined, however full this instance is; others are admitted."""
-        owner = self._owners.get(request.name)
-        if owner is not None:
-            return Begun(owner.spec.key.epoch, owner.spec.started, known=True, ended=False)
-        try:
-            self.admit()
-        except Overloaded:
-            state = await self._deps.log.state(request.session)
-            turn = find_turn(state, request.turn)
-            if turn is None:
-                raise
-            return Begun(turn.epoch, state.cursor, known=True, ended=turn.ended)
-        return None
+    def admit(self, turn: TurnName) -> None:
+        """A place for `turn`. Raises Overloaded where none is left, EngineGone after the engine."""
+        self._check_serving()
+        if not self._places.take(turn):
+            raise self._overloaded()
 
-    def admit(self) -> None:
-        """Raises Overloaded where the bound of turns is reached, EngineGone after the engine."""
+    def _check_serving(self) -> None:
         if self._deps.engine.died.is_set():
             raise EngineGone("The engine of this instance died.", hint="Another instance goes on.")
-        busy = len(self._owners) + len(self._begun) + self._admitted
-        if busy >= self._max_turns:
-            stats = self._deps.engine.stats()
-            raise Overloaded(
-                f"This cloud already serves {busy} turns.",
-                hint="Try again a little later.",
-                retry_after_s=round(max(0.2, stats.queue_s), 3),
-            )
+        if self._closing:
+            raise Unreachable("This cloud is shutting down.", hint="Another instance goes on.")
+
+    def _overloaded(self) -> Overloaded:
+        stats = self._deps.engine.stats()
+        return Overloaded(
+            f"This cloud already serves {self._places.held} turns.",
+            hint="Try again a little later.",
+            retry_after_s=round(max(0.2, stats.queue_s), 3),
+        )
 
     async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:
-        await asyncio.sleep(OPEN_TURN_TIMEOUT_S)
+        """Hold a turn for the edge that began it, for a while."""
+        hold = TurnHold(request.turn, begun.epoch, begun.nonce)
+        looks = max(1, math.ceil(OPEN_TURN_TIMEOUT_S / (TURN_LEASE_S / 3)))
+        for _ in range(looks):
+            await asyncio.sleep(OPEN_TURN_TIMEOUT_S / looks)
+            if request.name not in self._begun:
+                return
+            with contextlib.suppress(StoreUnavailable):
+                await self._deps.log.renew_turn(request.session, hold, TURN_LEASE_S)
         if request.name in self._begun:
             log.warning("turn_not_opened", session=request.session.session, turn=request.turn)
             await self._run_here(request, begun)
@@ -149,7 +193,10 @@ class TurnManager:
                 self._deps.tokenizer.encode_conversation, heard(earlier), request.prompt
             )
         except BaseException:
-            self._begun.pop(request.name, None)  # its lease runs out, and `recover` finds it
+            # Its lease runs out, and `recover` finds it.
+            self._begun.pop(request.name, None)
+            if request.name not in self._owners:
+                self._places.give_back(request.name)
             raise
         return self.start(
             OwnedTurn(
@@ -170,18 +217,24 @@ class TurnManager:
         """Own a turn that an edge opens; True where it was running here already.
 
         Raises:
-            Overloaded: the turn did not begin here, and there is no room for it.
+            StaleEpoch: it did not begin here under this epoch; it can be taken over.
         """
+        self._check_serving()
         running = self._owners.get(spec.key.name)
         if running is not None:
             return running, True
         begun = self._begun.get(spec.key.name)
-        if begun is None:
-            self.admit()
-        elif begun.epoch == spec.key.epoch:
-            key = replace(spec.key, nonce=begun.nonce)
-            spec = replace(spec, key=key, started=begun.cursor, opening=begun.opening)
-        return self.start(spec), False
+        if begun is None or begun.epoch != spec.key.epoch:
+            raise StaleEpoch(
+                f"Turn {spec.key.turn} did not begin at this instance under epoch "
+                f"{spec.key.epoch}.",
+                hint="Take it over.",
+                current=0 if begun is None else begun.epoch,
+            )
+        key = replace(spec.key, nonce=begun.nonce)
+        return self.start(
+            replace(spec, key=key, started=begun.cursor, opening=begun.opening)
+        ), False
 
     def start(self, spec: OwnedTurn) -> TurnOwner:
         """Own `spec` from now on; a turn that runs here already stays with its owner."""
@@ -201,7 +254,8 @@ class TurnManager:
         finally:
             if self._owners.get(key) is owner:
                 del self._owners[key]
-            self._claims.release(key.session)
+                self._places.give_back(key)
+            self._claims.wake(key.session)
 
     # -- finding -------------------------------------------------------------------------------
 
@@ -218,30 +272,49 @@ class TurnManager:
         owner = self._owners.get(TurnName(session, turn))
         if owner is not None:
             owner.stop()
+        else:
+            self._claims.wake(session)
 
     async def take_over(
         self, spec: OwnedTurn, known_tokens: tuple[int, ...]
     ) -> tuple[TurnOwner, bool]:
-        """As `Succession.take_over`."""
-        return await self._succession.take_over(spec, known_tokens)
+        """As `Takeover.take_over`."""
+        return await self._takeover.take_over(spec, known_tokens)
 
     async def recover(self, session: SessionName) -> bool:
-        """As `Succession.recover`."""
-        return await self._succession.recover(session)
+        """As `Takeover.recover`."""
+        if self._closing:
+            return False
+        return await self._takeover.recover(session)
 
     # -- ending --------------------------------------------------------------------------------
 
+    async def name_running(self) -> None:
+        """Name the sessions of this instance's turns again, for whoever looks for orphans."""
+        sessions = {name.session for name in (*self._owners, *self._begun)}
+        await self._running.name(sorted(sessions), TURN_LEASE_S)
+
     async def close(self) -> None:
-        """Let running turns end within the grace period, then leave them to whoever takes over."""
-        owners = list(self._owners.values())
-        try:
-            async with asyncio.timeout(SHUTDOWN_GRACE_S / 2):
-                await asyncio.gather(*(owner.ended.wait() for owner in owners))
-        except TimeoutError:
-            log.warning("turns_left_running", turns=len(self._owners))
+        """Let running turns end within a part of the grace period, then give the leases of the
+        others back: whoever has room goes on with them at once."""
+        self._closing = True
+        ending = [asyncio.ensure_future(owner.ended.wait()) for owner in self._owners.values()]
+        if ending:
+            await asyncio.wait(ending, timeout=SHUTDOWN_GRACE_S / 2)
+        for one in ending:
+            one.cancel()
+        left = [name.session for name in (*self._owners, *self._begun)]
+        if left:
+            log.warning("turns_left_to_others", turns=len(left))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(SegueError, TimeoutError):
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                for name, begun in self._begun.items():
+                    hold = TurnHold(name.turn, begun.epoch, begun.nonce)
+                    await self._deps.log.release_turn(name.session, hold)
+                await self._running.name(left, 0.0)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
         task = asyncio.create_task(coroutine, name=name)

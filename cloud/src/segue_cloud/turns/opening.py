@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from segue_contract.ids import SessionName, TurnName
+import msgspec
+
+from segue_contract.ids import SessionName, TurnName, digest
 from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage
 from segue_contract.sync.state import TurnState
 
@@ -25,6 +27,12 @@ class TurnRequest:
     @property
     def name(self) -> TurnName:
         return TurnName(self.session, self.turn)
+
+    @property
+    def digest(self) -> str:
+        """What tells the same question, asked again, from another one under the same id."""
+        asked = (self.prompt, self.max_tokens, self.sampling, self.stop)
+        return digest(msgspec.msgpack.encode(asked)).hex()
 
 
 def opening_ops(request: TurnRequest, *, model: str, now_ms: int) -> tuple[Op, ...]:

@@ -41,6 +41,7 @@ from segue_contract.errors import (
 )
 from segue_contract.limits import (
     ENGINE_RETRY_S,
+    RELEASE_TIMEOUT_S,
     STORE_PATIENCE_CALLS,
     TURN_ENGINES,
     TURN_LOOKS,
@@ -180,8 +181,9 @@ class TurnOwner:
 
     async def release(self) -> None:
         """Give the turn's lease back, so that another instance goes on at once."""
-        with contextlib.suppress(SegueError):  # then it runs out
-            await self._deps.log.release_turn(self.spec.key.session, self._writer.hold)
+        with contextlib.suppress(SegueError, TimeoutError):  # then it runs out
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await self._deps.log.release_turn(self.spec.key.session, self._writer.hold)
 
     def _begin(self) -> None:
         spec = self.spec

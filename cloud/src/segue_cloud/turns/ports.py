@@ -13,8 +13,21 @@ from segue_contract.sync.state import SessionState
 
 class TurnLog(Protocol):
     async def begin_turn(
-        self, session: SessionName, turn: str, ops: Sequence[Op], lease_s: float
+        self,
+        session: SessionName,
+        turn: str,
+        ops: Sequence[Op],
+        lease_s: float,
+        *,
+        digest: str = "",
+        abandon_s: float = 0.0,
     ) -> TurnClaim: ...
+
+    async def wait_turn(
+        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+    ) -> TurnClaim: ...
+
+    async def end_abandoned(self, session: SessionName, turn: str) -> None: ...
 
     async def take_over(
         self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
@@ -37,3 +50,11 @@ class TurnLog(Protocol):
     async def release_turn(self, session: SessionName, hold: TurnHold) -> None: ...
 
     async def state(self, session: SessionName) -> SessionState: ...
+
+
+class RunningTurns(Protocol):
+    """As `segue_cloud.sessions.running.RunningTurns`."""
+
+    async def name(self, sessions: Sequence[SessionName], look_in_s: float) -> None: ...
+
+    async def due(self, most: int) -> list[SessionName]: ...

@@ -6,33 +6,28 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import structlog
 
-from segue_cloud.sessions.port import SessionSummary
 from segue_cloud.turns.manager import TurnManager
+from segue_cloud.turns.ports import RunningTurns
 from segue_contract.errors import SegueError
-from segue_contract.ids import SessionName
-from segue_contract.limits import RECOVERY_SESSIONS, RECOVERY_SWEEP_S
+from segue_contract.limits import (
+    RECOVERIES_PER_SWEEP,
+    RECOVERY_SWEEP_S,
+    RUNNING_REFRESH_S,
+    TURN_LEASE_S,
+)
 
 log = structlog.get_logger("segue.turns")
 
 
-class SessionList(Protocol):
-    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]: ...
-
-
 @asynccontextmanager
 async def recovering(
-    manager: TurnManager,
-    sessions: SessionList,
-    tenant: str,
-    *,
-    every_s: float = RECOVERY_SWEEP_S,
+    manager: TurnManager, running: RunningTurns, *, every_s: float = RECOVERY_SWEEP_S
 ) -> AsyncIterator[None]:
-    """While inside, orphans among the newest sessions are looked for every `every_s`."""
-    task = asyncio.create_task(_sweep(manager, sessions, tenant, every_s), name="recovery sweep")
+    """While inside, orphans are looked for every `every_s`, as many as there is room for."""
+    task = asyncio.create_task(_sweep(manager, running, every_s), name="recovery sweep")
     try:
         yield
     finally:
@@ -41,13 +36,28 @@ async def recovering(
             await task
 
 
-async def _sweep(manager: TurnManager, sessions: SessionList, tenant: str, every_s: float) -> None:
+async def _sweep(manager: TurnManager, running: RunningTurns, every_s: float) -> None:
+    clock = asyncio.get_running_loop().time
+    answered = named = clock()
+    wait_until = 0.0
     while True:
         await asyncio.sleep(every_s)
         try:
-            for one in await sessions.list_sessions(tenant, RECOVERY_SESSIONS):
-                session = SessionName(tenant, one.session)
-                if one.running_turn and not manager.knows(session, one.running_turn):
+            most = min(manager.room, RECOVERIES_PER_SWEEP)
+            if clock() - named > RUNNING_REFRESH_S:
+                await manager.name_running()
+                named = clock()
+            if clock() < wait_until or not most:
+                answered = clock()
+                continue
+            due = await running.due(most)
+            if clock() - answered > every_s + TURN_LEASE_S / 2:
+                # The store, or this process, stood still: nobody could renew a lease meanwhile,
+                # and owners that are alive shall do so first.
+                wait_until = clock() + TURN_LEASE_S
+            else:
+                for session in due:
                     await manager.recover(session)
+            answered = clock()
         except SegueError as error:  # the store is away, say: the next round finds them
             log.warning("recovery_sweep_failed", error=str(error))

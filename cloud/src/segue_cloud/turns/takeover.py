@@ -1,0 +1,174 @@
+"""A turn goes on after its decoder: taken over by whoever asks, or found as an orphan."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import structlog
+
+from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.turns.opening import opening_of
+from segue_cloud.turns.owner import OwnerDeps, TurnOwner
+from segue_cloud.turns.places import Places
+from segue_cloud.turns.ports import RunningTurns
+from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.writer import TurnKey
+from segue_contract.errors import UnknownTurn
+from segue_contract.ids import SessionName, TurnName
+from segue_contract.limits import TURN_LEASE_S
+from segue_contract.plan import Shape
+from segue_contract.sync.state import TurnState, find_turn, heard
+
+log = structlog.get_logger("segue.turns")
+
+
+class TurnsHere(Protocol):
+    """The turns of this instance (implemented by `manager.TurnManager`)."""
+
+    def admit(self, turn: TurnName) -> None: ...
+
+    def owned(self, session: SessionName, turn: str) -> TurnOwner | None: ...
+
+    def knows(self, session: SessionName, turn: str) -> bool: ...
+
+    def start(self, spec: OwnedTurn) -> TurnOwner: ...
+
+
+class Takeover:
+    """Raises the epoch of turns that lost their owner, and starts them here.
+
+    Args:
+        model: what the orphans are computed with; those of other models are left alone.
+    """
+
+    def __init__(
+        self,
+        deps: OwnerDeps,
+        turns: TurnsHere,
+        places: Places,
+        running: RunningTurns,
+        *,
+        model: str,
+    ) -> None:
+        self._deps = deps
+        self._turns = turns
+        self._places = places
+        self._running = running
+        self._model = model
+        self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
+
+    async def take_over(
+        self, spec: OwnedTurn, known_tokens: tuple[int, ...]
+    ) -> tuple[TurnOwner, bool]:
+        """Own a turn whose decoder is gone: epoch + 1, from the first token that is not durable.
+
+        Returns the owner and whether it was running here already (then nothing changed hands).
+
+        Raises:
+            UnknownTurn: the log has no such turn, or it has ended.
+            Overloaded: there is no room for it here.
+        """
+        key = spec.key
+        async with self._changing_hands(key.name):
+            running = self._turns.owned(key.session, key.turn)
+            if running is not None:
+                return running, True
+            begun_here = self._turns.knows(key.session, key.turn)
+            self._turns.admit(key.name)
+            owner: TurnOwner | None = None
+            try:
+                await self._running.name([key.session], TURN_LEASE_S)
+                claim = await self._deps.log.take_over(key.session, key.turn, TURN_LEASE_S)
+                state = await self._deps.log.state(key.session)
+                turn = find_turn(state, key.turn)
+                if turn is None or claim.status is not Status.OK:
+                    raise UnknownTurn(
+                        f"Turn {key.turn} does not run in session {key.session.session}.",
+                        hint="Read the session's log: the turn may have ended.",
+                    )
+                durable = tuple(turn.tokens)
+                adopted: tuple[int, ...] = ()
+                if known_tokens[: len(durable)] == durable:
+                    adopted = known_tokens[len(durable) :]
+                owner = self._turns.start(_resumed(spec, claim, turn, adopted))
+                return owner, False
+            finally:
+                if owner is None and not begun_here:
+                    self._places.give_back(key.name)
+
+    def _changing_hands(self, turn: TurnName) -> asyncio.Lock:
+        """Held while a turn's epoch is raised and its owner made: two at once would fence off
+        each other and leave the turn to nobody."""
+        return self._hands.setdefault(turn, asyncio.Lock())
+
+    async def recover(self, session: SessionName) -> bool:
+        """Finish a turn whose decoder and edge are both gone; True where one was found.
+
+        Its lease must have run out, and there must be room: others may have some. Turns that lost
+        their session to a later one, and have no end, get theirs.
+        """
+        if self._deps.engine.died.is_set():
+            return False
+        state = await self._deps.log.state(session)
+        for turn in state.turns[:-1]:
+            if not turn.ended and not self._turns.knows(session, turn.turn):
+                await self._deps.log.end_abandoned(session, turn.turn)
+        if not state.turns:
+            return False
+        last = state.turns[-1]
+        if last.ended or last.model not in ("", self._model):
+            return False
+        name = TurnName(session, last.turn)
+        async with self._changing_hands(name):
+            if self._turns.knows(session, last.turn) or not self._places.take(name):
+                return False
+            started = False
+            try:
+                started = await self._finish_orphan(name)
+            finally:
+                if not started:
+                    self._places.give_back(name)
+            return started
+
+    async def _finish_orphan(self, name: TurnName) -> bool:
+        session = name.session
+        await self._running.name([session], TURN_LEASE_S)
+        claim = await self._deps.log.take_over(session, name.turn, TURN_LEASE_S, only_expired=True)
+        if claim.status is not Status.OK:
+            return False
+        state = await self._deps.log.state(session)  # with all that the old owner wrote
+        turn = find_turn(state, name.turn)
+        if turn is None:  # the log lost it
+            return False
+        earlier = state.turns[: state.turns.index(turn)]
+        prompt = await asyncio.to_thread(
+            self._deps.tokenizer.encode_conversation, heard(earlier), turn.prompt
+        )
+        spec = OwnedTurn(
+            key=TurnKey(session, name.turn, claim.epoch, turn.device, claim.nonce),
+            prompt=tuple(prompt),
+            max_tokens=turn.max_tokens,
+            sampling=turn.sampling,
+            stop=turn.stop,
+            shape=Shape.TEXT,
+        )
+        log.info("turn_recovered", session=session.session, turn=name.turn, epoch=claim.epoch)
+        self._turns.start(_resumed(spec, claim, turn, ()))
+        return True
+
+
+def _resumed(
+    spec: OwnedTurn, claim: TurnClaim, turn: TurnState, adopted: tuple[int, ...]
+) -> OwnedTurn:
+    return replace(
+        spec,
+        key=replace(spec.key, epoch=claim.epoch, nonce=claim.nonce),
+        made=tuple(turn.tokens),
+        made_pieces=tuple(turn.pieces),
+        adopted=adopted,
+        started=claim.cursor,
+        opening=opening_of(spec.key.session, turn, now_ms=0),
+    )
