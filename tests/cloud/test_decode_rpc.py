@@ -19,6 +19,7 @@ from segue_contract.errors import (
     BadVersion,
     InvalidArgument,
     KvError,
+    ModelMismatch,
     SegueError,
     Truncated,
 )
@@ -51,6 +52,18 @@ async def begin(cloud: CloudRpc, turn: str = "t1") -> dpb.BeginReply:
     )
     reply: dpb.BeginReply = await cloud.decode.Begin(dpb.BeginRequest(turn=asked))
     return reply
+
+
+async def test_an_edge_with_other_weights_is_refused_before_anything_is_written(
+    cloud: CloudRpc,
+) -> None:
+    asked = pb.RunTurnRequest(
+        session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cloud.decode.Begin(dpb.BeginRequest(turn=asked, weights_digest="f" * 32))
+    assert isinstance(error_from_rpc(caught.value), ModelMismatch)
+    assert not (await begin(cloud)).joined, "the turn was not begun by the refused call"
 
 
 def opening(cloud: CloudRpc, epoch: int, turn: str = "t1", **changes: object) -> dpb.RunRequest:

@@ -16,7 +16,7 @@ from segue_cloud.engine.native.matrix_units import MatrixUnits
 from segue_cloud.engine.native.pages import NativePages
 from segue_cloud.engine.native.panels import interleaved, pack, pairs_of, reserve, size_of
 from segue_cloud.engine.native.runner import NativeRunner, serves
-from segue_cloud.engine.options import EngineOptions, quota_cores
+from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.step_input import NativeInput
 from segue_cloud.engine.weights import open_tensors
@@ -213,13 +213,6 @@ def test_blocks_come_out_as_they_went_in() -> None:
     np.testing.assert_array_equal(found_k, k)
     np.testing.assert_array_equal(found_v, v)
     assert not pages.bits[:, :, :, [2, 4, 5, 7]].any()
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000\n", 0), ("", 0), ("150000 100000", 2), ("50000 100000", 1)]
-)
-def test_a_quota_of_cores_bounds_the_threads(text: str, cores: int) -> None:
-    assert quota_cores(text) == cores
 
 
 def test_panels_hold_every_weight_once_and_zeros_beside() -> None:

@@ -15,7 +15,7 @@ from segue_contract import limits
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
-from segue_contract.servers.process import free_port
+from segue_contract.servers.ports import free_port
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 from tests.support.servers import require_valkey

@@ -113,6 +113,13 @@ def test_doctor_says_what_does_not_answer() -> None:
     assert "Not usable yet: edge, store." in done.stdout
 
 
+def test_doctor_asks_each_of_several_clouds() -> None:
+    done = segue("doctor", "-o", "json", SEGUE_EDGE_CLOUD="127.0.0.1:1,127.0.0.1:2")
+    clouds = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "cloud"]
+    assert [check["state"] for check in clouds] == ["bad", "bad"]
+    assert all(f":{port}" in str(check) for port, check in zip((1, 2), clouds, strict=True))
+
+
 @pytest.mark.parametrize(
     ("flags", "state"),
     [

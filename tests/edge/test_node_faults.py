@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
 
-from segue_contract.errors import Unreachable
+from segue_contract.errors import ModelMismatch, ModelMissing, Unreachable
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
+from segue_edge.config import EdgeConfig
+from segue_edge.node import EdgeNode
 from segue_edge.turns import takeover
 from tests.support.edge_node import Device, Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import scripted_cloud
-from tests.support.tiny_edge import TinyModel, reply_text
+from tests.support.tiny_edge import MANIFEST, TinyModel, reply_text
 
 
 @pytest.mark.parametrize("shape", ["ship", "text"])
@@ -69,6 +72,52 @@ async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
     assert other.seen.hand_overs == [len(again.known_tokens)]
     assert told.ended.reason == "length"
     assert told.plan.instance == other.name
+
+
+async def test_a_cloud_that_came_back_with_other_weights_gets_no_turn() -> None:
+    async with (
+        scripted_cloud("cloud-a") as a,
+        scripted_cloud("cloud-b") as b,
+        edge_node(a.address, b.address) as node,
+        device_of(node) as device,
+    ):
+        clouds = node.deps.clouds
+        first = a if clouds.best("trip").target == a.address else b
+        other = b if first is a else a
+        first.script.weights = "f" * 32  # since the last probe
+        told = await device.run(plan="ship")
+        assert told.plan.instance == other.name
+        assert first.seen.begins == []
+        refused = clouds.clouds[first.address]
+        assert not refused.healthy
+        with pytest.raises(Unreachable, match="other weights"):
+            await refused.reach()
+        first.script.weights = MANIFEST.weights_digest
+        await refused.reach()
+        assert refused.healthy
+
+
+async def test_a_node_starts_with_the_clouds_that_serve_its_weights() -> None:
+    async with scripted_cloud("cloud-a") as a, scripted_cloud("cloud-b") as b:
+        a.script.weights = "f" * 32
+        async with edge_node(a.address, b.address) as node, device_of(node) as device:
+            assert (await device.run()).plan.instance == b.name
+        b.script.weights = "1" * 32
+        with pytest.raises(ModelMismatch, match="other weights"):
+            async with edge_node(a.address, b.address):
+                pass
+
+
+async def test_a_model_that_does_not_load_leaves_no_probes_behind() -> None:
+    def fail(config: EdgeConfig) -> Any:
+        raise ModelMissing("No such model.")
+
+    before = asyncio.all_tasks()
+    config = EdgeConfig(port=0, cloud="127.0.0.1:1")
+    with pytest.raises(ModelMissing):
+        async with EdgeNode(config, load=fail):
+            pass
+    assert asyncio.all_tasks() == before
 
 
 async def test_offline_the_conversation_goes_on_and_reaches_the_log_later() -> None:

@@ -26,6 +26,7 @@ from segue_edge.compute import Call, ComputeThread, Job, Load, Priority, Progres
 from segue_edge.config import read_config
 from segue_edge.node import EdgeNode
 from segue_edge.planner_cli import app as plan_app
+from segue_edge.prefill.providers import choose_device
 from segue_edge.turns.feed import TurnFeed
 from segue_edge.turns.history import HistoryCache, SessionHistory
 from segue_edge.turns.reply import Reply
@@ -312,6 +313,12 @@ def test_the_command_line_ends_with_a_message_not_a_traceback() -> None:
     assert "without authentication" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_device_that_is_not_there_ends_with_a_message() -> None:
+    with pytest.raises(InvalidArgument, match="no CUDA provider") as caught:
+        choose_device("cuda", ["CPUExecutionProvider"])
+    assert "edge-gpu" in str(caught.value)
 
 
 def test_plan_explain_names_every_shape_and_the_choice() -> None:

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from segue.local.parts import Part, Program, Server
-from segue.local.ports import check_free, free_port, is_free
 from segue.local.stack import LocalStack, together
 from segue_contract.errors import Internal, InvalidArgument, PortInUse, StartFailed
 from segue_contract.servers import Broker, Valkey
+from segue_contract.servers.ports import check_free, free_port, is_free
 from tests.support.servers import require_broker, require_valkey
 
 WAIT_S = 30.0

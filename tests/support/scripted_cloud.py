@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import SegueError, UnknownSession
+from segue_contract.errors import ModelMismatch, SegueError, UnknownSession
 from segue_contract.kv.assembler import Assembler
 from segue_contract.kv.layout import KvBlock
 from segue_contract.sync.state import TurnState, encode_turns
@@ -50,6 +50,7 @@ class Script:
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # set: the stream is aborted, once
     begin_error: SegueError | None = None
     queue_s: float = 0.0
+    weights: str = MANIFEST.weights_digest
 
     def __post_init__(self) -> None:
         self.ready.set()
@@ -100,7 +101,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             prefill_tokens_per_s=1000.0,
             decode_step_s=0.01,
             recipes=self.script.recipes,
-            weights_digest=MANIFEST.weights_digest,
+            weights_digest=self.script.weights,
         )
 
     # -- Agent ---------------------------------------------------------------------------------
@@ -145,6 +146,8 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         return dpb.ProbeReply(received_bytes=len(request.payload), facts=self.facts())
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
+        if request.weights_digest != self.script.weights:
+            raise ModelMismatch("This cloud serves other weights.")
         self.seen.begins.append(request)
         await self.script.begin.wait()
         if self.script.begin_error is not None:

@@ -58,7 +58,7 @@ def cloud(
 ) -> None:
     """Run the cloud service until Ctrl-C or SIGTERM.
 
-    Every flag can also be set as SEGUE_CLOUD_… in the environment or in a .env file; the store
+    Every flag can also be set as SEGUE_CLOUD_… in the environment; the store
     and the broker also as SEGUE_REDIS_URL and SEGUE_MQTT_URL.
     """
     given = {name: value for name, value in locals().items() if value is not None}

@@ -1,4 +1,7 @@
-"""Settings of `segue cloud`: defaults, then a file, then `SEGUE_CLOUD_*`, then flags."""
+"""Settings of `segue cloud`: defaults, then `SEGUE_CLOUD_*`, then flags.
+
+No file of the working directory is read: whose it is, nobody knows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ class CloudSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="SEGUE_CLOUD_",
-        env_file=".env",
         extra="ignore",
         frozen=True,
         populate_by_name=True,

@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from segue_contract.chat import ChatTokenizer
-from segue_contract.errors import ModelMismatch
+from segue_contract.cpus import available_cpus
 from segue_contract.ids import new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.limits import MIB
@@ -116,7 +116,7 @@ class EdgeNode:
         config = self.config
         clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
         self._stack.push_async_callback(clouds.close)
-        probing = asyncio.create_task(clouds.start(), name="first probes")
+        clouds.start()  # while the model loads
         model, tokenizer = await asyncio.to_thread(self._load, config)
         manifest = model.manifest
         self.provider = model.device.name
@@ -130,8 +130,8 @@ class EdgeNode:
         recipe = model.recipe.digest
         speeds = EdgeSpeeds(bytes_per_token(model.recipe.codec, manifest.geometry.kv))
         await _measure_speeds(model, compute, speeds, manifest)
-        await probing
-        _check_clouds(clouds, manifest)
+        await clouds.probed()
+        clouds.expect(manifest.weights_digest)
         warmer = Warmer(model, cache, compute, recipe)
         outbox = Outbox()
         self.deps = EdgeDeps(
@@ -211,7 +211,7 @@ class EdgeNode:
             device=model.device.name,
             providers=list(model.device.providers),
             recipe=model.recipe_name,
-            threads=self.config.threads or len(os.sched_getaffinity(0)),
+            threads=self.config.threads or available_cpus(),
         )
 
 
@@ -226,7 +226,7 @@ def load_model(config: EdgeConfig) -> tuple[NodeModel, ChatTokenizer]:
 async def _measure_speeds(
     model: NodeModel, compute: ComputeThread, speeds: EdgeSpeeds, manifest: Manifest
 ) -> None:
-    """A short prefill and two decoded tokens: warms the runtime and gives the planner priors."""
+    """A short prefill and three decoded tokens: warms the runtime and gives the planner priors."""
     tokens = [manifest.end_tokens[0]] * (2 * BLOCK_TOKENS)
     for _ in range(2):
         job = PrefillJob(model, NoCache(), tokens, [], sampling=Sampling(), room=8)
@@ -238,19 +238,3 @@ async def _measure_speeds(
         step = DecodeJob(model, prefill.kv, tokens[0], Sampling(), index)
         _, seconds = await compute.submit(step, Priority.DECODE)
         speeds.decode_step_s.set_prior(seconds)
-
-
-def _check_clouds(clouds: CloudSet, manifest: Manifest) -> None:
-    """Another model in the cloud is an operator's mistake: say so at once.
-
-    Raises:
-        ModelMismatch: a reachable cloud serves other weights.
-    """
-    for cloud in clouds.clouds.values():
-        if cloud.weights_digest and cloud.weights_digest != manifest.weights_digest:
-            raise ModelMismatch(
-                f"The cloud at {cloud.target} serves other weights than this edge's "
-                f"{manifest.name}.",
-                hint="Give both the same --model.",
-                cloud=cloud.target,
-            )

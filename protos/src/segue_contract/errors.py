@@ -16,7 +16,7 @@ SegueError
 ├── Overloaded                 a bound is reached; `retry_after_s` says when to come back
 ├── StaleEpoch                 a newer holder exists; `current` is its epoch
 ├── SequenceGap                `expected` is the sequence number the log waits for
-├── StoreUnavailable           the session store did not answer in time; nothing was written
+├── StoreUnavailable           no answer of the store in time; a write may have been applied
 ├── Unreachable                the other side cannot be reached
 ├── RankLost                   a rank of a tensor-parallel engine ended or did not answer in time
 ├── EngineGone                 this engine computes no more; a turn of it goes on elsewhere

@@ -37,7 +37,9 @@ def doctor(
     edge: Annotated[
         str, typer.Option(envvar="SEGUE_ADDRESS", help="An edge node, host:port.")
     ] = "",
-    cloud: Annotated[str, typer.Option(envvar="SEGUE_EDGE_CLOUD", help="A cloud, host:port.")] = "",
+    cloud: Annotated[
+        str, typer.Option(envvar="SEGUE_EDGE_CLOUD", help="Clouds, host:port,host:port.")
+    ] = "",
     redis_url: Annotated[str, typer.Option(envvar="SEGUE_REDIS_URL", help="A store.")] = "",
     mqtt_url: Annotated[str, typer.Option(envvar="SEGUE_MQTT_URL", help="A broker.")] = "",
     output: OutputOption = Output.TEXT,
@@ -58,13 +60,21 @@ async def _reachable(edge: str, cloud: str, redis_url: str, mqtt_url: str) -> li
     """Probe what was named; the usual addresses of nodes also without being asked."""
     probes = [
         _probe("edge", edge or DEFAULT_EDGE, bool(edge), probe_node, SLOW_NODE_S),
-        _probe("cloud", cloud or DEFAULT_CLOUD, bool(cloud), probe_node, SLOW_NODE_S),
+        *(
+            _probe("cloud", where, bool(cloud), probe_node, SLOW_NODE_S)
+            for where in _addresses(cloud) or [DEFAULT_CLOUD]
+        ),
     ]
     if redis_url:
         probes.append(_probe("store", redis_url, True, probe_store, SLOW_STORE_S))
     if mqtt_url:
         probes.append(_probe("broker", mqtt_url, True, probe_broker, SLOW_BROKER_S))
     return list(await asyncio.gather(*probes))
+
+
+def _addresses(setting: str) -> list[str]:
+    """As `SEGUE_EDGE_CLOUD` names several: with commas between them."""
+    return [part.strip() for part in setting.split(",") if part.strip()]
 
 
 async def _probe(

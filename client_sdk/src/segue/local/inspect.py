@@ -118,7 +118,7 @@ def _models() -> Check:
         advice = "Name it with --model; the default one is not built." if missing else ""
         return Check("found", "model", State.OK, f"{', '.join(names)} in {home}", advice)
     return Check(
-        "found", "model", State.NOTE, f"none in {home}", "segue model build  (once, one minute)"
+        "found", "model", State.NOTE, f"none in {home}", "segue model build  (once, two minutes)"
     )
 
 

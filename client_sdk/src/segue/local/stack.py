@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from segue.local.parts import Part, Program, Server, module_command
-from segue.local.ports import check_free, free_port
 from segue_contract.errors import InvalidArgument, SegueError, StartFailed
 from segue_contract.limits import START_TIMEOUT_S
 from segue_contract.servers import Broker, Valkey
+from segue_contract.servers.ports import check_free, free_port
 
 T = TypeVar("T")
 

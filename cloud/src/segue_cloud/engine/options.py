@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from segue_cloud.engine.sequence import pages_for
+from segue_contract.cpus import available_cpus
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.kv.layout import KvGeometry
 from segue_contract.limits import KV_PAGE_TOKENS, MAX_RANKS, MAX_TURNS_PER_CLOUD, MIB
@@ -118,21 +119,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def choose_threads(threads: int | None) -> int:
     """The cores this process may use; more threads than that only wait for each other."""
-    if threads:
-        return threads
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return min(cores, quota_cores(_read(Path("/sys/fs/cgroup/cpu.max"))) or cores)
-
-
-def quota_cores(cpu_max: str) -> int:
-    """Cores that a cgroup's `cpu.max` is worth, rounded up; 0: no limit."""
-    quota, _, period = cpu_max.strip().partition(" ")
-    if not (quota.isdigit() and period.isdigit() and int(period)):
-        return 0
-    return max(1, -(-int(quota) // int(period)))
+    return threads or available_cpus()
 
 
 def rank_threads(options: EngineOptions, rank: int) -> int:

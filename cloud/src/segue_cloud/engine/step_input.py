@@ -29,7 +29,7 @@ class Segment:
 class StepInput:
     """One step over T rows.
 
-    `tokens`, `positions`, `slots`: int64 `[T]` (`*_np` the same memory as numpy).
+    `tokens`, `positions_np`, `slots_np`: int64 `[T]`, one of each per row.
     `rows`: int32 `[R, 3]` (row, page table, length) for rows that attend through a page table;
     `tables`: int32 `[S, pages]`. `segments`: the rows that attend as a chunk.
     `logit_rows`: int64 `[N]`, the rows whose next token is sampled.

@@ -16,7 +16,13 @@ from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_cloud.turns.owner import TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
-from segue_contract.errors import BadBlock, BadRecipe, DeadlineExceeded, InvalidArgument
+from segue_contract.errors import (
+    BadBlock,
+    BadRecipe,
+    DeadlineExceeded,
+    InvalidArgument,
+    ModelMismatch,
+)
 from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
@@ -48,6 +54,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         asked = turn_request(request.turn, self._tenant)
+        self._check_weights(request.weights_digest)
         await self._log.check_device(asked.session, asked.device)
         begun = await self._manager.begin(asked, expect_open=True)
         state = await self._log.state(asked.session)
@@ -62,6 +69,14 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             joined=begun.known,
             facts=self._facts.facts(),
         )
+
+    def _check_weights(self, digest: str) -> None:
+        """Raises ModelMismatch: the edge has other weights, and its token ids other meanings."""
+        if digest and digest != self._manifest.weights_digest:
+            raise ModelMismatch(
+                f"This cloud serves {self._manifest.name} with other weights than the edge's.",
+                hint="Give both the same --model.",
+            )
 
     def Run(
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any

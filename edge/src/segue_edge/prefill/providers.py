@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnxruntime as ort
 
-from segue_contract.errors import ModelMismatch
+from segue_contract.cpus import available_cpus
+from segue_contract.errors import InvalidArgument, ModelMismatch
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DYNAMIC_INT8 = "w8a8"  # how the names of such graphs' quantisations begin
@@ -31,13 +31,16 @@ def choose_device(wanted: str = "auto", available: Collection[str] | None = None
     `available`: providers to choose from; None: this onnxruntime's.
 
     Raises:
-        ValueError: another word, or CUDA is wanted and this onnxruntime lacks it.
+        InvalidArgument: another word, or CUDA is wanted and this onnxruntime lacks it.
     """
     if wanted not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"no such device: {wanted!r}; choose auto, cuda or cpu")
+        raise InvalidArgument(f"{wanted!r} is no device.", hint="Choose auto, cuda or cpu.")
     available = ort.get_available_providers() if available is None else available
     if wanted == "cuda" and CUDA not in available:
-        raise ValueError("this onnxruntime has no CUDA provider; install segue[edge-gpu]")
+        raise InvalidArgument(
+            "CUDA was asked for, and this onnxruntime has no CUDA provider.",
+            hint="Install segue[edge-gpu], or use --providers cpu.",
+        )
     if wanted != "cpu" and CUDA in available:
         return Device("cuda", (CUDA, CPU))
     return Device("cpu", (CPU,))
@@ -69,9 +72,9 @@ def forbid_dynamic_int8(active: Collection[str], weight_quant: str) -> None:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """`threads` 0: one per core that this process may use."""
+    """`threads` 0: as many as this process has cores to itself, a quota counted."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or available_cpus()
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3

@@ -87,7 +87,7 @@ class EdgeModel:
 
         Raises:
             ModelMissing, ModelMismatch: no built model there, or its graphs do not load.
-            ValueError: a device that is not there.
+            InvalidArgument: a device that is not there.
         """
         manifest = read_manifest(directory)
         device = choose_device(providers)

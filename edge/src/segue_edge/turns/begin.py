@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from segue_contract.errors import PromptTooLong, Unreachable
+from segue_contract.errors import ModelMismatch, PromptTooLong, Unreachable
 from segue_contract.limits import BEGIN_TIMEOUT_S
 from segue_contract.sync.state import TurnState, decode_turns, heard
 from segue_contract.transport.status import error_from_rpc
@@ -128,12 +128,16 @@ async def call_begin(cloud: Cloud, asked: Asked, history: SessionHistory) -> dpb
         turn=asked.request,
         known_turns=len(history.confirmed),
         known_generation=history.generation,
+        weights_digest=cloud.expected_weights,
     )
     started = time.monotonic()
     try:
         reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
+        failure = error_from_rpc(error)
+        if isinstance(failure, ModelMismatch):  # it came back with them since the last probe
+            raise cloud.refuse_weights() from error
+        raise failure from error
     cloud.view.rtt_s.observe(time.monotonic() - started)
     cloud.take_facts(reply.facts)
     return reply

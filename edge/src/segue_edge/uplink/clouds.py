@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import structlog
 
-from segue_contract.errors import DeadlineExceeded, SegueError, Unreachable
+from segue_contract.errors import DeadlineExceeded, ModelMismatch, SegueError, Unreachable
 from segue_contract.limits import (
     KV_DRAIN_S,
     PROBE_INTERVAL_S,
@@ -38,6 +38,7 @@ class Cloud:
 
     Attributes:
         view: estimates for the planner.
+        expected_weights: the digest of this edge's model; "" before it is loaded.
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
@@ -51,20 +52,45 @@ class Cloud:
         self.instance = ""
         self.recipes: frozenset[str] = frozenset()
         self.weights_digest = ""
+        self.expected_weights = ""
         self.backlog_bytes = 0
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
 
     def take_facts(self, facts: dpb.CloudFacts) -> None:
-        """What the cloud says of itself, with every Begin, Opened and Probe."""
-        self.healthy = True
+        """What the cloud says of itself, with every Begin, Opened and Probe.
+
+        Raises:
+            Unreachable: it serves other weights, so that token ids mean something else there.
+        """
         self.instance = facts.instance
-        self.recipes = frozenset(facts.recipes)
         self.weights_digest = facts.weights_digest
+        if self.serves_others:
+            raise self.refuse_weights()
+        self.healthy = True
+        self.recipes = frozenset(facts.recipes)
         self.view.observe_facts(
             queue_s=facts.queue_s,
             prefill_tokens_per_s=facts.prefill_tokens_per_s,
             decode_step_s=facts.decode_step_s,
         )
+
+    @property
+    def serves_others(self) -> bool:
+        """It said what it serves, and that is not this edge's model."""
+        known = bool(self.weights_digest and self.expected_weights)
+        return known and self.weights_digest != self.expected_weights
+
+    def refuse_weights(self) -> Unreachable:
+        """Other weights are found: no turn goes there until a probe finds the right ones."""
+        error = Unreachable(
+            f"The cloud at {self.target} serves other weights than this edge's model.",
+            hint="Give both the same --model.",
+            cloud=self.target,
+        )
+        if self.healthy:
+            log.error("cloud_refused", cloud=self.target, error=str(error))
+        self.healthy = False
+        return error
 
     @contextlib.contextmanager
     def shipping(self, size: int) -> Iterator[None]:
@@ -163,17 +189,40 @@ class Cloud:
 
 
 class CloudSet:
-    """All configured clouds. `start` probes them once and then at a pace; `close` stops that."""
+    """All configured clouds. `start` probes them at a pace from then on; `close` stops that."""
 
     def __init__(self, targets: Sequence[str], pacer: Pacer) -> None:
         self.clouds = {target: Cloud(target) for target in targets}
         self.pacer = pacer
         self._prober: asyncio.Task[None] | None = None
+        self._asked = asyncio.Event()
         self._returned = asyncio.Event()
 
-    async def start(self) -> None:
-        await asyncio.gather(*(self._try_probe(c, first=True) for c in self.clouds.values()))
+    def start(self) -> None:
+        """Begin to probe; `probed` waits for the first answers."""
         self._prober = asyncio.create_task(self._probe_forever(), name="cloud probes")
+
+    async def probed(self) -> None:
+        """Return when every cloud was asked once."""
+        await self._asked.wait()
+
+    def expect(self, weights_digest: str) -> None:
+        """From now on use only clouds that serve these weights.
+
+        Raises:
+            ModelMismatch: every cloud that said what it serves has others: an operator's mistake.
+        """
+        for cloud in self.clouds.values():
+            cloud.expected_weights = weights_digest
+        others = [cloud for cloud in self.clouds.values() if cloud.serves_others]
+        for cloud in others:
+            cloud.refuse_weights()
+        if others and not self.any_healthy:
+            raise ModelMismatch(
+                f"The cloud at {others[0].target} serves other weights than this edge's model.",
+                hint="Give both the same --model.",
+                cloud=others[0].target,
+            )
 
     def ranked(self, session: str) -> list[Cloud]:
         """All clouds, the best for this session first, healthy ones before others."""
@@ -199,6 +248,8 @@ class CloudSet:
         self._returned.clear()
 
     async def _probe_forever(self) -> None:
+        await asyncio.gather(*(self._try_probe(c, first=True) for c in self.clouds.values()))
+        self._asked.set()
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S if self.any_healthy else PROBE_INTERVAL_S / 10)
             await asyncio.gather(*(self._try_probe(c, first=False) for c in self.clouds.values()))

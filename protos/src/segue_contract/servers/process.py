@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from segue_contract.limits import (
     PORT_ATTEMPTS,
     START_TIMEOUT_S,
 )
+from segue_contract.servers.ports import free_port
 
 LOOPBACK = "127.0.0.1"
 _SHIM = Path(__file__).with_name("_child.py")
@@ -169,14 +169,6 @@ class ChildProcess:
                     status=status,
                 )
             )
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    """A port that was free a moment ago. Whoever binds it must be ready to try another one."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def start_on_port(

@@ -26,9 +26,12 @@ class BeginRequest(_message.Message):
     TURN_FIELD_NUMBER: _builtins.int
     KNOWN_TURNS_FIELD_NUMBER: _builtins.int
     KNOWN_GENERATION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     known_turns: _builtins.int
     """How many finished turns of this session the edge knows, and at which generation."""
     known_generation: _builtins.int
+    weights_digest: _builtins.str
+    """Of the edge's model; the cloud refuses others before anything is written. "": not compared."""
     @_builtins.property
     def turn(self) -> _agent_pb2.RunTurnRequest: ...
     def __init__(
@@ -37,10 +40,11 @@ class BeginRequest(_message.Message):
         turn: _agent_pb2.RunTurnRequest | None = ...,
         known_turns: _builtins.int = ...,
         known_generation: _builtins.int = ...,
+        weights_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_generation", b"known_generation", "known_turns", b"known_turns", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_generation", b"known_generation", "known_turns", b"known_turns", "turn", b"turn", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

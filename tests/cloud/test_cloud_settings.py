@@ -1,0 +1,19 @@
+"""Settings of the cloud: where they come from, and where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from segue_cloud.config import CloudSettings
+
+
+def test_a_file_in_the_working_directory_sets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("SEGUE_REDIS_URL=redis://elsewhere:1\nSEGUE_CLOUD_PORT=7999\n")
+    monkeypatch.chdir(tmp_path)
+    settings = CloudSettings()
+    assert settings.redis_url == ""
+    assert settings.port == 7412
