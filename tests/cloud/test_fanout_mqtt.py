@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +29,7 @@ from segue_contract.topics import (
     log_topic,
 )
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from tests.support.brokers import NOBODY_PUBLISHES, mosquitto
 from tests.support.servers import require_broker
 
 S = SessionName("default", "trip")
@@ -191,3 +194,78 @@ async def test_our_sockets_send_without_delay(broker: Broker) -> None:
         link = client._client.socket()
         assert isinstance(link, socket.socket)
         assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def append(log: SessionLog, seq: int) -> None:
+    await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+
+
+def first_offset(message: aiomqtt.Message) -> int:
+    assert isinstance(message.payload, bytes)
+    if not message.topic.matches(log_topic(S)):
+        return 0
+    return decode_log_message(message.payload).first_offset
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - it belongs to a task that tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_a_publish_that_is_refused_was_not_published(store: RedisStore) -> None:
+    async with (
+        mosquitto(acl=NOBODY_PUBLISHES) as url,
+        Publisher(url, store) as publisher,
+        SessionLog(store, publisher) as log,
+    ):
+        assert await publisher.wait_connected(DEADLINE_S)
+        assert publisher.publishing
+        await append(log, 1)
+        await until(lambda: not publisher.publishing)
+        assert (publisher.published, publisher.dropped) == (0, 1)
+        publisher.check_integrity()
+    assert await store.take_dirty(10, 0.0) == [S], "no device was told"
+
+
+async def test_a_broker_that_retains_nothing_is_used_without_it(store: RedisStore) -> None:
+    async with (
+        mosquitto("retain_available false") as url,
+        device(url, log_topic(S)) as client,
+        cloud(url, store, retry_s=0.05) as log,
+    ):
+        for seq in range(1, 4):
+            await append(log, seq)
+        await messages_until(client, lambda m: first_offset(m) == 3)
+    assert await store.take_dirty(10, 0.0) == [], "its heads were taken, only not kept"
+
+
+async def test_entries_beyond_the_broker_s_packets_are_left_to_the_log(store: RedisStore) -> None:
+    large = ops.Set(id="large", name="v", value=b"x" * 100_000)
+    async with (
+        mosquitto("max_packet_size 65536") as url,
+        device(url, log_topic(S), head_topic(S)) as client,
+        Publisher(url, store) as publisher,
+        SessionLog(store, publisher) as log,
+    ):
+        assert await publisher.wait_connected(DEADLINE_S)
+        await append(log, 1)
+        await log.append(S, Producer("p", 0, 2), [LogOp.of(large)])
+        await append(log, 3)
+        found = await messages_until(client, lambda m: (head_of(m) or Cursor()).offset == 3)
+        offsets = [first_offset(m) for m in found if m.topic.matches(log_topic(S))]
+        assert offsets == [1, 3]
+        assert publisher.publishing
+
+
+async def test_a_broker_that_hangs_is_known_to_be_silent(store: RedisStore, broker: Broker) -> None:
+    async with Publisher(broker.url, store) as publisher, SessionLog(store, publisher) as log:
+        assert await publisher.wait_connected(DEADLINE_S)
+        os.kill(broker.process.pid, signal.SIGSTOP)
+        try:
+            await append(log, 1)
+            await until(lambda: not publisher.publishing)
+            assert publisher.connected or not publisher.silent
+        finally:
+            os.kill(broker.process.pid, signal.SIGCONT)
+        await until(lambda: publisher.publishing)

@@ -127,3 +127,19 @@ def test_only_confirmed_heads_are_forgotten() -> None:
         outbox.check_integrity()
     outbox.restart(2.0)
     assert [key for key, _ in outbox.due_heads(2.0)] == many[3:]
+
+
+def test_even_unconfirmed_heads_are_bounded() -> None:
+    outbox = Outbox(max_heads=2, max_unconfirmed=3)
+    names = [SessionName("default", f"s{n}") for n in range(8)]
+    for name in names:
+        outbox.add_head(name, Cursor(1, 1), 0.0)
+        outbox.check_integrity()
+    assert outbox.due_heads(0.0) == [(name, Cursor(1, 1)) for name in names[-3:]]
+    for name in names[-3:]:
+        outbox.head_confirmed(name, Cursor(1, 1))
+        outbox.check_integrity()
+    outbox.clear_head(names[-1])
+    outbox.check_integrity()
+    outbox.restart(1.0)
+    outbox.check_integrity()

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiomqtt
 
+from segue_contract.transport.mqtt_client import BrokerLimits, PublishRefused
 from tests.sim.network import End
 from tests.sim.process import current
 from tests.sim.world import World
@@ -108,7 +109,9 @@ class Broker:
 
 
 class Client:
-    """As `aiomqtt.Client`, as far as the product uses it."""
+    """As `MqttClient`, as far as the product uses it."""
+
+    limits = BrokerLimits()
 
     def __init__(self, world: World, host: str, port: int = 1883, **options: Any) -> None:
         self._world = world
@@ -153,7 +156,7 @@ class Client:
     ) -> None:
         code = await self._ask("publish", topic, payload, retain)
         if code >= 0x80:
-            raise aiomqtt.MqttCodeError(code, "Could not publish")
+            raise PublishRefused(code)
 
     async def subscribe(self, topics: Any, timeout: float | None = None, **_: Any) -> list[Any]:
         names = [topic for topic, _ in topics]

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import aiomqtt
 import grpc
 
 from tests.sim import broker, rpc, store
@@ -94,6 +93,7 @@ def patched(world: World) -> Iterator[None]:
     prepare()
     app: Any = importlib.import_module("segue_cloud.app")
     hub: Any = importlib.import_module("segue_cloud.hub.hub")
+    mqtt_client: Any = importlib.import_module("segue_contract.transport.mqtt_client")
     wire: Any = importlib.import_module("segue_cloud.sessions.wire")
 
     def connection(**options: Any) -> store.Connection:
@@ -111,7 +111,7 @@ def patched(world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (wire, "Connection", connection),
-            (aiomqtt, "Client", functools.partial(broker.Client, world)),
+            (mqtt_client, "MqttClient", functools.partial(broker.Client, world)),
             (grpc.aio, "insecure_channel", channel),
             (grpc.aio, "server", server),
             (app, "_load_engine", engine),

@@ -21,6 +21,7 @@ from segue_contract.limits import (
     MAX_APPEND_OPS,
     MAX_MQTT_PAYLOAD_BYTES,
     MQTT_PUBLISH_QUEUE,
+    MQTT_UNCONFIRMED_HEADS,
     SESSION_CACHE,
 )
 from segue_contract.sync.state import Cursor
@@ -51,24 +52,30 @@ class Outbox:
         *,
         max_entries: int = MQTT_PUBLISH_QUEUE,
         max_heads: int = SESSION_CACHE,
+        max_unconfirmed: int = MQTT_UNCONFIRMED_HEADS,
         head_delay_s: float = HEAD_DELAY_S,
         head_max_delay_s: float = HEAD_MAX_DELAY_S,
     ) -> None:
         self._max_entries = max_entries
         self._max_heads = max_heads
+        self._max_unconfirmed = max_unconfirmed
         self._head_delay_s = head_delay_s
         self._head_max_delay_s = head_max_delay_s
         self._pending: OrderedDict[SessionName, list[StoredEntry]] = OrderedDict()
         self._entries = 0
         self._heads: OrderedDict[SessionName, _Head] = OrderedDict()
+        # of those heads: which wait for their time, and which the broker has, oldest first
+        self._waiting: dict[SessionName, None] = {}
+        self._known: OrderedDict[SessionName, None] = OrderedDict()
         self._clears: list[SessionName] = []
         self._soonest_s = math.inf  # no head is due before it
         self.dropped = 0
+        self.max_payload_bytes = MAX_MQTT_PAYLOAD_BYTES  # less where the broker takes less
 
     @property
     def empty(self) -> bool:
         """Nothing waits, and every head is confirmed."""
-        return not self._pending and all(head.confirmed for head in self._heads.values())
+        return not self._pending and len(self._known) == len(self._heads)
 
     def add(
         self, session: SessionName, entries: Sequence[StoredEntry], now_s: float, *, online: bool
@@ -95,9 +102,11 @@ class Outbox:
             head.latest_s = now_s + self._head_max_delay_s
         head.due_s = min(due_s, head.latest_s)
         head.cursor, head.confirmed = cursor, False
+        self._waiting[session] = None
+        self._known.pop(session, None)
         self._heads.move_to_end(session)
         self._soonest_s = min(self._soonest_s, head.due_s)
-        self._forget_confirmed()
+        self._forget()
 
     def next_batch(self) -> LogBatch | None:
         """The oldest waiting session's entries, as many as fit one message.
@@ -110,7 +119,7 @@ class Outbox:
             for entry in waiting[:MAX_APPEND_OPS]:
                 size += len(entry.op) + _OVERHEAD_BYTES
                 follows = count == 0 or entry.cursor == _after(waiting[count - 1].cursor)
-                if size > MAX_MQTT_PAYLOAD_BYTES or not follows:
+                if size > self.max_payload_bytes or not follows:
                     break
                 count += 1
             taken, rest = waiting[: max(count, 1)], waiting[max(count, 1) :]
@@ -129,14 +138,16 @@ class Outbox:
             return []
         due = []
         self._soonest_s = math.inf
-        for session, head in self._heads.items():
-            if head.due_s is None:
-                continue
+        for session in self._waiting:
+            head = self._heads[session]
+            assert head.due_s is not None
             if head.due_s <= now_s:
                 head.due_s = None
                 due.append((session, head.cursor))
             else:
                 self._soonest_s = min(self._soonest_s, head.due_s)
+        for session, _ in due:
+            del self._waiting[session]
         return due
 
     def next_head_s(self) -> float | None:
@@ -147,11 +158,12 @@ class Outbox:
         head = self._heads.get(session)
         if head is not None and head.cursor == cursor:
             head.confirmed = True
-            self._forget_confirmed()
+            self._known[session] = None
+            self._forget()
 
     def clear_head(self, session: SessionName) -> None:
         """The session is idle: its head is to be taken from the broker."""
-        self._heads.pop(session, None)
+        self._drop_head(session)
         self._clears.append(session)
 
     def take_clears(self) -> list[SessionName]:
@@ -168,32 +180,42 @@ class Outbox:
         for head in self._heads.values():
             head.due_s = head.latest_s = now_s
             head.confirmed = False
+        self._waiting = dict.fromkeys(self._heads)
+        self._known.clear()
         self._soonest_s = now_s if self._heads else math.inf
 
     def hurry(self, now_s: float) -> None:
         """Everything is due now."""
-        for head in self._heads.values():
-            if head.due_s is not None:
-                head.due_s = now_s
-                self._soonest_s = min(self._soonest_s, now_s)
+        for session in self._waiting:
+            self._heads[session].due_s = now_s
+            self._soonest_s = min(self._soonest_s, now_s)
 
     def check_integrity(self) -> None:
         """Assert what must always hold."""
         assert self._entries == sum(map(len, self._pending.values())) <= self._max_entries
         assert all(self._pending.values()), "a session waits with nothing"
+        assert set(self._waiting) == {s for s, h in self._heads.items() if h.due_s is not None}
+        assert set(self._known) == {s for s, h in self._heads.items() if h.confirmed}
         for head in self._heads.values():
             assert not (head.confirmed and head.due_s is not None)
             assert head.due_s is None or self._soonest_s <= head.due_s, "a head is never sent"
-        unconfirmed = sum(not head.confirmed for head in self._heads.values())
+        unconfirmed = len(self._heads) - len(self._known)
+        assert unconfirmed <= self._max_unconfirmed
         assert len(self._heads) <= max(self._max_heads, unconfirmed)
 
-    def _forget_confirmed(self) -> None:
-        """Only heads that the broker has may be forgotten, the least recently used first."""
-        surplus = len(self._heads) - self._max_heads
-        if surplus > 0:
-            known = [session for session, head in self._heads.items() if head.confirmed]
-            for session in known[:surplus]:
-                del self._heads[session]
+    def _forget(self) -> None:
+        """Heads that the broker has, those first that it has had for longest; of the others only
+        what is beyond their bound: the sweep finds those sessions again, the store has their mark.
+        """
+        while len(self._heads) > self._max_heads and self._known:
+            self._drop_head(next(iter(self._known)))
+        while len(self._heads) - len(self._known) > self._max_unconfirmed:
+            self._drop_head(next(s for s, head in self._heads.items() if not head.confirmed))
+
+    def _drop_head(self, session: SessionName) -> None:
+        self._heads.pop(session, None)
+        self._waiting.pop(session, None)
+        self._known.pop(session, None)
 
 
 def _after(cursor: Cursor) -> Cursor:

@@ -21,14 +21,19 @@ from segue_contract.limits import (
     CONNECT_TIMEOUT_S,
     DIRTY_AFTER_S,
     HEAD_IDLE_S,
+    MAX_MQTT_PAYLOAD_BYTES,
     MAX_SWEEP_SESSIONS,
+    MQTT_PACKET_ROOM,
     PUBLISH_FLUSH_S,
     PUBLISH_INFLIGHT,
+    SILENCE_LOOKS,
+    SILENCE_S,
     SWEEP_INTERVAL_S,
 )
 from segue_contract.sync.state import Cursor
 from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
-from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from segue_contract.transport import mqtt_client
+from segue_contract.transport.mqtt import parse_mqtt_url
 
 log = structlog.get_logger("segue.mqtt")
 
@@ -68,12 +73,17 @@ class Publisher:
         self._online = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.published = 0
+        self._under_way: dict[int, float] = {}  # since when, oldest first
+        self._count = 0
+        self._refusing = ""  # why the broker took nothing of late; "": it took the last one
+        self._retains = True
 
     async def __aenter__(self) -> Publisher:
         for name, run in (
             ("mqtt link", self._keep_connected),
             ("mqtt marks", self._mark),
             ("mqtt sweep", self._sweep),
+            ("mqtt silence", self._listen),
         ):
             self._tasks.append(asyncio.create_task(run(), name=name))
         return self
@@ -104,6 +114,16 @@ class Publisher:
         return self._online.is_set()
 
     @property
+    def silent(self) -> bool:
+        """A publish has waited for its answer for longer than a living broker takes."""
+        return self._waited_s() > SILENCE_S
+
+    @property
+    def publishing(self) -> bool:
+        """Devices may count on the broker: it is there, answers, and takes what it is given."""
+        return self.connected and not self.silent and not self._refusing
+
+    @property
     def dropped(self) -> int:
         """Entries that devices had to read instead, because no message carried them."""
         return self._outbox.dropped
@@ -120,7 +140,8 @@ class Publisher:
     def publish(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Hand over entries that the log holds; returns at once, whatever the broker does."""
         if entries:
-            self._outbox.add(session, entries, self._monotonic(), online=self.connected)
+            online = self.connected and not self.silent
+            self._outbox.add(session, entries, self._monotonic(), online=online)
             self._wake.set()
 
     def check_integrity(self) -> None:
@@ -132,16 +153,14 @@ class Publisher:
         said = False
         while True:
             try:
-                async with aiomqtt.Client(
+                async with mqtt_client.MqttClient(
                     self._host,
                     self._port,
-                    protocol=aiomqtt.ProtocolVersion.V5,
                     keepalive=BROKER_KEEPALIVE_S,
                     timeout=CONNECT_TIMEOUT_S,
-                    socket_options=mqtt_socket_options(),
                     max_inflight_messages=PUBLISH_INFLIGHT,
                 ) as client:
-                    client.pending_calls_threshold = 2 * PUBLISH_INFLIGHT
+                    self._respect(client.limits)
                     self._outbox.restart(self._monotonic())
                     self._online.set()
                     if said:
@@ -159,7 +178,7 @@ class Publisher:
                 self._online.clear()
             await asyncio.sleep(self._retry_s)
 
-    async def _pump(self, client: aiomqtt.Client, group: asyncio.TaskGroup) -> None:
+    async def _pump(self, client: mqtt_client.MqttClient, group: asyncio.TaskGroup) -> None:
         """Send what waits; many messages may be unacknowledged at a time, in order sent."""
         room = asyncio.Semaphore(PUBLISH_INFLIGHT)
 
@@ -174,7 +193,7 @@ class Publisher:
             for session, cursor in self._outbox.due_heads(self._monotonic()):
                 await send(self._send_head(client, session, cursor))
             for session in self._outbox.take_clears():
-                await send(client.publish(head_topic(session), b"", qos=1, retain=True))
+                await send(self._clear_head(client, session))
             due = self._outbox.next_head_s()
             try:
                 async with asyncio.timeout(
@@ -184,19 +203,82 @@ class Publisher:
             except TimeoutError:
                 pass
 
-    async def _send_batch(self, client: aiomqtt.Client, batch: LogBatch) -> None:
+    async def _send_batch(self, client: mqtt_client.MqttClient, batch: LogBatch) -> None:
         payload = encode_log_message(batch.first.generation, batch.first.offset, batch.ops)
-        await client.publish(log_topic(batch.session), payload, qos=1)
-        self.published += len(batch.ops)
+        if await self._publish(client, log_topic(batch.session), payload):
+            self.published += len(batch.ops)
+        else:
+            self._outbox.dropped += len(batch.ops)
 
     async def _send_head(
-        self, client: aiomqtt.Client, session: SessionName, cursor: Cursor
+        self, client: mqtt_client.MqttClient, session: SessionName, cursor: Cursor
     ) -> None:
-        await client.publish(head_topic(session), encode_head(cursor), qos=1, retain=True)
-        self._outbox.head_confirmed(session, cursor)
-        self._confirmed[session] = max(cursor, self._confirmed.get(session, cursor))
-        self._marks.set()
+        topic = head_topic(session)
+        if await self._publish(client, topic, encode_head(cursor), retain=self._retains):
+            self._outbox.head_confirmed(session, cursor)
+            self._confirmed[session] = max(cursor, self._confirmed.get(session, cursor))
+            self._marks.set()
         self._settled.set()
+
+    async def _clear_head(self, client: mqtt_client.MqttClient, session: SessionName) -> None:
+        if self._retains:
+            await self._publish(client, head_topic(session), b"", retain=True)
+
+    async def _publish(
+        self, client: mqtt_client.MqttClient, topic: str, payload: bytes, *, retain: bool = False
+    ) -> bool:
+        """False where the broker refuses it: devices get it over gRPC.
+
+        Raises:
+            MqttError: the link is lost, or no answer came for `CONNECT_TIMEOUT_S`.
+        """
+        self._count += 1
+        number = self._count
+        self._under_way[number] = self._monotonic()
+        try:
+            await client.publish(topic, payload, qos=1, retain=retain)
+        except mqtt_client.PublishRefused as refusal:
+            if self._refusing != str(refusal):
+                self._refusing = str(refusal)
+                log.warning("broker_refuses", reason=self._refusing, topic=topic,
+                            hint="Devices follow over gRPC. See its access rules.")  # fmt: skip
+            return False
+        finally:
+            self._under_way.pop(number, None)
+        if self._refusing:
+            log.info("broker_takes", topic=topic)
+            self._refusing = ""
+        return True
+
+    def _respect(self, limits: mqtt_client.BrokerLimits) -> None:
+        """What this broker allows; larger entries are left out and read over gRPC."""
+        self._under_way.clear()
+        largest = MAX_MQTT_PAYLOAD_BYTES
+        if limits.max_packet_bytes:
+            largest = min(largest, max(limits.max_packet_bytes - MQTT_PACKET_ROOM, 0))
+        if self._retains and not limits.retains:
+            log.warning("broker_does_not_retain", host=self._host, port=self._port,
+                        hint="A device that joins asks the log; nothing is lost.")  # fmt: skip
+        if largest != self._outbox.max_payload_bytes:
+            log.info("broker_packet_bound", max_payload_bytes=largest)
+        self._retains = limits.retains
+        self._outbox.max_payload_bytes = largest
+
+    def _waited_s(self) -> float:
+        """How long the oldest publish has waited for its answer."""
+        if not self.connected or not self._under_way:
+            return 0.0
+        return self._monotonic() - next(iter(self._under_way.values()))
+
+    async def _listen(self) -> None:
+        """Say once that the broker is silent; its link ends with the oldest publish's deadline."""
+        said = False
+        while True:
+            await asyncio.sleep(SILENCE_S / SILENCE_LOOKS)
+            if self.silent and not said:
+                log.warning("broker_silent", host=self._host, port=self._port,
+                            seconds=round(self._waited_s(), 1))  # fmt: skip
+            said = self.silent
 
     async def _mark(self) -> None:
         """Tell the store what the broker has; the sweep repeats whatever is lost here."""
@@ -245,7 +327,7 @@ class Publisher:
             self._wake.set()
 
 
-async def _watch(client: aiomqtt.Client) -> None:
+async def _watch(client: mqtt_client.MqttClient) -> None:
     """Ends with MqttError when the link is lost."""
     async for _ in client.messages:
         pass
