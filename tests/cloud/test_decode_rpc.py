@@ -17,6 +17,7 @@ from segue_contract.errors import (
     BadMagic,
     BadRecipe,
     BadVersion,
+    DeadlineExceeded,
     InvalidArgument,
     KvError,
     ModelMismatch,
@@ -301,3 +302,43 @@ async def test_tokens_that_the_model_does_not_have(cloud: CloudRpc) -> None:
     await call.write(tokens(0, [10_000_000]))
     assert isinstance(await failure(call), InvalidArgument)
     assert await until_ended(cloud) == list(range(100, 110))
+
+
+@pytest.mark.parametrize("beats", [True, False])
+async def test_an_edge_that_owes_tokens_and_says_nothing_is_not_waited_for(
+    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    monkeypatch.setattr("segue_cloud.rpc.run_stream._LOOK_S", 0.02)
+    monkeypatch.setattr("segue_cloud.rpc.run_stream.KV_FIRST_BYTE_TIMEOUT_S", 60 if beats else 0.2)
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch, shape="edge", ship_blocks=0))
+    if beats:  # and then no more
+        await call.write(dpb.RunRequest(heartbeat=pb.Heartbeat()))
+    assert isinstance(await failure(call), DeadlineExceeded)
+    assert await until_ended(cloud) == list(range(100, 110))
+
+
+async def test_a_prompt_longer_than_any_is_refused_before_it_is_looked_at(cloud: CloudRpc) -> None:
+    begun = await begin(cloud)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch, prompt=[1] * 1_000_000, blocks=[], ship_blocks=0))
+    assert isinstance(await failure(call), InvalidArgument)
+    call = cloud.decode.Run()
+    await call.write(opening(cloud, begun.epoch, prompt=[1] * 10))
+    assert isinstance(await failure(call), BadBlock)
+    assert await until_ended(cloud) == list(range(100, 110))
+
+
+async def test_a_begin_whose_caller_left_runs_all_the_same(
+    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.OPEN_TURN_TIMEOUT_S", 0.05)
+    asked = pb.RunTurnRequest(
+        session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
+    )
+    call = cloud.decode.Begin(dpb.BeginRequest(turn=asked))
+    await asyncio.sleep(0)
+    call.cancel()
+    assert await until_ended(cloud) == list(range(100, 110))
+    assert cloud.manager.room == 8

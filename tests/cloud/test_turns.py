@@ -430,7 +430,7 @@ async def test_an_orphan_is_finished_though_nobody_asks(
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
         await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
-        async with recovering(bench.manager, bench.running, every_s=0.05):
+        async with recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0):
             async with asyncio.timeout(WAIT_S):
                 while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
@@ -607,7 +607,7 @@ async def test_orphans_go_to_those_with_room_and_none_ends_for_want_of_it(
     engine = ScriptedEngine(words, free=False)
     async with (
         bench_on(valkey.url, model_dir, engine, max_turns=2) as bench,
-        recovering(bench.manager, bench.running, every_s=0.05),
+        recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0),
     ):
         async with asyncio.timeout(WAIT_S):
             while bench.manager.running < 2:  # noqa: ASYNC110

@@ -96,6 +96,7 @@ PROBE_PAYLOAD_BYTES: Final = 2 * MIB  # its most: a fast link needs as much to s
 UPLINK_RETRY_S: Final = 10.0  # an edge tries to re-open a broken turn stream for this long
 HEARTBEAT_S: Final = 0.5  # a stream where nothing else was said says this much
 SILENCE_S: Final = 1.5  # who hears nothing for so long takes the peer for lost: two beats may fail
+EDGE_SILENCE_LOOKS: Final = 7  # at the same pace, of an edge that owes a turn's tokens
 SILENCE_LOOKS: Final = 6  # within it: a reader that was itself not scheduled has not listened
 PING_TIMEOUT_S: Final = 5.0  # of gRPC's own pings; 60 s where it is not set
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace

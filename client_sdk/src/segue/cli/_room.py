@@ -231,9 +231,11 @@ class Room:
         self._screen.changed()
 
     async def stop(self) -> None:
-        """Stop whatever runs, whoever asked for it."""
+        """Stop the turn that is shown as running, whoever asked for it: not one that begins as this
+        is asked. Others wait behind it."""
+        shown = next(iter(self.live), "")
         try:
-            if not await self.session.stop():
+            if not shown or not await self.session.stop(shown):
                 self._screen.note("Nothing is running.")
         except SegueError as error:
             self._screen.note(str(error))

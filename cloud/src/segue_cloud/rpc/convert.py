@@ -9,6 +9,7 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.checks import check_run, check_sampling_values, check_stop
 from segue_contract.errors import BadBlock, InvalidArgument
 from segue_contract.ids import SessionName, check_id
+from segue_contract.limits import KV_BLOCK_TOKENS, MAX_NEW_TOKENS, MAX_PROMPT_BYTES
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import Cursor, SessionState, encode_state
@@ -42,10 +43,24 @@ def turn_request(message: pb.RunTurnRequest, tenant: str) -> TurnRequest:
     )
 
 
-def owned_turn(message: dpb.TurnSpec, tenant: str, vocabulary: int) -> OwnedTurn:
-    """Raises InvalidArgument, BadSampling or BadBlock: what no edge of ours sends."""
+def owned_turn(message: dpb.TurnSpec, tenant: str, *, vocabulary: int, context: int) -> OwnedTurn:
+    """Lengths are looked at before anything is copied: a stream's opening must not hold up others.
+
+    Raises:
+        InvalidArgument, BadSampling, BadBlock: what no edge of ours sends.
+    """
     if not message.prompt:
         raise InvalidArgument("A turn was opened without a prompt.")
+    # One that is too long for the context is ended in the log with that error, if it is one that
+    # somebody may have typed: a token has at least a byte.
+    most = context + MAX_PROMPT_BYTES
+    if len(message.prompt) > most or len(message.known_tokens) > MAX_NEW_TOKENS:
+        raise InvalidArgument(
+            f"A turn was opened with {len(message.prompt)} prompt tokens and "
+            f"{len(message.known_tokens)} of its reply; {most} and {MAX_NEW_TOKENS} are allowed."
+        )
+    if len(message.blocks) * KV_BLOCK_TOKENS > len(message.prompt):
+        raise BadBlock("A turn was opened with more blocks than its prompt has.")
     if max(message.prompt) >= vocabulary or any(
         token >= vocabulary for token in message.known_tokens
     ):

@@ -87,7 +87,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def _run(self, requests: AsyncIterator[dpb.RunRequest]) -> AsyncIterator[dpb.RunReply]:
         message = await _first(requests)
-        spec = owned_turn(message, self._tenant, self._manifest.geometry.vocab)
+        sizes = self._manifest.geometry
+        spec = owned_turn(message, self._tenant, vocabulary=sizes.vocab, context=sizes.context)
         if spec.ship_blocks and message.recipe not in self._recipes:
             raise BadRecipe(
                 "The edge's KV comes from a recipe that this model does not allow.",

@@ -22,12 +22,18 @@ async def follow_turn(
         async for item in following:
             if item.snapshot is not None:
                 known = find_turn(item.snapshot, turn)
-                if known is not None:
-                    for event in folded_events(known, position):
-                        yield event
-                    position = max(position, len(known.tokens))
-                    if known.ended:
-                        return
+                if known is None:
+                    return  # the log lost the turn: whoever asks for it again begins it again
+                if len(known.tokens) < position:
+                    # The log lost tokens that its readers were shown; others may follow.
+                    position = len(known.tokens)
+                    lost = pb.TurnRewound(epoch=known.epoch, index=position)
+                    yield pb.TurnEvent(rewound=lost)
+                for event in folded_events(known, position):
+                    yield event
+                position = len(known.tokens)
+                if known.ended:
+                    return
             for entry in item.entries:
                 op = decode_op(entry.op)
                 if getattr(op, "turn", None) != turn:

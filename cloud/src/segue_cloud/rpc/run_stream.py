@@ -9,15 +9,22 @@ from collections.abc import AsyncIterator
 from segue_cloud.engine.port import Engine
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.owner import TurnOwner
+from segue_cloud.turns.patience import done_within
 from segue_contract.errors import DeadlineExceeded, InvalidArgument
 from segue_contract.limits import (
+    EDGE_SILENCE_LOOKS,
     KV_FIRST_BYTE_TIMEOUT_S,
     KV_STALL_TIMEOUT_S,
     READY_POLL_S,
+    SILENCE_LOOKS,
+    SILENCE_S,
     TURN_EVENT_QUEUE,
 )
+from segue_contract.liveness import Silence
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
+
+_LOOK_S = SILENCE_S / SILENCE_LOOKS
 
 
 class RunStream:
@@ -87,33 +94,48 @@ class RunStream:
 
     async def _read(self, requests: AsyncIterator[dpb.RunRequest]) -> None:
         iterator = aiter(requests)
-        now_s = asyncio.get_running_loop().time
-        since_s = now_s()  # of the last message that says more than that the edge lives
+        silence = Silence(EDGE_SILENCE_LOOKS)
+        beats = False  # the edge sends heartbeats: then their absence says something
+        quiet = 0  # looks since the last message that says more than that the edge lives
         while True:
-            patience_s = self._patience_s()
+            reading = asyncio.ensure_future(anext(iterator, None))
             try:
-                async with asyncio.timeout_at(patience_s and since_s + patience_s):
-                    request = await anext(iterator, None)
-            except TimeoutError as error:
-                raise DeadlineExceeded(
-                    "The edge stopped sending KV in the middle of a prompt.",
-                    hint="The cloud computes the rest by itself.",
-                ) from error
+                while not await done_within({reading}, _LOOK_S, looks=1):
+                    quiet += 1
+                    silence.look()
+                    self._check_patience(quiet * _LOOK_S, beats and silence.lost)
+            finally:
+                reading.cancel()
+            request = reading.result()
+            silence.heard()
             if request is None:
                 if not self._attached and not self._intake.complete.is_set():
                     self._intake.close()
                 return
             if request.WhichOneof("kind") == "heartbeat":
+                beats = True
                 continue
             if not self._attached:
                 await self._take(request)
-            since_s = now_s()
+            quiet = 0
 
-    def _patience_s(self) -> float | None:
-        if self._attached or self._intake.complete.is_set():
-            return None
-        begun = self._intake.received_bytes > 0
-        return KV_STALL_TIMEOUT_S if begun else KV_FIRST_BYTE_TIMEOUT_S
+    def _check_patience(self, quiet_s: float, silent: bool) -> None:
+        """Raises DeadlineExceeded where the edge owes something, and is waited for in vain.
+
+        Seconds are counted in looks: time in which this process did not run is no one's silence.
+        """
+        if self._attached or not self._owner.waits_for_edge:
+            return
+        shipping = not self._intake.complete.is_set()
+        begun = self._intake.received_bytes > 0 if shipping else self._owner.next_index > 0
+        bound_s = KV_STALL_TIMEOUT_S if begun else KV_FIRST_BYTE_TIMEOUT_S
+        # While KV is on its way, heartbeats wait behind it on a thin link.
+        if quiet_s < bound_s and not (silent and not shipping):
+            return
+        raise DeadlineExceeded(
+            f"The edge {'fell silent' if silent else 'sent nothing more'} in the middle of a turn.",
+            hint="The cloud computes the rest by itself.",
+        )
 
     async def _take(self, request: dpb.RunRequest) -> None:
         owner = self._owner

@@ -24,10 +24,15 @@ log = structlog.get_logger("segue.turns")
 
 @asynccontextmanager
 async def recovering(
-    manager: TurnManager, running: RunningTurns, *, every_s: float = RECOVERY_SWEEP_S
+    manager: TurnManager,
+    running: RunningTurns,
+    *,
+    every_s: float = RECOVERY_SWEEP_S,
+    grace_s: float = TURN_LEASE_S,
 ) -> AsyncIterator[None]:
-    """While inside, orphans are looked for every `every_s`, as many as there is room for."""
-    task = asyncio.create_task(_sweep(manager, running, every_s), name="recovery sweep")
+    """While inside, orphans are looked for every `every_s`, as many as there is room for, after
+    `grace_s` at first."""
+    task = asyncio.create_task(_sweep(manager, running, every_s, grace_s), name="recovery sweep")
     try:
         yield
     finally:
@@ -36,10 +41,13 @@ async def recovering(
             await task
 
 
-async def _sweep(manager: TurnManager, running: RunningTurns, every_s: float) -> None:
+async def _sweep(
+    manager: TurnManager, running: RunningTurns, every_s: float, grace_s: float
+) -> None:
     clock = asyncio.get_running_loop().time
     answered = named = clock()
-    wait_until = 0.0
+    # After a restart the edges of its turns come back first: they still hold the prompts' KV.
+    wait_until = clock() + grace_s
     while True:
         await asyncio.sleep(every_s)
         try:
