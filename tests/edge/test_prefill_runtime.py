@@ -9,12 +9,12 @@ import pytest
 
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import InvalidArgument, ModelMismatch, ModelMissing, PromptTooLong
-from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry
+from segue_contract.kv.layout import KvGeometry
 from segue_edge.prefill.kv import PastKv
 from segue_edge.prefill.providers import CPU, CUDA, choose_device, prefill_graph
 from segue_edge.prefill.quality import held_out_text
 from segue_edge.prefill.runner import GraphRunner
-from segue_edge.prefill.runtime import EdgeModel, chunk_end
+from segue_edge.prefill.runtime import EdgeModel
 
 # Sums of products in another order differ in the last bits; 30 layers of 8-bit rounding turn some
 # of them into one step of an activation. Keys reach 30, values 10.
@@ -31,28 +31,8 @@ def tokens(model: EdgeModel, model_dir: Path) -> list[int]:
     return ChatTokenizer.load(model_dir, model.manifest).encode(held_out_text())[:400]
 
 
-def test_chunks_end_on_blocks_and_cover_the_prompt() -> None:
-    for total in (1, 63, 64, 65, 127, 200, 512, 1000):
-        for start in (0, 64, 100):
-            for chunk in (1, 64, 100, 256):
-                for taper in (False, True):
-                    at, steps = start, 0
-                    while at < total:
-                        end = chunk_end(at, total, chunk, taper)
-                        assert at < end <= total
-                        assert end == total or end % BLOCK_TOKENS == 0
-                        at, steps = end, steps + 1
-                    assert steps <= total // BLOCK_TOKENS + 1
-    tapered, at = [], 0
-    while at < 512:
-        end = chunk_end(at, 512, 256, True)
-        tapered.append(end - at)
-        at = end
-    assert tapered == [256, 128, 64, 64]
-
-
 def test_kv_does_not_depend_on_the_chunks(model: EdgeModel, tokens: list[int]) -> None:
-    whole = model.prefill(tokens, chunk=len(tokens))
+    whole = model.prefill(tokens, chunk=512)
     for chunk in (64, 128, 256):
         parts = model.prefill(tokens, chunk=chunk)
         assert parts.logits.argmax() == whole.logits.argmax()
@@ -64,7 +44,7 @@ def test_kv_does_not_depend_on_the_chunks(model: EdgeModel, tokens: list[int]) -
 
 def test_blocks_come_in_order_and_are_the_buffers(model: EdgeModel, tokens: list[int]) -> None:
     seen: list[tuple[int, np.ndarray, np.ndarray]] = []
-    result = model.prefill(tokens, None, lambda *block: seen.append(block), chunk=128, taper=True)
+    result = model.prefill(tokens, None, lambda *block: seen.append(block), chunk=128)
     assert [index for index, _, _ in seen] == list(range(400 // 64))
     shape = (model.geometry.layers, model.geometry.kv_heads, 64, model.geometry.head_dim)
     for index, k, v in seen:
@@ -98,18 +78,6 @@ def test_a_block_begun_by_decode_is_handed_out_once_it_is_whole(
     seen: list[int] = []
     model.prefill(tokens[:200], kv, lambda i, k, v: seen.append(i))
     assert seen == [1, 2]
-
-
-def test_cancelling_between_chunks_keeps_what_was_done(model: EdgeModel, tokens: list[int]) -> None:
-    seen: list[int] = []
-    result = model.prefill(
-        tokens, None, lambda i, k, v: seen.append(i), chunk=64, cancelled=lambda: len(seen) == 2
-    )
-    assert result.cancelled
-    assert result.kv.length == 128
-    finished = model.prefill(tokens, result.kv, chunk=64)
-    assert not finished.cancelled
-    np.testing.assert_array_equal(finished.logits, model.prefill(tokens, chunk=64).logits)
 
 
 def test_decode_goes_on_from_prefill_and_the_buffer_grows(

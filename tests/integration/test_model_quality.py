@@ -119,7 +119,7 @@ def test_a_new_budget_chooses_again(built: tuple[Path, str], tmp_path: Path) -> 
     assert manifest.max_agreement_loss == 0.9
     assert manifest.edge_recipe.codec == codecs_of(WEIGHT_ONLY)[-1], "the cheapest that is left"
     assert manifest.edge_recipe.digest in manifest.allowed_recipes()
-    EdgeModel.load(home / "tiny", threads=1, providers="cpu").warm_up()
+    EdgeModel.load(home / "tiny", threads=1, providers="cpu").check_runs()
 
 
 def test_texts_that_are_empty_or_too_short(built: tuple[Path, str], tmp_path: Path) -> None:

@@ -137,9 +137,7 @@ class TinyModel:
     def new_kv(self, capacity: int) -> TinyKv:
         return TinyKv()
 
-    def prefill(
-        self, tokens: Sequence[int], past: Any, on_block: Any, *, chunk: int, taper: bool
-    ) -> TinyResult:
+    def extend(self, tokens: Sequence[int], past: Any, on_block: Any) -> TinyResult:
         self.pause("prefill")
         self.threads.add(threading.current_thread().name)
         known = len(past.tokens)

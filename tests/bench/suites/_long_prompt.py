@@ -22,7 +22,7 @@ from tests.bench.suites._load_peak import peak_bytes
 def main() -> None:
     directory, count, chunk = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     model = EdgeModel.load(directory, providers="cpu")
-    model.warm_up()
+    model.check_runs()
     tokens = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(held_out_text()).ids
     tokens = (tokens * (1 + count // len(tokens)))[:count]
     before = peak_bytes()

@@ -14,6 +14,7 @@ from segue_contract.errors import ModelMismatch, PromptTooLong
 from segue_contract.kv.layout import BLOCK_TOKENS, KvGeometry, KvRecipe
 from segue_contract.model.gate import FLOAT_QUANT
 from segue_contract.model.manifest import Manifest, read_manifest
+from segue_edge.prefill.chunks import LARGE_CHUNK, LONGEST_RUN, chunks
 from segue_edge.prefill.kv import Floats, PastKv
 from segue_edge.prefill.providers import (
     CPU,
@@ -26,10 +27,6 @@ from segue_edge.prefill.providers import (
 from segue_edge.prefill.runner import HEAD_FILE, GraphRunner, open_head, open_session
 from segue_edge.prefill.tensorrt import QDQ, open_qdq
 
-# Tokens. Measured on two cores, 512-token prompt, tokens/s: 1,890 in chunks of 64, 2,160 of 128,
-# 2,250 of 256, 2,080 of 384, 1,830 at once; the order is the same at 2,048.
-DEFAULT_CHUNK = 256
-
 OnBlock = Callable[[int, Floats, Floats], None]
 
 
@@ -39,7 +36,6 @@ class PrefillResult:
 
     kv: PastKv
     make_logits: Callable[[], Floats] = field(repr=False)
-    cancelled: bool = False
 
     @cached_property
     def logits(self) -> Floats:
@@ -99,7 +95,7 @@ class EdgeModel:
         else:
             weight_only = ""
         if prefill_graph(decode.get_providers()) == "decode" and quant != FLOAT_QUANT:
-            qdq = open_qdq(directory, manifest, threads, DEFAULT_CHUNK)
+            qdq = open_qdq(directory, manifest, threads, LONGEST_RUN)
             if qdq is not None:
                 return cls(manifest, qdq, decode, device, QDQ, head)
             return cls(manifest, decode, decode, device, "edge-weight-only", head)
@@ -133,35 +129,53 @@ class EdgeModel:
         past: PastKv | None = None,
         on_block: OnBlock | None = None,
         *,
-        chunk: int = DEFAULT_CHUNK,
-        taper: bool = False,
-        cancelled: Callable[[], bool] | None = None,
+        chunk: int = LARGE_CHUNK,
         room: int = 0,
     ) -> PrefillResult:
-        """KV of all `tokens`, and the logits after the last.
+        """KV of all `tokens`, and the logits after the last: `extend`, chunk by chunk.
 
         Args:
-            tokens: the whole prompt. The first `past.length` of them are those that `past` holds;
-                at least one must be left.
             past: is continued in place; None: from the start.
-            on_block: called with (block index, k, v) for each whole block as soon as its chunk is
-                done; k and v `[layers, kv_heads, 64, head_dim]` float32 are the callee's. Blocks
-                of `past` are not repeated.
-            chunk: tokens of one run of the graph at most. Smaller ones hand blocks over earlier;
-                larger ones use the cores better until attention's square catches up.
-                KV does not depend on how a prompt is cut.
-            taper: halve the chunks towards the end, so that little is left to encode and upload
-                when the last one is done. For callers that give the whole prompt at once.
-            cancelled: asked between chunks; once true, the result is what was done so far.
+            chunk: tokens of one run of the graph, a multiple of 64.
             room: tokens that will be decoded after it, so that the buffer need not grow then.
 
         Raises:
             PromptTooLong: more than the context.
         """
         total = len(tokens)
-        kv = past if past is not None else self.new_kv(total + room)
-        assert kv.length < total, "at least one token must be left to compute"
-        assert chunk > 0
+        self._check_fits(total)
+        kv = past if past is not None else self.new_kv(total)
+        kv.reserve(min(total + room, self.context))
+        for _, stop in chunks(kv.length, total, chunk):
+            result = self.extend(tokens[:stop], kv, on_block)
+        return result
+
+    def extend(
+        self, tokens: Sequence[int], past: PastKv, on_block: OnBlock | None = None
+    ) -> PrefillResult:
+        """One run of the graph: the KV of those `tokens` that `past` lacks, put behind it.
+
+        Args:
+            tokens: the prompt as far as it is to be computed. The first `past.length` of them are
+                those that `past` holds; at least one must be left.
+            on_block: called with (block index, k, v) for each block that became whole; k and v
+                `[layers, kv_heads, 64, head_dim]` float32 are the callee's.
+
+        Raises:
+            PromptTooLong: more than the context.
+        """
+        total = len(tokens)
+        assert past.length < total, "at least one token must be left to compute"
+        self._check_fits(total)
+        past.reserve(total)
+        first_new = past.length // BLOCK_TOKENS
+        output = self._prefill.run(np.asarray(tokens[past.length :], np.int64), past)
+        if on_block is not None:
+            for index in range(first_new, past.length // BLOCK_TOKENS):
+                on_block(index, *past.block(index))
+        return PrefillResult(past, lambda: self._prefill.logits(output))
+
+    def _check_fits(self, total: int) -> None:
         if total > self.context:
             raise PromptTooLong(
                 f"The prompt has {total} tokens; the model's context holds {self.context}.",
@@ -169,23 +183,6 @@ class EdgeModel:
                 tokens=total,
                 context=self.context,
             )
-        kv.reserve(min(total + room, self.context))
-        ids = np.asarray(tokens, np.int64)
-        output = np.zeros(0, np.float32)
-
-        def logits() -> Floats:
-            return self._prefill.logits(output) if output.size else output
-
-        while kv.length < total:
-            if cancelled is not None and cancelled():
-                return PrefillResult(kv, logits, cancelled=True)
-            first_new = kv.length // BLOCK_TOKENS
-            end = chunk_end(kv.length, total, chunk, taper)
-            output = self._prefill.run(ids[kv.length : end], kv)
-            if on_block is not None:
-                for index in range(first_new, kv.length // BLOCK_TOKENS):
-                    on_block(index, *kv.block(index))
-        return PrefillResult(kv, logits)
 
     def decode_step(self, token: int, kv: PastKv) -> Floats:
         """Append `token` to `kv`; float32 `[vocab]` logits of the next one.
@@ -199,13 +196,6 @@ class EdgeModel:
             )
         kv.reserve(kv.length + 1)
         return self._decode.logits(self._decode.run(np.array([token], np.int64), kv))
-
-    def warm_up(self) -> None:
-        """Run the graphs once, so that the first prompt does not pay for lazy set-up."""
-        tokens = [self.manifest.end_tokens[0]] * BLOCK_TOKENS
-        result = self.prefill(tokens)
-        assert result.logits.size
-        self.decode_step(tokens[0], result.kv)
 
     def check_runs(self) -> None:
         """Decode one token, for what no graph says of itself: the head's size, say.
@@ -221,15 +211,3 @@ class EdgeModel:
                 f"{' '.join(str(error).split())[:300]}.",
                 hint="They and the manifest do not fit: build the model again.",
             ) from error
-
-
-def chunk_end(start: int, total: int, chunk: int, taper: bool = False) -> int:
-    """Where the chunk that begins at `start` ends: on a block boundary, or at `total`.
-
-    Tapering takes half of what is left, so 512 tokens run as 256, 128, 64, 64.
-    """
-    size = min(chunk, (total - start) // 2) if taper else chunk
-    end = start + size
-    end = max(end - end % BLOCK_TOKENS, start - start % BLOCK_TOKENS + BLOCK_TOKENS)
-    # A rest shorter than half a block costs less inside this run than as one of its own.
-    return total if total - end < BLOCK_TOKENS // 2 else end

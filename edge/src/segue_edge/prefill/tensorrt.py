@@ -17,7 +17,6 @@ import onnxruntime as ort
 import structlog
 
 from segue_contract.errors import ModelMismatch
-from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.model.manifest import Manifest
 from segue_edge.prefill.kv import PastKv
 from segue_edge.prefill.providers import CPU, CUDA, Device, Provider
@@ -66,9 +65,9 @@ def may_use_qdq(
 
 
 def open_qdq(
-    directory: Path, manifest: Manifest, threads: int, chunk: int
+    directory: Path, manifest: Manifest, threads: int, longest: int
 ) -> ort.InferenceSession | None:
-    """A session of the QDQ graph that TensorRT really runs, ready for chunks of up to `chunk`
+    """A session of the QDQ graph that TensorRT really runs, ready for runs of up to `longest`
     tokens; None where it cannot be had, and the log says why."""
     if not may_use_qdq(manifest, directory):
         return None
@@ -81,7 +80,7 @@ def open_qdq(
         if TENSORRT not in session.get_providers():
             log.warning("no_tensorrt", reason="its libraries are not installed, or do not load")
             return None
-        _widen(session, manifest, chunk)
+        _widen(session, manifest, longest)
     except ModelMismatch as error:
         log.warning("no_tensorrt", reason=error.message)
         return None
@@ -91,11 +90,11 @@ def open_qdq(
     return session
 
 
-def _widen(session: ort.InferenceSession, manifest: Manifest, chunk: int) -> None:
-    """Run the shortest and the longest chunk: an engine serves the sizes between those it saw, and
+def _widen(session: ort.InferenceSession, manifest: Manifest, longest: int) -> None:
+    """Run the shortest and the longest one: an engine serves the sizes between those it saw, and
     is compiled anew, in the middle of somebody's prompt, for any other."""
     runner = GraphRunner(session, manifest.geometry, in_place=False)
-    longest = min(chunk + BLOCK_TOKENS, manifest.geometry.context)
+    longest = min(longest, manifest.geometry.context)
     for tokens in (1, longest):
         kv = PastKv(manifest.geometry.kv, longest)
         runner.run(np.full(tokens, manifest.end_tokens[0], np.int64), kv)

@@ -39,17 +39,9 @@ class EdgeModelPort(Protocol):
         """An empty `Kv` with room for `capacity` tokens."""
         ...
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        past: Any,
-        on_block: OnBlock | None,
-        *,
-        chunk: int,
-        taper: bool,
-    ) -> Prefilled:
-        """Extend `past` to all `tokens`, of which it holds the first; `on_block` gets each whole
-        new block, its arrays to keep. Here a call is one run: the caller cuts the prompt."""
+    def extend(self, tokens: Sequence[int], past: Any, on_block: OnBlock | None) -> Prefilled:
+        """Extend `past` to all `tokens`, of which it holds the first, in one run; `on_block` gets
+        each whole new block, its arrays to keep."""
         ...
 
     def decode_step(self, token: int, kv: Any) -> NDArray[np.float32]:

@@ -11,9 +11,9 @@ from segue_edge.planner.costs import PlanInputs
 from segue_edge.planner.estimators import CloudView
 from segue_edge.planner.ledger import open_report
 from segue_edge.planner.plan import Plan, choose
+from segue_edge.prefill.chunks import chunk_size
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.begin import Begun
-from segue_edge.turns.chunks import chunk_size
 from segue_edge.turns.deps import EdgeDeps
 
 

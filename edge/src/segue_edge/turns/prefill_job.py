@@ -11,7 +11,7 @@ from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT
 from segue_contract.sampling import sample
 from segue_contract.sync.ops import Sampling
 from segue_edge.compute import Job
-from segue_edge.turns.chunks import LARGE_CHUNK, chunks
+from segue_edge.prefill.chunks import LARGE_CHUNK, chunks
 from segue_edge.turns.model_port import Array, EdgeModelPort, PrefixCachePort
 
 OnBlock = Callable[[int, Array, Array], None]
@@ -83,13 +83,7 @@ class PrefillJob(Job[Prefill]):
         start, stop = self._pending.pop(0)
         self._block_s = 0.0
         begun = time.perf_counter()
-        result = self._model.prefill(
-            self._tokens[:stop],
-            self._out.kv,
-            self._take_block,
-            chunk=stop - start,
-            taper=False,
-        )
+        result = self._model.extend(self._tokens[:stop], self._out.kv, self._take_block)
         seconds = time.perf_counter() - begun - self._block_s
         self._out.rates.append((stop - start, seconds))
         self._out.model_s += seconds

@@ -12,7 +12,7 @@ from segue_contract.errors import SegueError
 from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.limits import WARM_QUEUE_TURNS
 from segue_edge.compute import ComputeThread, Priority
-from segue_edge.turns.chunks import SMALL_CHUNK
+from segue_edge.prefill.chunks import SMALL_CHUNK
 from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
 from segue_edge.turns.prefill_job import PrefillJob
 

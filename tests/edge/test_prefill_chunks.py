@@ -7,14 +7,13 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segue_edge.turns.chunks import LARGE_CHUNK, SMALL_CHUNK, chunk_size, chunks
+from segue_edge.prefill.chunks import LARGE_CHUNK, LONGEST_RUN, SMALL_CHUNK, chunk_size, chunks
 
 
-@given(st.integers(0, 60), st.integers(1, 8192), st.sampled_from([64, 128, 256, 512]))
+@given(st.integers(0, 4000), st.integers(1, 8192), st.sampled_from([64, 128, 256, 512]))
 def test_chunks_cover_the_prompt_without_gap_or_overlap(
-    cached_blocks: int, new_tokens: int, chunk: int
+    start: int, new_tokens: int, chunk: int
 ) -> None:
-    start = cached_blocks * 64
     cut = chunks(start, start + new_tokens, chunk)
     assert cut[0][0] == start
     assert cut[-1][1] == start + new_tokens
@@ -23,7 +22,9 @@ def test_chunks_cover_the_prompt_without_gap_or_overlap(
         assert end % 64 == 0
     sizes = [end - begin for begin, end in cut]
     assert min(sizes) > 0
-    assert max(sizes[:-1], default=0) <= chunk
+    assert max(sizes) < chunk + 64
+    if chunk <= LARGE_CHUNK:
+        assert max(sizes) <= LONGEST_RUN
 
 
 @given(st.integers(512, 8192))
@@ -34,6 +35,7 @@ def test_most_kv_exists_before_the_last_chunk(tokens: int) -> None:
 
 def test_a_short_prompt_is_one_chunk() -> None:
     assert chunks(0, 200) == [(0, 200)]
+    assert chunks(100, 200) == [(100, 200)]
     assert chunks(448, 500) == [(448, 500)]
 
 
