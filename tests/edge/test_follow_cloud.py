@@ -2,91 +2,108 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from segue_contract.errors import DeadlineExceeded, Overloaded, Unreachable
+from segue_contract.errors import Overloaded, SegueError, UnknownTurn, Unreachable
+from segue_contract.plan import Shape
+from segue_contract.transport.turn_feed import TurnFeed
+from segue_contract.turn.events import Ended, Frame, TurnEvent
 from segue_contract.v1 import agent_pb2 as pb
-from segue_edge.turns import follow
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.feed import TurnFeed
+from segue_edge.turns.begin import Begun
+from segue_edge.turns.executor import TurnExecutor
+from segue_edge.turns.measure import Measure
+from segue_edge.turns.turn import TurnLimits, TurnState
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
-from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, Wait, ended, frame, started
+from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, ended, frame, started
 
 ASKED = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Where?", max_tokens=20, plan="ship"
 )
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(follow, "time", clock)
-    monkeypatch.setattr(follow, "_PAUSE_S", 0.0)
-    return clock
-
-
-async def followed(script: Callable[[pb.RunTurnRequest], Sequence[Step]]) -> FakeAgent:
+async def followed(
+    script: Callable[[pb.RunTurnRequest], Any], retry_s: float = 10.0
+) -> tuple[FakeAgent, list[TurnEvent]]:
+    """Follow the turn at one cloud that plays `script`. Raises the error that readers get."""
+    feed, nothing = TurnFeed(), None
+    state = TurnState("t1", 0, 0, Shape.TEXT, TurnLimits(retry_s, pause_s=0.01, pause_max_s=0.02))
     async with FakeAgent(FakeLog("trip"), script, role="cloud") as agent:
         clouds = CloudSet([agent.address], Pacer())
+        tools: Any = nothing
+        outbox: Any = nothing
+        executor = TurnExecutor(
+            state,
+            Asked.of(ASKED),
+            Begun(clouds.best("trip"), [], joined=True),
+            None,
+            0,
+            None,
+            tools=tools,
+            clouds=clouds,
+            outbox=outbox,
+            feed=feed,
+            measure=Measure(),
+        )
         try:
-            await follow.follow_cloud(clouds, Asked.of(ASKED), TurnFeed())
+            await executor.run(state.join(time.monotonic()))
         finally:
             await clouds.close()
-    return agent
+    return agent, [event async for event in feed.read()]
 
 
 async def test_a_forced_plan_stays_with_the_node_that_began_the_turn() -> None:
-    agent = await followed(lambda _: [started("t1"), frame(0, "Paris"), ended(1)])
+    agent, _ = await followed(lambda _: [started("t1"), frame(0, "Paris"), ended(1)])
     assert [run.plan for run in agent.runs] == [""]
     assert ASKED.plan == "ship"
 
 
-async def test_a_long_turn_outlives_a_hiccup(clock: Clock) -> None:
+async def test_after_a_hiccup_it_goes_on_at_the_first_missing_token() -> None:
     def script(request: pb.RunTurnRequest) -> Iterator[Step]:
         yield started("t1")
         if not request.from_index:
-            clock.now += 60  # longer than any patience, and then there is news
             yield frame(0, "Paris")
             yield Break()
         yield frame(1, "is")
         yield ended(2)
 
-    agent = await followed(script)  # type: ignore[arg-type]
+    agent, events = await followed(script)
     assert [run.from_index for run in agent.runs] == [0, 1]
+    assert [event.text for event in events if isinstance(event, Frame)] == ["Paris ", "is "]
 
 
-@pytest.mark.parametrize("failure", [Break(), Overloaded("Full.")])
-async def test_patience_without_news_has_an_end(clock: Clock, failure: Step) -> None:
-    def script(request: pb.RunTurnRequest) -> Iterator[Step]:
-        clock.now += 4
-        yield failure
-
+@pytest.mark.parametrize(
+    "steps", [[Break()], [Overloaded("Full.")], [started("t1")], [started("t1"), ended(2)]]
+)
+async def test_patience_without_news_has_an_end(steps: Sequence[Step]) -> None:
     with pytest.raises((Unreachable, Overloaded)):
-        await followed(script)  # type: ignore[arg-type]
-    assert clock.now == 1012.0
+        await followed(lambda _: steps, retry_s=0.2)
 
 
-async def test_a_cloud_without_room_is_asked_again(clock: Clock) -> None:
-    scripts = iter([[Overloaded("Full.")], [started("t1"), ended(0)]])
-    agent = await followed(lambda _: next(scripts))
+async def test_a_cloud_without_room_is_asked_again() -> None:
+    scripts: Iterator[list[Step]] = iter([[Overloaded("Full.")], [started("t1"), ended(0)]])
+    agent, _ = await followed(lambda _: next(scripts))
     assert len(agent.runs) == 2
 
 
-async def test_a_cloud_that_says_nothing_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(follow, "TURN_TIMEOUT_S", 0.2)
-    with pytest.raises(DeadlineExceeded):
-        await followed(lambda _: [Wait(asyncio.Event())])
+async def test_an_end_that_the_log_has_not_is_no_end() -> None:
+    scripts: Iterator[list[Step]] = iter(
+        [
+            [started("t1"), frame(0, "Paris"), ended(1, reason="error", durable=False)],
+            [started("t1"), frame(1, "is nice"), ended(3)],
+        ]
+    )
+    _, events = await followed(lambda _: next(scripts))
+    (end,) = [event for event in events if isinstance(event, Ended)]
+    assert (end.reason, end.next_index, end.durable) == ("stop", 3, True)
+
+
+async def test_what_a_cloud_says_for_good_is_told() -> None:
+    refusal: SegueError = UnknownTurn("There is no such turn.")
+    with pytest.raises(UnknownTurn):
+        await followed(lambda _: [refusal])

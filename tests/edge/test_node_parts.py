@@ -17,102 +17,15 @@ from segue_contract.errors import (
     ModelMissing,
     NotLoopback,
     Overloaded,
-    Unreachable,
 )
 from segue_contract.limits import PREFILL_QUEUE_JOBS
 from segue_contract.sync.state import TurnState
-from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.compute import Call, ComputeThread, Job, Load, Priority, Progress
 from segue_edge.config import read_config
 from segue_edge.node import EdgeNode
 from segue_edge.planner_cli import app as plan_app
 from segue_edge.prefill.providers import choose_device
-from segue_edge.turns.feed import TurnFeed
 from segue_edge.turns.history import HistoryCache, SessionHistory
-from segue_edge.turns.reply import Reply
-
-# -- reply --------------------------------------------------------------------------------------
-
-
-def frame(index: int, text: str, epoch: int = 1) -> pb.TokenFrame:
-    return pb.TokenFrame(
-        epoch=epoch, index=index, tokens=[ord(c) for c in text], pieces=list(text), offset=7
-    )
-
-
-def preview(reply: Reply, text: str) -> None:
-    reply.preview(tuple(ord(c) for c in text), tuple(text))
-
-
-def kinds(events: list[pb.TurnEvent]) -> list[str]:
-    return [str(event.WhichOneof("kind")) for event in events]
-
-
-def test_a_frame_that_repeats_a_preview_only_makes_it_durable() -> None:
-    reply = Reply(1)
-    preview(reply, "abc")
-    events = reply.accept(frame(0, "ab"))
-    assert kinds(events) == ["durable"]
-    assert (reply.durable, reply.next_index) == (2, 3)
-
-
-def test_a_frame_that_overlaps_brings_only_what_is_new() -> None:
-    reply = Reply(1)
-    preview(reply, "abc")
-    durable, new = reply.accept(frame(1, "bcde"))
-    assert durable.durable.next_index == 3
-    assert (new.frame.index, "".join(new.frame.pieces)) == (3, "de")
-    assert "".join(reply.pieces) == "abcde"
-
-
-def test_another_continuation_takes_back_the_preview_from_there() -> None:
-    reply = Reply(1)
-    preview(reply, "abcd")
-    events = reply.accept(frame(1, "bXY", epoch=2))
-    assert kinds(events) == ["rewound", "durable", "frame"]
-    assert (events[0].rewound.index, events[0].rewound.epoch) == (2, 2)
-    assert "".join(reply.pieces) == "abXY"
-    assert reply.edge_made == 2
-
-
-def test_a_frame_heard_twice_says_nothing() -> None:
-    reply = Reply(1)
-    reply.accept(frame(0, "ab"))
-    assert reply.accept(frame(0, "ab")) == []
-
-
-def test_a_gap_is_an_error_not_a_hole() -> None:
-    with pytest.raises(InvalidArgument, match="next one"):
-        Reply(1).accept(frame(3, "x"))
-
-
-# -- feed ---------------------------------------------------------------------------------------
-
-
-async def collect(feed: TurnFeed, from_index: int = 0) -> list[pb.TurnEvent]:
-    return [event async for event in feed.read(from_index)]
-
-
-async def test_every_reader_gets_everything_whenever_it_comes() -> None:
-    feed = TurnFeed()
-    early = asyncio.create_task(collect(feed))
-    feed.publish(pb.TurnEvent(frame=frame(0, "ab")))
-    await asyncio.sleep(0)
-    middle = asyncio.create_task(collect(feed, 1))
-    feed.publish(pb.TurnEvent(ended=pb.TurnEnded(reason="stop")))
-    feed.close()
-    late = await collect(feed, 2)
-    assert kinds(await early) == ["frame", "ended"]
-    assert "".join((await middle)[0].frame.pieces) == "b"
-    assert kinds(late) == ["ended"]
-
-
-async def test_a_turn_that_fails_fails_its_readers() -> None:
-    feed = TurnFeed()
-    feed.close(Unreachable("gone"))
-    with pytest.raises(Unreachable):
-        await collect(feed)
-
 
 # -- history ------------------------------------------------------------------------------------
 
@@ -135,6 +48,25 @@ def test_a_turn_that_the_log_has_otherwise_counts_as_changed() -> None:
     history.merge(1, 0, [turn("a")])
     history.add(turn("b", [1, 2]))
     assert history.merge(1, 1, [turn("b", [1, 3])])
+
+
+def test_what_waits_in_the_outbox_stays_in_the_conversation_until_it_is_delivered() -> None:
+    history = SessionHistory()
+    history.merge(1, 0, [turn("a")])
+    history.wait(turn("b"))
+    history.merge(1, 1, [turn("other")])
+    assert [t.turn for t in history.turns] == ["a", "other", "b"]
+    history.delivered("b", True)
+    history.merge(1, 2, [turn("b")])
+    assert [t.turn for t in history.turns] == ["a", "other", "b"]
+    assert history.provisional == []
+
+
+def test_a_turn_that_the_log_has_otherwise_is_not_remembered_as_shown() -> None:
+    history = SessionHistory()
+    history.wait(turn("b"))
+    history.delivered("b", False)
+    assert history.turns == []
 
 
 def test_another_generation_forgets_what_was_known() -> None:

@@ -47,7 +47,7 @@ async def test_ship_sends_every_full_block_exactly_once_and_right() -> None:
     async with serving() as (cloud, node, device):
         told = await device.run(plan="ship", max_tokens=100)
     spec = cloud.seen.specs[0]
-    ids = block_ids(node.deps.recipe, spec.prompt)
+    ids = block_ids(node.tools.recipe, spec.prompt)
     assert len(ids) == 6
     assert list(spec.blocks) == ids
     assert [block.id for block in cloud.seen.blocks] == ids
@@ -64,7 +64,7 @@ async def test_ship_skips_blocks_that_the_cloud_has() -> None:
     async with serving() as (cloud, node, device):
         cloud.script.have_blocks = 4
         told = await device.run(plan="ship", max_tokens=100)
-    ids = block_ids(node.deps.recipe, cloud.seen.specs[0].prompt)
+    ids = block_ids(node.tools.recipe, cloud.seen.specs[0].prompt)
     assert [block.id for block in cloud.seen.blocks] == ids[4:]
     assert told.plan.cloud_cached_blocks == 4
     assert told.plan.shipped_blocks == 2
@@ -181,8 +181,8 @@ async def test_the_second_turn_reuses_the_first_ones_kv() -> None:
     model = TinyModel()
     async with serving(model) as (cloud, node, device):
         await device.run("t1", plan="ship", max_tokens=80)
-        await asyncio.wait_for(node.deps.warmer.finished.wait(), 10)
-        assert node.deps.warmer.warmed_tokens >= 64  # the reply's blocks
+        await asyncio.wait_for(node.warmer.finished.wait(), 10)
+        assert node.warmer.warmed_tokens >= 64  # the reply's blocks
         before = model.prefilled_tokens
         told = await device.run("t2", "And the shore?", plan="ship")
     prompt = cloud.seen.specs[1].prompt
@@ -265,7 +265,7 @@ async def test_replies_that_are_decoded_here_do_not_keep_a_new_prompt_waiting() 
     async with serving(model=model) as (cloud, node, device):
 
         def pause(what: str) -> None:
-            if node.deps.compute.load().decoding == 2:
+            if node.tools.compute.load().decoding == 2:
                 loop.call_soon_threadsafe(both_speak.set)
 
         model.pause = pause

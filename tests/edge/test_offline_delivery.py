@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from segue_contract.errors import Overloaded
+from segue_contract.errors import InvalidArgument, Overloaded
 from segue_contract.ids import SessionName
+from segue_contract.limits import OUTBOX_TURNS
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.servers import Valkey
+from segue_contract.turn.events import Reason
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.deliver import deliver
 from segue_edge.turns.history import HistoryCache
-from segue_edge.turns.outbox import OfflineTurn, Outbox
+from segue_edge.turns.offline.deliver import Delivery
+from segue_edge.turns.offline.journal import Journal, StoredTurn
+from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
@@ -32,10 +37,12 @@ SHOWN = (200, 201, 202)
 MADE = tuple(range(100, 110))  # what the cloud's engine makes
 
 
-def offline(tokens: tuple[int, ...] = SHOWN, *, begun: bool = False) -> OfflineTurn:
+def offline(
+    tokens: tuple[int, ...] = SHOWN, *, begun: bool = False, request: pb.RunTurnRequest = REQUEST
+) -> OfflineTurn:
     plan = encode_plan(PlanReport(shape="edge"))
     pieces = tuple("x" for _ in tokens)
-    return OfflineTurn(Asked.of(REQUEST), (10, 11, 12), tokens, pieces, "stop", plan, begun)
+    return OfflineTurn(Asked.of(request), (10, 11, 12), tokens, pieces, Reason.STOP, plan, begun)
 
 
 @pytest.fixture
@@ -45,16 +52,33 @@ async def cloud(valkey: Valkey, model_dir: Path) -> AsyncIterator[CloudRpc]:
         yield running
 
 
+@dataclass
+class Delivering:
+    """A delivery, and what it told of each turn."""
+
+    delivery: Delivery
+    histories: HistoryCache
+    told: list[tuple[str, bool]] = field(default_factory=list)
+
+    async def __call__(self, turn: OfflineTurn) -> None:
+        await self.delivery.deliver(turn)
+
+
 @pytest.fixture
-async def deps(cloud: CloudRpc) -> AsyncIterator[Any]:
-    clouds = CloudSet([cloud.address], Pacer())
+async def deliver(cloud: CloudRpc) -> AsyncIterator[Delivering]:
+    clouds, histories = CloudSet([cloud.address], Pacer()), HistoryCache()
     recipe = cloud.manifest.edge_recipe.digest
-    yield SimpleNamespace(clouds=clouds, histories=HistoryCache(), recipe=recipe)
+
+    def told(turn: OfflineTurn, same: bool) -> None:
+        delivering.told.append((turn.asked.turn, same))
+
+    delivering = Delivering(Delivery(clouds, histories, recipe, told), histories)
+    yield delivering
     await clouds.close()
 
 
-async def in_log(cloud: CloudRpc) -> tuple[tuple[int, ...], str]:
-    state = await cloud.log.state(SessionName("default", "trip"))
+async def in_log(cloud: CloudRpc, session: str = "trip") -> tuple[tuple[int, ...], str]:
+    state = await cloud.log.state(SessionName("default", session))
     (turn,) = state.turns
     return tuple(turn.tokens), turn.reason
 
@@ -65,59 +89,100 @@ async def begin(cloud: CloudRpc) -> None:
 
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_turn_that_the_log_does_not_know_is_appended(
-    cloud: CloudRpc, deps: Any, begun: bool
+    cloud: CloudRpc, deliver: Delivering, begun: bool
 ) -> None:
-    await deliver(deps, offline(begun=begun))
+    await deliver(offline(begun=begun))
     assert await in_log(cloud) == (SHOWN, "stop")
 
 
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_turn_that_began_in_the_log_ends_there_as_it_was_shown(
-    cloud: CloudRpc, deps: Any, begun: bool
+    cloud: CloudRpc, deliver: Delivering, begun: bool
 ) -> None:
     await begin(cloud)
-    await deliver(deps, offline(begun=begun))
+    await deliver(offline(begun=begun))
     assert await in_log(cloud) == (SHOWN, "stop")
     assert not cloud.engine.turns
 
 
-async def test_the_log_keeps_the_end_that_it_has(cloud: CloudRpc, deps: Any) -> None:
+async def test_the_log_keeps_the_end_that_it_has(cloud: CloudRpc, deliver: Delivering) -> None:
     async for _ in cloud.agent.RunTurn(REQUEST):
         pass
-    await deliver(deps, offline(begun=True))
+    await deliver(offline(begun=True))
     assert (await in_log(cloud))[0] == MADE
 
 
-async def test_a_cloud_that_finishes_the_turn_is_left_to_it(cloud: CloudRpc, deps: Any) -> None:
+async def test_a_cloud_that_finishes_the_turn_is_left_to_it(
+    cloud: CloudRpc, deliver: Delivering
+) -> None:
     cloud.engine._free = False
     running = cloud.agent.RunTurn(REQUEST)
     await running.read()
-    delivering = asyncio.create_task(deliver(deps, offline(begun=True)))
+    delivering = asyncio.create_task(deliver(offline(begun=True)))
     cloud.engine.allow(len(MADE))
     await asyncio.wait_for(delivering, 10)
     assert (await in_log(cloud))[0] == MADE
     running.cancel()
 
 
+async def test_a_device_and_a_session_that_the_log_does_not_know_are_opened_there(
+    cloud: CloudRpc, deliver: Delivering
+) -> None:
+    other = pb.RunTurnRequest(
+        session="trip", device="laptop", turn="t2", prompt="Me too", max_tokens=50
+    )
+    lost = pb.RunTurnRequest(
+        session="lost", device="laptop", turn="t3", prompt="And here", max_tokens=50
+    )
+    await deliver(offline(request=other))
+    await deliver(offline(request=lost, begun=True))
+    assert await in_log(cloud) == (SHOWN, "stop")
+    assert await in_log(cloud, "lost") == (SHOWN, "stop")
+    assert deliver.told == [("t2", True), ("t3", True)]
+
+
+async def test_a_turn_that_differs_in_the_log_is_told(cloud: CloudRpc, deliver: Delivering) -> None:
+    async for _ in cloud.agent.RunTurn(REQUEST):
+        pass
+    await deliver(offline(begun=True))
+    assert deliver.told == [("t1", False)]
+
+
+# -- the outbox ---------------------------------------------------------------------------------
+
+
+def said(turn: str, session: str = "trip") -> OfflineTurn:
+    request = pb.RunTurnRequest(
+        session=session, device="phone", turn=turn, prompt="Hello", max_tokens=50
+    )
+    return offline(request=request)
+
+
+async def keep(outbox: Outbox, *turns: OfflineTurn) -> None:
+    for turn in turns:
+        await outbox.reserve().keep(turn)
+
+
 async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
-    outbox, faults = Outbox(), iter([ValueError("a fault of ours"), Overloaded("Full."), None])
+    faults = iter([ValueError("a fault of ours"), Overloaded("Full."), None])
 
     async def fail(_: OfflineTurn) -> None:
         error = next(faults)
         if error is not None:
             raise error
 
-    outbox.add(offline())
-    assert not await outbox.flush(fail)
-    assert not await outbox.flush(fail)
+    outbox = Outbox(fail)
+    await keep(outbox, offline())
+    assert not await outbox.flush()
+    assert not await outbox.flush()
     assert len(outbox) == 1
-    assert await outbox.flush(fail)
+    assert await outbox.flush()
     assert len(outbox) == 0
 
 
 async def test_what_could_not_be_delivered_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segue_edge.turns.outbox.PROBE_INTERVAL_S", 0.01)
-    outbox, done, tries = Outbox(), asyncio.Event(), []
+    monkeypatch.setattr("segue_edge.turns.offline.outbox.PROBE_INTERVAL_S", 0.01)
+    done, tries = asyncio.Event(), []
 
     async def second_time(turn: OfflineTurn) -> None:
         tries.append(turn)
@@ -128,8 +193,118 @@ async def test_what_could_not_be_delivered_is_tried_again(monkeypatch: pytest.Mo
     async def never() -> None:
         await asyncio.Event().wait()
 
-    outbox.add(offline())
-    outbox.start(never, second_time)
+    outbox = Outbox(second_time)
+    await keep(outbox, offline())
+    outbox.start(never)
     await asyncio.wait_for(done.wait(), 10)
     await outbox.close()
     assert len(tries) == 2
+
+
+async def test_sessions_do_not_wait_for_each_other_and_each_keeps_its_order() -> None:
+    delivered: list[str] = []
+    stuck = asyncio.Event()
+
+    async def deliver(turn: OfflineTurn) -> None:
+        if turn.asked.session == "busy":
+            await stuck.wait()
+        delivered.append(turn.asked.turn)
+
+    outbox = Outbox(deliver)
+    await keep(outbox, said("b1", "busy"), said("t1"), said("t2"), said("t3"))
+    flushing = asyncio.create_task(outbox.flush())
+    await outbox.settle("trip")
+    assert delivered == ["t1", "t2", "t3"]
+    assert (outbox.holds("trip"), outbox.holds("busy")) == (False, True)
+    stuck.set()
+    assert await flushing
+
+
+async def test_a_place_is_reserved_before_it_is_needed() -> None:
+    async def deliver(_: OfflineTurn) -> None:
+        raise Overloaded("Full.")
+
+    outbox = Outbox(deliver)
+    rooms = [outbox.reserve() for _ in range(OUTBOX_TURNS)]
+    with pytest.raises(Overloaded):
+        outbox.reserve()
+    rooms[0].free()
+    rooms[0].free()
+    kept = outbox.reserve()
+    with pytest.raises(Overloaded):
+        outbox.reserve()
+    await kept.keep(offline())
+    await rooms[1].keep(offline())
+    assert len(outbox) == 2
+
+
+async def test_a_restart_loses_none_and_keeps_the_order(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "edge.outbox"
+    delivered: list[OfflineTurn] = []
+
+    async def away(_: OfflineTurn) -> None:
+        raise Overloaded("Full.")
+
+    async def deliver(turn: OfflineTurn) -> None:
+        delivered.append(turn)
+
+    first = Outbox(away, Journal(path))
+    await keep(first, said("t1"), said("t2"), said("t3"))
+    with pytest.raises(InvalidArgument, match="Another edge"):
+        Journal(path)
+    await first.close()
+    second = Outbox(deliver, Journal(path))
+    assert len(second) == 3
+    assert await second.flush()
+    await second.close()
+    assert [turn.asked.turn for turn in delivered] == ["t1", "t2", "t3"]
+    assert (delivered[0].tokens, delivered[0].reason) == (SHOWN, Reason.STOP)
+    third = Journal(path)
+    assert third.turns == []
+    third.close()
+
+
+def stored(name: str) -> StoredTurn:
+    return said(name).stored()
+
+
+def journal(path: Path, *names: str) -> bytes:
+    file = Journal(path)
+    for name in names:
+        file.add(stored(name))
+    file.close()
+    return path.read_bytes()
+
+
+def names_in(path: Path) -> list[str]:
+    file = Journal(path)
+    names = [OfflineTurn.of(number, turn).asked.turn for number, turn in file.turns]
+    file.close()
+    return names
+
+
+def test_any_torn_end_costs_at_most_the_turn_that_was_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+    one = len(journal(path, "t1"))
+    data = journal(path, "t2")
+    for cut in range(12, len(data)):
+        path.write_bytes(data[:cut])
+        assert names_in(path) == (["t1"] if cut >= one else [])
+
+
+def test_bytes_that_changed_are_noticed_and_kept_for_a_person(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+    journal(path, "t1", "t2")
+    data = bytearray(journal(path, "t3"))
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert names_in(path) == ["t1"]
+    assert (tmp_path / "outbox.damaged").read_bytes() == data
+
+
+@given(st.binary(max_size=200))
+def test_any_file_is_read_or_set_aside(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "outbox"
+        path.write_bytes(b"SEGUEOUT" + (1).to_bytes(4, "little") + data)
+        assert names_in(path) == []

@@ -16,6 +16,7 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
+from segue_edge.turns.turn import TurnLimits
 from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 
@@ -24,12 +25,15 @@ LONG_PROMPT = "Tell me of the sea. " * 20  # six full blocks and a tail
 
 @asynccontextmanager
 async def edge_node(
-    *clouds: str, model: TinyModel | None = None, **settings: Any
+    *clouds: str,
+    model: TinyModel | None = None,
+    limits: TurnLimits | None = None,
+    **settings: Any,
 ) -> AsyncIterator[EdgeNode]:
     """A node on a free port that uses these clouds."""
     tiny = model or TinyModel()
     config = EdgeConfig(port=0, cloud=",".join(clouds), **settings)
-    async with EdgeNode(config, load=lambda _: (tiny, tiny_tokenizer())) as node:
+    async with EdgeNode(config, load=lambda _: (tiny, tiny_tokenizer()), limits=limits) as node:
         yield node
 
 

@@ -138,7 +138,9 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         turn = self.known[request.turn]
         yield pb.TurnEvent(started=pb.TurnStarted(turn=turn.turn, epoch=1, offset=1))
         yield pb.TurnEvent(frame=_frame(1, 0, turn.tokens, turn.pieces))
-        yield pb.TurnEvent(ended=pb.TurnEnded(reason="stop", next_index=len(turn.tokens)))
+        yield pb.TurnEvent(
+            ended=pb.TurnEnded(reason="stop", next_index=len(turn.tokens), durable=True)
+        )
 
     # -- Decode --------------------------------------------------------------------------------
 

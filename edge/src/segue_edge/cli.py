@@ -51,6 +51,10 @@ def edge(
     ledger: Annotated[
         Path | None, typer.Option(help="Append one JSON line per turn to this file.")
     ] = None,
+    outbox: Annotated[
+        Path | None,
+        typer.Option(help="File for turns that wait for the cloud; by default in ~/.local/state."),
+    ] = None,
     max_turns: Annotated[
         int | None, typer.Option(help="Turns at once, beyond which it refuses.")
     ] = None,
@@ -71,6 +75,7 @@ def edge(
             providers=providers,
             cache_mb=cache_mb,
             ledger=ledger,
+            outbox=outbox,
             max_turns=max_turns,
             link_mbps=link_mbps,
             log_level=log_level,
@@ -105,7 +110,7 @@ def _say_ready(node: EdgeNode) -> None:
         "host": node.server.host,
         "instance": node.instance,
         "seconds": round(time.monotonic() - _STARTED, 3),
-        "model": node.deps.manifest.name,
+        "model": node.tools.manifest.name,
         "provider": node.provider,
         "cloud": list(node.config.cloud),
         "plan": node.config.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ class EdgeConfig(BaseSettings):
     providers: str = Field("auto", pattern="^(auto|cuda|cpu)$")
     cache_mb: int = Field(512, ge=1, le=1_000_000)
     ledger: Path | None = None
+    outbox: Path | None = None
     link_mbps: float | None = Field(None, gt=0)
     max_turns: int = Field(MAX_TURNS_PER_EDGE, ge=1, le=65536)
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
@@ -61,6 +63,17 @@ class EdgeConfig(BaseSettings):
         as_path = Path(self.model).expanduser()
         is_path = as_path.is_absolute() or len(as_path.parts) > 1 or self.model.startswith(".")
         return as_path if is_path else model_home() / self.model
+
+    @property
+    def outbox_path(self) -> Path | None:
+        """The file of turns served offline; None, and memory alone, for an edge on any free port
+        that was given none: no later one could find it."""
+        if self.outbox is not None:
+            return self.outbox.expanduser()
+        if not self.port:
+            return None
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return Path(state).expanduser() / "segue" / f"edge-{self.port}.outbox"
 
     @property
     def link_bytes_per_s(self) -> float | None:

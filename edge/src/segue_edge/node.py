@@ -38,15 +38,20 @@ from segue_edge.prefill.prefix_cache import PrefixCache
 from segue_edge.prefill.providers import Device
 from segue_edge.prefill.runtime import EdgeModel
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.deliver import deliver
-from segue_edge.turns.deps import EdgeDeps
+from segue_edge.turns.begin import TurnOpening
+from segue_edge.turns.closing import TurnClosing
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.ledger_file import LedgerFile
 from segue_edge.turns.model_port import EdgeModelPort
-from segue_edge.turns.outbox import OfflineTurn, Outbox
+from segue_edge.turns.offline.deliver import Delivery
+from segue_edge.turns.offline.journal import Journal
+from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
+from segue_edge.turns.planning import TurnPlanner
 from segue_edge.turns.prefill_job import DecodeJob, NoCache, PrefillJob
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.turns.run import TurnRun
+from segue_edge.turns.tools import EdgeTools
+from segue_edge.turns.turn import TurnLimits
 from segue_edge.turns.warm import Warmer
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
@@ -79,16 +84,23 @@ Load = Callable[[EdgeConfig], tuple[NodeModel, ChatTokenizer]]
 class EdgeNode:
     """`async with EdgeNode(config) as node`: serves until the block is left.
 
-    Attributes (once entered): `server`, `deps`, `registry`, `instance`, `provider`, `start_s`.
+    Attributes (once entered): `server`, `tools`, `clouds`, `outbox`, `warmer`, `registry`,
+    `instance`, `provider`, `start_s`.
     """
 
-    def __init__(self, config: EdgeConfig, load: Load | None = None) -> None:
+    def __init__(
+        self, config: EdgeConfig, load: Load | None = None, limits: TurnLimits | None = None
+    ) -> None:
         self.config = config
         self._load = load or load_model
+        self._limits = limits or TurnLimits()
         self.instance = new_id("edge-", os.urandom)
         self.provider = ""
         self.start_s = 0.0
-        self.deps: EdgeDeps
+        self.tools: EdgeTools
+        self.clouds: CloudSet
+        self.outbox: Outbox
+        self.warmer: Warmer
         self.registry: TurnRegistry
         self.server: RunningServer
         self._stack = AsyncExitStack()
@@ -114,7 +126,7 @@ class EdgeNode:
 
     async def _start(self) -> None:
         config = self.config
-        clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
+        clouds = self.clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
         self._stack.push_async_callback(clouds.close)
         clouds.start()  # while the model loads
         model, tokenizer = await asyncio.to_thread(self._load, config)
@@ -132,9 +144,7 @@ class EdgeNode:
         await _measure_speeds(model, compute, speeds, manifest)
         await clouds.probed()
         clouds.expect(manifest.weights_digest)
-        warmer = Warmer(model, cache, compute, recipe)
-        outbox = Outbox()
-        self.deps = EdgeDeps(
+        self.tools = EdgeTools(
             model=model,
             manifest=manifest,
             recipe=recipe,
@@ -143,37 +153,54 @@ class EdgeNode:
             compute=compute,
             encoder=encoder,
             encode=encode_with(model.recipe.codec),
-            clouds=clouds,
-            histories=HistoryCache(),
             speeds=speeds,
-            warmer=warmer,
-            outbox=outbox,
-            ledger=LedgerFile(config.ledger),
-            instance=self.instance,
-            force=parse_force(config.plan),
         )
-        warmer.start()
-        self._stack.push_async_callback(warmer.close)
-        outbox.start(clouds.wait_for_return, self._deliver)
-        self._stack.push_async_callback(outbox.close)
+        self.warmer = Warmer(model, cache, compute, recipe)
+        self.warmer.start()
+        self._stack.push_async_callback(self.warmer.close)
         await self._serve()
 
     async def _serve(self) -> None:
-        deps = self.deps
+        tools, clouds, histories = self.tools, self.clouds, HistoryCache()
+        delivery = Delivery(clouds, histories, tools.recipe, self._on_delivered)
+        path = self.config.outbox_path
+        journal = await asyncio.to_thread(Journal, path) if path is not None else None
+        outbox = self.outbox = Outbox(delivery.deliver, journal)
+        self._stack.push_async_callback(outbox.close)
+        context = tools.manifest.geometry.context
+        opening = TurnOpening(clouds, histories, tools.tokenizer, outbox, context=context)
+        planner = TurnPlanner(tools, histories, self.instance, parse_force(self.config.plan))
+        ledger = LedgerFile(self.config.ledger)
+        closing = TurnClosing(histories, tools.speeds, self.warmer, ledger)
+
+        def make_run(asked: Asked) -> TurnRun:
+            return TurnRun(
+                asked,
+                opening=opening,
+                planner=planner,
+                tools=tools,
+                clouds=clouds,
+                histories=histories,
+                outbox=outbox,
+                closing=closing,
+                limits=self._limits,
+            )
+
         self.registry = TurnRegistry(
-            self._make_run,
+            make_run,
             retry_after_s=self._retry_after_s,
-            on_busy=deps.warmer.busy,
-            on_idle=deps.warmer.idle,
+            on_busy=self.warmer.busy,
+            on_idle=self.warmer.idle,
             max_turns=self.config.max_turns,
         )
+        outbox.start(clouds.wait_for_return)
         service = AgentService(
             self.registry,
-            deps.clouds,
-            deps.histories,
+            clouds,
+            histories,
             instance=self.instance,
-            model=deps.manifest.name,
-            context=deps.manifest.geometry.context,
+            model=tools.manifest.name,
+            context=context,
         )
         self.server = await start_server(
             self.config.host,
@@ -194,16 +221,14 @@ class EdgeNode:
         await self.registry.close()
         await self.server.stop(_LAST_CALLS_S)
 
-    def _make_run(self, asked: Asked) -> TurnRun:
-        return TurnRun(asked, self.deps)
-
-    async def _deliver(self, offline: OfflineTurn) -> None:
-        await deliver(self.deps, offline)
+    def _on_delivered(self, offline: OfflineTurn, as_shown: bool) -> None:
+        """The log has a turn that was served offline: whoever asks for it reads it there."""
+        self.registry.forget(offline.asked.session, offline.asked.turn)
 
     def _retry_after_s(self) -> float:
         """Until the prompts that wait are prefilled, at least a moment."""
-        rate = self.deps.speeds.prefill_tokens_per_s.value
-        return max(0.2, self.deps.compute.load().prefill_tokens / rate)
+        rate = self.tools.speeds.prefill_tokens_per_s.value
+        return max(0.2, self.tools.compute.load().prefill_tokens / rate)
 
     def _say_provider(self, model: NodeModel) -> None:
         log.info(

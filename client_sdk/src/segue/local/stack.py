@@ -231,7 +231,8 @@ class LocalStack:
     def _new_edge(self, port: int, args: Sequence[str]) -> Program:
         name = f"edge-{len(self.edges) + 1}"
         command = module_command("segue", "edge", "--port", str(port))
-        command += ["--cloud", self.cloud_address, *self._model_args(), *self._edge_args, *args]
+        command += ["--cloud", self.cloud_address, *self._model_args()]
+        command += ["--outbox", str(self.folder / f"{name}.outbox"), *self._edge_args, *args]
         edge = Program(
             name,
             command,

@@ -119,6 +119,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             have_blocks=have,
             facts=self._facts.facts(),
             next_index=owner.next_index,
+            attached=attached,
         )
         async for reply in stream.serve(requests, opened):
             yield reply

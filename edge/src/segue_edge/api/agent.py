@@ -8,17 +8,19 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import SegueError, Unreachable
-from segue_contract.ids import DEFAULT_TENANT, check_id
+from segue_contract.errors import Unreachable
+from segue_contract.ids import check_id
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.turn.wire import to_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.registry import TurnRegistry
-from segue_edge.uplink.clouds import CloudSet
+from segue_edge.uplink.attempts import at_some_cloud
+from segue_edge.uplink.clouds import Cloud, CloudSet
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -56,12 +58,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         run = self._registry.run_or_join(Asked.of(request))
         async for event in run.feed.read(request.from_index):
-            yield event
+            yield to_wire(event)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         run = self._registry.offline_turn(request.session, request.turn)
         if run is not None:
-            run.stopping.set()
+            run.stop()
             return pb.StopTurnReply(stopping=True, turn=run.asked.turn)
         reply: pb.StopTurnReply = await self._ask("StopTurn", request, request.session)
         return reply
@@ -76,8 +78,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             reply = await self._ask("OpenSession", request, request.session)
         except Unreachable:
             reply = self._open_offline(request)
-        if reply.created:
-            self._histories.of(request.session).created(reply.tail.generation)
+        else:
+            history = self._histories.of(request.session)
+            history.tenant = reply.tenant
+            if reply.created:
+                history.created(reply.tail.generation)
         reply.role = "edge"
         reply.instance = self._instance
         reply.max_context_tokens = self._context
@@ -95,7 +100,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             session=request.session,
             tail=pb.Cursor(generation=history.generation, offset=0),
             model=self._model,
-            tenant=DEFAULT_TENANT,
+            tenant=history.tenant,
         )
 
     async def ListSessions(
@@ -140,24 +145,16 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def _ask(self, method: str, request: Any, session: str) -> Any:
-        """One idempotent call at the session's cloud, at the next one where that is gone.
+        """One idempotent call at the session's cloud, at the next one where that is gone or full.
 
         Raises:
             SegueError: the cloud's own error, or Unreachable where none answers.
         """
-        check_id(session, "session")
-        failure: SegueError = Unreachable(
-            "This edge has no cloud.", hint="Start it with --cloud HOST:PORT."
-        )
-        for cloud in self._clouds.ranked(session):
+
+        async def call(cloud: Cloud) -> Any:
             try:
-                await cloud.reach()
                 return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
-            except Unreachable as error:
-                failure = error
             except grpc.aio.AioRpcError as error:
-                failure = error_from_rpc(error)
-                if not isinstance(failure, Unreachable):
-                    raise failure from error
-                cloud.failed(failure)
-        raise failure
+                raise error_from_rpc(error) from error
+
+        return await at_some_cloud(self._clouds, check_id(session, "session"), call)

@@ -13,7 +13,10 @@ class SessionHistory:
 
     `confirmed` came from the log; `provisional` are turns this node served and the log may or may
     not have: they matter while the cloud is out of reach, and give way to the log's own.
+    Those that wait in the outbox (`wait`) stay until they are delivered.
     `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
+    `tenant`: the cloud's, as it said when the session was opened. `seen`: generation and offset of
+    the log as far as this node knows it.
     """
 
     def __init__(self) -> None:
@@ -22,6 +25,9 @@ class SessionHistory:
         self.provisional: list[TurnState] = []
         self.held: list[int] = []
         self.held_by = ""
+        self.tenant = ""
+        self.seen = (0, 0)
+        self._waiting: set[str] = set()
 
     @property
     def known(self) -> bool:
@@ -45,14 +51,30 @@ class SessionHistory:
             self.generation = generation
         self.confirmed = [*self.confirmed[:first_turn], *turns]
         texts = {turn.turn: turn.tokens for turn in self.provisional}
-        self.provisional = []
-        same = [turn.turn for turn in self.confirmed] == before
+        listed = {turn.turn for turn in self.confirmed}
+        self.provisional = [
+            turn
+            for turn in self.provisional
+            if turn.turn in self._waiting and turn.turn not in listed
+        ]
+        same = [turn.turn for turn in self.turns] == before
         return not (same and all(texts.get(t.turn, t.tokens) == t.tokens for t in turns))
 
     def add(self, turn: TurnState) -> None:
         """A turn that this node served to its end."""
         if all(known.turn != turn.turn for known in self.turns):
             self.provisional.append(turn)
+
+    def wait(self, turn: TurnState) -> None:
+        """A turn that this node served and that waits for a cloud."""
+        self._waiting.add(turn.turn)
+        self.add(turn)
+
+    def delivered(self, turn: str, as_shown: bool) -> None:
+        """The log has a turn that waited; as it was shown, or otherwise."""
+        self._waiting.discard(turn)
+        if not as_shown:
+            self.provisional = [known for known in self.provisional if known.turn != turn]
 
     def cloud_has(self, instance: str, prompt: list[int]) -> int:
         """Prompt tokens whose KV the instance should still hold."""

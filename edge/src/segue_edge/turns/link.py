@@ -1,113 +1,145 @@
-"""One turn's stream seen from the turn: facts, readiness, frames, stop, end."""
+"""One attempt at a cloud: what its stream says, as signals of the turn."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
-from segue_contract.errors import Unreachable
+import grpc
+
+from segue_contract.errors import SegueError, Unreachable
+from segue_contract.limits import RPC_TIMEOUT_S, TURN_TIMEOUT_S
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.turn.wire import durable_of, ended_of, frame_of, from_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.turns import signals as s
 from segue_edge.turns.measure import Measure
-from segue_edge.turns.reply import Reply
 from segue_edge.uplink.clouds import Cloud
 from segue_edge.uplink.stream import TurnStream
 
 _LINK_BOUND = 0.7  # KV was on its way for this part of the time: the link, not the prefill, limited
 
-ShowAll = Callable[[list[pb.TurnEvent]], None]
+Emit = Callable[[s.Signal], None]
 
 
-class TurnLink:
-    """`relay` reads the stream to the turn's end.
+class CloudLink:
+    """A `Decode.Run` stream. `run` reads it to its end and says how it ended.
 
     Attributes:
         opened: the cloud's answer to `open`.
-        silence: set when the edge must make no more tokens: the cloud is ready or the turn stops.
-        ready, stopped: which of the two.
     """
 
     def __init__(
-        self, cloud: Cloud, stream: TurnStream, reply: Reply, show: ShowAll, measure: Measure
+        self,
+        number: int,
+        cloud: Cloud,
+        stream: TurnStream,
+        spec: dpb.TurnSpec,
+        emit: Emit,
+        measure: Measure,
     ) -> None:
         self.cloud = cloud
         self.stream = stream
         self.opened: asyncio.Future[dpb.Opened] = asyncio.get_running_loop().create_future()
-        self.silence = asyncio.Event()
-        self.ready = False
-        self.stopped = False
-        self.heed_ready = True  # False for shape edge: the edge decodes to the end
-        self.progressed = False
-        self._advanced = asyncio.Event()
-        self._reply = reply
-        self._show = show
+        self._number = number
+        self._spec = spec
+        self._emit = emit
         self._measure = measure
 
-    async def relay(self, speaking: asyncio.Task[None] | None = None) -> pb.TurnEnded:
-        """Show what the cloud says until it says that the turn has ended.
-
-        Args:
-            speaking: the edge's own part; if it fails, this call fails with its error.
-
-        Raises:
-            SegueError: the stream broke before the end, or the cloud refused it.
-        """
-        reading = asyncio.create_task(self._read(), name="uplink reader")
+    async def run(self) -> None:
         try:
-            if speaking is not None:
-                await asyncio.wait({reading, speaking}, return_when=asyncio.FIRST_COMPLETED)
-                if speaking.done() and not reading.done():
-                    speaking.result()
-            return await reading
+            async with self.stream:
+                replies = self.stream.replies()
+                if self._spec.takeover:
+                    self._take(await _soon(replies))
+                async for message in replies:
+                    self._take(message)
+            self._broke(Unreachable("The cloud closed the turn's stream before its end."))
+        except SegueError as error:
+            self._broke(error)
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
             if not self.opened.done():
                 self.opened.cancel()
 
-    async def wait_durable(self, next_index: int) -> None:
-        """Return when tokens before `next_index` are known to be in the log."""
-        while self._reply.durable < next_index:
-            self._advanced.clear()
-            await self._advanced.wait()
+    def _broke(self, error: SegueError) -> None:
+        if isinstance(error, Unreachable):
+            self.cloud.failed(error)
+        self._emit(s.Broke(self._number, error))
 
-    async def _read(self) -> pb.TurnEnded:
-        async for message in self.stream.replies():
-            self.progressed = True
-            kind = message.WhichOneof("kind")
-            if kind == "frame":
-                self._show(self._reply.accept(message.frame))
-                self._advanced.set()
-            elif kind == "durable":
-                notice = message.durable
-                self._show([self._reply.mark_durable(notice.next_index, notice.offset)])
-                self._advanced.set()
-            elif kind == "opened":
+    def _take(self, message: dpb.RunReply) -> None:
+        number = self._number
+        match message.WhichOneof("kind"):
+            case "frame":
+                self._emit(s.Logged(number, frame_of(message.frame)))
+            case "durable":
+                self._emit(s.Logged(number, durable_of(message.durable)))
+            case "opened":
                 self._take_opened(message.opened)
-            elif kind == "ready":
+            case "ready":
                 self._take_ready(message.ready)
-            elif kind == "stop":
-                self.stopped = True
-                self.silence.set()
-            elif kind == "ended":
-                return message.ended
-        raise Unreachable("The cloud closed the turn's stream before its end.")
+            case "stop":
+                self._emit(s.StopNow(number))
+            case "ended":
+                self._emit(s.Logged(number, ended_of(message.ended)))
+            case _:
+                pass  # a sign of life, or a kind of a later version
 
     def _take_opened(self, opened: dpb.Opened) -> None:
         self.cloud.take_facts(opened.facts)
-        self._reply.epoch = max(self._reply.epoch, opened.epoch)
         self._measure.cloud_cached_blocks = opened.have_blocks
         self._measure.mark("opened")
         if not self.opened.done():
             self.opened.set_result(opened)
+        self._emit(
+            s.Opened(
+                self._number,
+                opened.epoch,
+                opened.next_index,
+                attached=opened.attached,
+                ships=self._spec.ship_blocks > 0,
+            )
+        )
 
     def _take_ready(self, ready: dpb.Ready) -> None:
         self._measure.mark("ready")
-        self.ready = True
-        if self.heed_ready:
-            self.silence.set()
+        self._emit(s.Ready(self._number))
         if ready.receive_s > 0:
             limited = self.stream.busy_s < _LINK_BOUND * ready.receive_s
             self.cloud.view.goodput.observe(
                 ready.received_bytes, ready.receive_s, app_limited=limited
             )
+
+
+async def _soon(replies: AsyncIterator[dpb.RunReply]) -> dpb.RunReply:
+    """An instance that should take a turn over answers soon, or another one is asked."""
+    try:
+        async with asyncio.timeout(RPC_TIMEOUT_S):
+            return await anext(replies)
+    except TimeoutError as error:
+        raise Unreachable("The cloud did not answer for the turn in time.") from error
+    except StopAsyncIteration as error:
+        raise Unreachable("The cloud closed the turn's stream at once.") from error
+
+
+async def follow(
+    number: int, cloud: Cloud, request: pb.RunTurnRequest, from_index: int, emit: Emit
+) -> None:
+    """The turn as the log has it, read through `cloud`: signals, and at last how it broke."""
+    again = pb.RunTurnRequest()
+    again.CopyFrom(request)
+    again.from_index = from_index
+    again.plan = ""  # the turn was planned where it began; a cloud could not force a plan
+    try:
+        try:
+            async for message in cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S):
+                event = from_wire(message)
+                if event is not None:
+                    emit(s.Logged(number, event))
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        raise Unreachable("The cloud ended the stream of a turn early.")
+    except SegueError as error:
+        if isinstance(error, Unreachable):
+            cloud.failed(error)
+        emit(s.Broke(number, error))

@@ -14,7 +14,8 @@ from segue_edge.planner.plan import Plan, choose
 from segue_edge.prefill.chunks import chunk_size
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.begin import Begun
-from segue_edge.turns.deps import EdgeDeps
+from segue_edge.turns.history import HistoryCache
+from segue_edge.turns.tools import EdgeTools
 
 
 @dataclass
@@ -40,61 +41,69 @@ class UnderWay:
 NOTHING_YET = UnderWay(0, 0)
 
 
-def plan_turn(
-    deps: EdgeDeps, asked: Asked, begun: Begun, max_tokens: int, early: UnderWay
-) -> Planned:
-    """Look up the caches, gather the estimates, choose."""
-    ids = block_ids(deps.recipe, begun.prompt)
-    cached = early.cached_blocks
-    if early is NOTHING_YET:
-        cached = min(deps.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
-    load = deps.compute.load()
-    ahead = Load(max(0, load.prefill_tokens - early.left_tokens), load.decoding)
-    inputs = _inputs(deps, asked, begun, max_tokens, cached, ahead)
-    plan = choose(inputs, asked.force or deps.force)
-    report = open_report(
-        plan,
-        inputs,
-        instance=begun.cloud.instance if begun.cloud else deps.instance,
-        edge_cached_blocks=cached,
-        offline=begun.cloud is None,
-    )
-    wire_s = inputs.ship_bytes / inputs.goodput_bytes_per_s if plan.ship_blocks else 0.0
-    chunk = chunk_size(inputs.edge_prefill_tokens / inputs.edge_prefill_tokens_per_s, wire_s)
-    return Planned(plan, ids, report, chunk)
+@dataclass(frozen=True)
+class TurnPlanner:
+    """Plans turns. `instance`: this node's name; `force`: the plan shape of `--plan`."""
 
+    tools: EdgeTools
+    histories: HistoryCache
+    instance: str
+    force: Shape | None = None
 
-def _inputs(
-    deps: EdgeDeps,
-    asked: Asked,
-    begun: Begun,
-    max_tokens: int,
-    cached_blocks: int,
-    ahead: Load,
-) -> PlanInputs:
-    cloud = begun.cloud
-    view = cloud.view if cloud else CloudView()
-    history = deps.histories.of(asked.session)
-    rate = deps.speeds.prefill_tokens_per_s.value
-    return PlanInputs(
-        prompt_tokens=len(begun.prompt),
-        reply_tokens=deps.speeds.reply.expect(max_tokens),
-        edge_cached_tokens=cached_blocks * BLOCK_TOKENS,
-        cloud_cached_tokens=history.cloud_has(cloud.instance, begun.prompt) if cloud else 0,
-        edge_prefill_tokens_per_s=rate,
-        edge_decode_step_s=deps.speeds.decode_step_s.value,
-        edge_queue_s=ahead.prefill_tokens / rate,
-        edge_decoding=ahead.decoding,
-        cloud_prefill_tokens_per_s=view.prefill_tokens_per_s.value,
-        cloud_decode_step_s=view.decode_step_s.value,
-        cloud_queue_s=view.queue_s,
-        rtt_s=view.rtt_s.value,
-        goodput_bytes_per_s=view.goodput.bytes_per_s,
-        link_backlog_bytes=float(cloud.backlog_bytes) if cloud else 0.0,
-        kv_bytes_per_token=deps.speeds.kv_bytes_per_token.value,
-        cloud_reachable=cloud is not None,
-        recipe_accepted=cloud is not None and deps.may_ship(cloud.recipes),
-    )
+    def plan(self, asked: Asked, begun: Begun, max_tokens: int, early: UnderWay) -> Planned:
+        """Look up the caches, gather the estimates, choose."""
+        tools = self.tools
+        ids = block_ids(tools.recipe, begun.prompt)
+        cached = early.cached_blocks
+        if early is NOTHING_YET:
+            cached = min(tools.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
+        load = tools.compute.load()
+        ahead = Load(max(0, load.prefill_tokens - early.left_tokens), load.decoding)
+        inputs = self._inputs(asked, begun, max_tokens, cached, ahead)
+        plan = choose(inputs, asked.force or self.force)
+        report = open_report(
+            plan,
+            inputs,
+            instance=begun.cloud.instance if begun.cloud else self.instance,
+            edge_cached_blocks=cached,
+            offline=begun.cloud is None,
+        )
+        wire_s = inputs.ship_bytes / inputs.goodput_bytes_per_s if plan.ship_blocks else 0.0
+        chunk = chunk_size(inputs.edge_prefill_tokens / inputs.edge_prefill_tokens_per_s, wire_s)
+        return Planned(plan, ids, report, chunk)
+
+    def _inputs(
+        self,
+        asked: Asked,
+        begun: Begun,
+        max_tokens: int,
+        cached_blocks: int,
+        ahead: Load,
+    ) -> PlanInputs:
+        cloud = begun.cloud
+        view = cloud.view if cloud else CloudView()
+        history = self.histories.of(asked.session)
+        speeds = self.tools.speeds
+        rate = speeds.prefill_tokens_per_s.value
+        return PlanInputs(
+            prompt_tokens=len(begun.prompt),
+            reply_tokens=speeds.reply.expect(max_tokens),
+            edge_cached_tokens=cached_blocks * BLOCK_TOKENS,
+            cloud_cached_tokens=history.cloud_has(cloud.instance, begun.prompt) if cloud else 0,
+            edge_prefill_tokens_per_s=rate,
+            edge_decode_step_s=speeds.decode_step_s.value,
+            edge_queue_s=ahead.prefill_tokens / rate,
+            edge_decoding=ahead.decoding,
+            cloud_prefill_tokens_per_s=view.prefill_tokens_per_s.value,
+            cloud_decode_step_s=view.decode_step_s.value,
+            cloud_queue_s=view.queue_s,
+            rtt_s=view.rtt_s.value,
+            goodput_bytes_per_s=view.goodput.bytes_per_s,
+            link_backlog_bytes=float(cloud.backlog_bytes) if cloud else 0.0,
+            kv_bytes_per_token=speeds.kv_bytes_per_token.value,
+            cloud_reachable=cloud is not None,
+            recipe_accepted=cloud is not None and self.tools.may_ship(cloud.recipes),
+        )
 
 
 def needs_edge(shape: Shape) -> bool:

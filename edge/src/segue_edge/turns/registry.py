@@ -83,9 +83,13 @@ class TurnRegistry:
                 return run
         return None
 
+    def forget(self, session: str, turn: str) -> None:
+        """Tell nobody any more what this node knows of an ended turn: the log has it."""
+        self._ended.pop((session, turn), None)
+
     def _done(self, key: Key) -> None:
         run, _ = self._running.pop(key)
-        if not run.refused:
+        if run.whole:  # what broke here goes on elsewhere: whoever comes back reads it there
             self._ended[key] = run
             while len(self._ended) > ENDED_TURNS_KEPT:
                 self._ended.popitem(last=False)

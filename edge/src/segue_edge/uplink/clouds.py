@@ -18,6 +18,7 @@ from segue_contract.limits import (
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
     RECONNECT_WAIT_S,
+    RPC_TIMEOUT_S,
 )
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.status import error_from_rpc
@@ -54,6 +55,7 @@ class Cloud:
         self.weights_digest = ""
         self.expected_weights = ""
         self.backlog_bytes = 0
+        self._full_until = 0.0  # monotonic
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
 
     def take_facts(self, facts: dpb.CloudFacts) -> None:
@@ -108,6 +110,17 @@ class Cloud:
     def carries_kv(self) -> bool:
         """KV is under way, or still in the buffers: whatever else is asked waits behind it."""
         return self.backlog_bytes > 0 or time.monotonic() < self._drained_at
+
+    def refused(self, error: SegueError) -> None:
+        """It has no room for now: until it should have some, others come before it."""
+        wait_s = error.fields.get("retry_after_s", 0.0)
+        if isinstance(wait_s, int | float) and wait_s > 0:
+            self._full_until = max(self._full_until, time.monotonic() + min(wait_s, RPC_TIMEOUT_S))
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that a turn would wait there, as far as is known."""
+        return self.view.queue_s + max(0.0, self._full_until - time.monotonic())
 
     def failed(self, error: SegueError) -> None:
         """A call did not reach it."""
@@ -227,7 +240,8 @@ class CloudSet:
     def ranked(self, session: str) -> list[Cloud]:
         """All clouds, the best for this session first, healthy ones before others."""
         healthy = [target for target, cloud in self.clouds.items() if cloud.healthy]
-        return [self.clouds[target] for target in rank(session, self.clouds, healthy)]
+        loads = {target: cloud.load_s for target, cloud in self.clouds.items()}
+        return [self.clouds[target] for target in rank(session, self.clouds, healthy, loads)]
 
     def best(self, session: str) -> Cloud:
         """Raises Unreachable where none is configured."""

@@ -46,6 +46,7 @@ class TurnStream:
         self._work = asyncio.Event()
         self._work.set()
         self._failure: SegueError | None = None
+        self._finishing = False
         self._call: Any = None
         self._writer: asyncio.Task[None] | None = None
 
@@ -76,6 +77,11 @@ class TurnStream:
             raise self._failure
         assert len(self._control) < _CONTROL_LANE
         self._control.append(message)
+        self._work.set()
+
+    def finish(self) -> None:
+        """Nothing more is sent: what was queued still goes out."""
+        self._finishing = True
         self._work.set()
 
     async def send_kv(self, data: bytes) -> None:
@@ -125,6 +131,10 @@ class TurnStream:
                     await self._call.write(self._control.popleft())
                 elif not self._kv.empty():
                     await self._write_kv(self._kv.get_nowait())
+                elif self._finishing:
+                    await self._call.done_writing()
+                    self._failure = Unreachable("Nothing more is sent over this stream.")
+                    return
                 else:
                     self._work.clear()
         except asyncio.CancelledError:

@@ -15,6 +15,7 @@ another decoder made alike are no change: sampling is counter-based, so mostly n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -73,8 +74,18 @@ class Merger:
         return [self._slots[i].token for i in range(self._shown)]
 
     @property
+    def pieces(self) -> list[str]:
+        return [self._slots[i].piece for i in range(self._shown)]
+
+    @property
     def text(self) -> str:
-        return "".join(self._slots[i].piece for i in range(self._shown))
+        return "".join(self.pieces)
+
+    def shows(self, index: int, tokens: Sequence[int]) -> bool:
+        """Whether just these tokens are shown from `index` on."""
+        return index + len(tokens) <= self._shown and all(
+            self._slots[at].token == token for at, token in enumerate(tokens, index)
+        )
 
     def push(self, frame: Frame) -> list[Merged]:
         """Take one frame in.

@@ -374,11 +374,14 @@ class Opened(_message.Message):
     HAVE_BLOCKS_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     have_blocks: _builtins.int
     """The cloud's prefix cache holds blocks [0, have_blocks)."""
     next_index: _builtins.int
     """First index of the reply that is not durable (takeover)."""
+    attached: _builtins.bool
+    """The cloud ran the turn before this stream came: nothing that the edge makes is taken."""
     @_builtins.property
     def facts(self) -> Global___CloudFacts: ...
     def __init__(
@@ -388,10 +391,11 @@ class Opened(_message.Message):
         have_blocks: _builtins.int = ...,
         facts: Global___CloudFacts | None = ...,
         next_index: _builtins.int = ...,
+        attached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "facts", b"facts", "have_blocks", b"have_blocks", "next_index", b"next_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "facts", b"facts", "have_blocks", b"have_blocks", "next_index", b"next_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What every turn of this node shares; put together once, in `segue_edge.node`."""
+"""What computing a turn on this node takes; the same for all turns."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from dataclasses import dataclass
 
 from segue_contract.chat import ChatTokenizer
 from segue_contract.model.manifest import Manifest
-from segue_contract.plan import Shape
 from segue_edge.compute import ComputeThread
 from segue_edge.planner.estimators import EdgeSpeeds
-from segue_edge.turns.history import HistoryCache
-from segue_edge.turns.ledger_file import LedgerFile
 from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
-from segue_edge.turns.outbox import Outbox
-from segue_edge.turns.warm import Warmer
-from segue_edge.uplink.clouds import CloudSet
-from segue_edge.uplink.sender import Encode
+from segue_edge.uplink.sender import Encode, KvSender
 
 
 @dataclass(frozen=True)
-class EdgeDeps:
-    """`force`: the plan shape of `--plan`. `encode`: a block to frames in the codec of `recipe`."""
+class EdgeTools:
+    """`recipe`: the digest of the recipe of this node's KV; `encode`: a block to frames in the
+    codec of that recipe, run in `encoder`."""
 
     model: EdgeModelPort
     manifest: Manifest
@@ -32,14 +27,7 @@ class EdgeDeps:
     compute: ComputeThread
     encoder: Executor
     encode: Encode
-    clouds: CloudSet
-    histories: HistoryCache
     speeds: EdgeSpeeds
-    warmer: Warmer
-    outbox: Outbox
-    ledger: LedgerFile
-    instance: str
-    force: Shape | None = None
 
     def may_ship(self, accepted: Collection[str]) -> bool:
         """Whether KV goes to a cloud that accepts these recipes: our manifest must allow it."""
@@ -48,3 +36,6 @@ class EdgeDeps:
     @property
     def end_tokens(self) -> frozenset[int]:
         return frozenset(self.manifest.end_tokens)
+
+    def sender(self, ids: list[bytes]) -> KvSender:
+        return KvSender(self.recipe, ids, self.encoder, self.encode)
