@@ -40,7 +40,7 @@ MAX_GRAPH_BYTES: Final = 2048 * MIB  # of a card, for captured decode steps; the
 
 # -- queues -----------------------------------------------------------------------------------
 MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button
-MAX_TURNS_PER_CLOUD: Final = 256  # admitted (running or waiting); beyond it: Overloaded
+MAX_TURNS_PER_CLOUD: Final = 256  # begun and not ended; one that waits for its session is none
 MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
 TURN_EVENT_QUEUE: Final = 4096  # replies of one Decode.Run not sent yet; then its relay waits
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
