@@ -34,6 +34,7 @@ MAX_KV_HEAD_DIM: Final = 512
 KV_FRAME_BYTES: Final = 1 * MIB  # a sender splits larger blocks by layers, so none waits long
 MAX_KV_FRAME_BYTES: Final = 64 * MIB  # a 64-token block of a 70B-class model in fp16 is 20 MiB
 MAX_KV_BLOCK_BYTES: Final = 256 * MIB  # in fp16; a 405B-class model's has 63 MiB
+POOL_MIN_TOKENS: Final = 1024  # of a KV pool: below it a single ordinary chat does not fit
 MAX_OPEN_BLOCKS: Final = 4  # blocks of one stream begun and not committed
 STAGED_BLOCKS: Final = 8  # pinned buffers each way, card to host: 8 MiB each for an 8B model
 MAX_GRAPH_BYTES: Final = 2048 * MIB  # of a card, for captured decode steps; then the rest run eager

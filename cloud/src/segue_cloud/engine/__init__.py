@@ -1,4 +1,13 @@
-"""The decode engine: a port, and a torch engine behind it."""
+"""The decode engine: a port, and a torch engine behind it.
+
+policy, without torch    scheduler, sequence, admission, block_pool, placement, rates, stuck
+loop                     worker (the port over it all), engine_thread, commands, streams
+one step                 step_input, runner, model, attention, sampler, kv_pages, host_tier
+weights                  weights, sources/ (what is read), convert and prepare (once per model)
+other ways to compute    native/ (compiled, for CPUs), cuda/, tensor_parallel/
+
+Start with `port`, then `scheduler`.
+"""
 
 from __future__ import annotations
 

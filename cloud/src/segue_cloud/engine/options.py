@@ -12,7 +12,13 @@ from segue_cloud.engine.sequence import pages_for
 from segue_contract.cpus import available_cpus
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.kv.layout import KvGeometry
-from segue_contract.limits import KV_PAGE_TOKENS, MAX_RANKS, MAX_TURNS_PER_CLOUD, MIB
+from segue_contract.limits import (
+    KV_PAGE_TOKENS,
+    MAX_RANKS,
+    MAX_TURNS_PER_CLOUD,
+    MIB,
+    POOL_MIN_TOKENS,
+)
 from segue_contract.model.manifest import ModelGeometry
 
 DTYPES = ("auto", "bf16", "fp32")
@@ -24,7 +30,6 @@ _POOL_MAX_BYTES = 2048 * MIB
 # tokens, and memory that is only taken as blocks come.
 _HOST_SHARE = 0.25
 _HOST_TO_POOL = 2
-_POOL_MIN_TOKENS = 1024  # below it a single ordinary chat does not fit
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,13 @@ def choose_pages(options: EngineOptions, kv: KvGeometry, itemsize: int, context:
     """Pages of the KV pool.
 
     Raises:
-        ModelError: the pool would not hold `_POOL_MIN_TOKENS` tokens; says what is needed.
+        ModelError: the pool would not hold `POOL_MIN_TOKENS` tokens; says what is needed.
     """
     token_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * itemsize
     available = available_memory_bytes()
     pool = options.pool_bytes or min(int(available * _POOL_SHARE), _POOL_MAX_BYTES)
     pages = pool // (token_bytes * KV_PAGE_TOKENS)
-    needed = pages_for(min(context, _POOL_MIN_TOKENS))
+    needed = pages_for(min(context, POOL_MIN_TOKENS))
     if pages < needed:
         need_mib = needed * token_bytes * KV_PAGE_TOKENS // MIB + 1
         raise ModelError(

@@ -1,0 +1,1 @@
+"""Fan-out over MQTT: `outbox` decides what goes out when (pure), `publisher` sends it."""

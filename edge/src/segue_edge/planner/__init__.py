@@ -1,1 +1,7 @@
-"""Who computes what of a turn: costs, the choice, estimates, the ledger. Pure: no clock, no I/O."""
+"""Who computes what of a turn. Pure: no clock, no I/O.
+
+costs        what each shape of a turn would cost (start here)
+plan         the choice among them
+estimators   link and speeds, learned from measurements
+ledger       what was foreseen beside what happened
+"""

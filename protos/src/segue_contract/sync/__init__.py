@@ -1,0 +1,6 @@
+"""The session log's content, on every side.
+
+ops       the entries, and their bytes
+state     what a log folds into
+replica   entries in any order, with gaps and repeats, to the state they mean
+"""

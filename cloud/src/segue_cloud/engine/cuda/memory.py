@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from segue_cloud.engine.options import EngineOptions
+from typing import TYPE_CHECKING
+
 from segue_cloud.engine.sequence import pages_for
 from segue_contract.errors import ModelError
-from segue_contract.limits import KV_PAGE_TOKENS, MAX_GRAPH_BYTES, MIB
+from segue_contract.limits import KV_PAGE_TOKENS, MAX_GRAPH_BYTES, MIB, POOL_MIN_TOKENS
 from segue_contract.model.manifest import ModelGeometry
+
+if TYPE_CHECKING:
+    from segue_cloud.engine.options import EngineOptions
 
 _USED_SHARE = 0.9  # of the card's free memory; the rest is other programs' and the allocator's
 # Activations of the largest step, workspaces of the libraries; the graphs have their own bound.
 _WORK_BYTES = 1024 * MIB
-_POOL_MIN_TOKENS = 1024  # below it a single ordinary chat does not fit
 
 
 def weight_bytes(geometry: ModelGeometry, itemsize: int) -> int:
@@ -44,7 +47,7 @@ def card_pages(
     graphs = MAX_GRAPH_BYTES if options.graphs else 0
     room = int(free_bytes * _USED_SHARE) - weights - graphs - _WORK_BYTES
     pool = options.pool_bytes or max(0, room)
-    needed = pages_for(min(geometry.context, _POOL_MIN_TOKENS)) * page
+    needed = pages_for(min(geometry.context, POOL_MIN_TOKENS)) * page
     if options.pool_bytes and options.pool_bytes < needed:
         raise ModelError(
             f"A KV pool of {pool // MIB} MiB is too small; this model needs {needed // MIB + 1}"
