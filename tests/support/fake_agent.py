@@ -159,6 +159,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.appends: list[pb.AppendRequest] = []
         self.reads = 0
         self.attaches = 0
+        self.tail_calls = 0
+        self.publishing = True
         self.calls = 0
         self.run_closed = asyncio.Event()
         self.stop_asked = asyncio.Event()
@@ -293,6 +295,15 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         return pb.AppendReply(
             first=pb.Cursor(generation=self.log.generation, offset=first), tail=self.log.cursor()
         )
+
+    async def Tails(self, request: pb.TailsRequest, _: Any) -> pb.TailsReply:
+        self._called("Tails")
+        self.tail_calls += 1
+        tails = [
+            self.log.cursor() if session == self.log.session else pb.Cursor()
+            for session in request.sessions
+        ]
+        return pb.TailsReply(tails=tails, publishing=self.publishing)
 
     async def ListSessions(self, request: pb.ListSessionsRequest, _: Any) -> pb.ListSessionsReply:
         self._called("ListSessions")

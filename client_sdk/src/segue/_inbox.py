@@ -27,6 +27,7 @@ class RawEntry:
 @dataclass(frozen=True, slots=True)
 class Batch:
     entries: tuple[RawEntry, ...]
+    mqtt: bool = False  # who brought it: the broker, or a gRPC stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,14 @@ class Link:
     """MQTT delivers from now on, or does not."""
 
     up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The log itself says that it reaches to `cursor`, and whether the broker is told of more."""
+
+    cursor: Cursor
+    publishing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Closed:
     """The client or the follower was closed."""
 
 
-Item: TypeAlias = Batch | Head | Link | StreamLost | Overflow | Closed
+Item: TypeAlias = Batch | Head | Link | Tail | StreamLost | Overflow | Closed
 
 
 class Inbox:
@@ -82,6 +91,10 @@ class Inbox:
             last = self._items.pop()
             assert isinstance(last, Head)
             item = Head(max(last.cursor, item.cursor), last.urgent or item.urgent)
+        elif isinstance(item, Link | Tail):
+            # only the last word counts: a reader that sleeps must not find one for each second
+            kind = type(item)
+            self._items = deque(one for one in self._items if not isinstance(one, kind))
         self._items.append(item)
         if self._entries > self._max_entries:
             kept = [i for i in self._items if not isinstance(i, Batch | Head | Overflow)]

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
+from random import Random
 from typing import Protocol
 
 import aiomqtt
 
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
+    BROKER_RETRY_MAX_S,
     BROKER_RETRY_S,
     CONNECT_TIMEOUT_S,
     SUBSCRIBE_TIMEOUT_S,
 )
-from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from segue_contract.transport import mqtt_client
+from segue_contract.transport.mqtt import parse_mqtt_url
 
 
 class Sink(Protocol):
@@ -45,8 +49,11 @@ class Broker:
     def __init__(self, url: str) -> None:
         self._host, self._port = parse_mqtt_url(url)
         self._sinks: dict[str, list[Sink]] = {}
-        self._mqtt: aiomqtt.Client | None = None
+        self._mqtt: mqtt_client.MqttClient | None = None
         self._down = False  # the last attempt failed
+        self._told: bool | None = None  # what the sinks know of the link
+        self._pause_s = BROKER_RETRY_S
+        self._random = Random(os.urandom(8))
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
@@ -88,14 +95,12 @@ class Broker:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                async with aiomqtt.Client(
+                async with mqtt_client.MqttClient(
                     self._host,
                     self._port,
-                    protocol=aiomqtt.ProtocolVersion.V5,
                     clean_start=True,
                     keepalive=BROKER_KEEPALIVE_S,
                     timeout=CONNECT_TIMEOUT_S,
-                    socket_options=mqtt_socket_options(),
                 ) as mqtt:
                     await self._serve(mqtt)
             except aiomqtt.MqttError:
@@ -104,10 +109,11 @@ class Broker:
                 self._mqtt, self._down = None, True
                 self._tell(False)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BROKER_RETRY_S):
+                async with asyncio.timeout(self._pause_s * self._random.uniform(0.5, 1.5)):
                     await self._stopping.wait()
+            self._pause_s = min(2 * self._pause_s, BROKER_RETRY_MAX_S)
 
-    async def _serve(self, mqtt: aiomqtt.Client) -> None:
+    async def _serve(self, mqtt: mqtt_client.MqttClient) -> None:
         """Until the connection is lost (MqttError), `close`, or a refused subscription."""
         self._mqtt = mqtt
         pump = asyncio.create_task(self._pump(mqtt), name="mqtt messages")
@@ -117,6 +123,7 @@ class Broker:
             if topics and not await self._subscribe(mqtt, topics):
                 return
             self._down = False
+            self._pause_s = BROKER_RETRY_S
             self._tell(True)
             await asyncio.wait({pump, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
@@ -126,7 +133,7 @@ class Broker:
                 task.cancel()
             await asyncio.gather(pump, stopping, return_exceptions=True)
 
-    async def _subscribe(self, mqtt: aiomqtt.Client, topics: Sequence[str]) -> bool:
+    async def _subscribe(self, mqtt: mqtt_client.MqttClient, topics: Sequence[str]) -> bool:
         try:
             codes = await mqtt.subscribe(
                 [(topic, 1) for topic in topics], timeout=SUBSCRIBE_TIMEOUT_S
@@ -136,7 +143,7 @@ class Broker:
         # MQTT 5 reason codes from 128 on are refusals
         return all((code if isinstance(code, int) else code.value) < 128 for code in codes)
 
-    async def _pump(self, mqtt: aiomqtt.Client) -> None:
+    async def _pump(self, mqtt: mqtt_client.MqttClient) -> None:
         async for message in mqtt.messages:
             payload = message.payload
             if not isinstance(payload, bytes):
@@ -146,5 +153,9 @@ class Broker:
                 sink.on_message(topic, payload)
 
     def _tell(self, up: bool) -> None:
+        """News of the link; that it is still away is none."""
+        if up is self._told:
+            return
+        self._told = up
         for sink in {id(sink): sink for sinks in self._sinks.values() for sink in sinks}.values():
             sink.on_link(up)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from segue._nodes import Nodes
+from segue._tails import Tails
 from segue.errors import InvalidArgument
 from segue.events import SessionInfo
 from segue.follow import Follower, Where
@@ -41,6 +42,7 @@ class Client:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
         self._nodes = Nodes([address] if isinstance(address, str) else list(address))
         self._brokers: dict[str, Broker] = {}
+        self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 
     async def __aenter__(self) -> Client:
@@ -68,6 +70,7 @@ class Client:
         """Leave. Turns that run go on; followed sessions end."""
         for follower in list(self._followers):
             await follower.aclose()
+        await self._tails.close()
         for broker in self._brokers.values():
             await broker.close()
         self._brokers.clear()
@@ -111,7 +114,7 @@ class Client:
         ]
 
     def _follow(self, mqtt_url: str, where: Where) -> Follower:
-        follower = Follower(self._nodes, self._broker(mqtt_url), where)
+        follower = Follower(self._nodes, self._broker(mqtt_url), where, self._tails)
         self._followers.add(follower)
         return follower
 

@@ -1,9 +1,10 @@
 """Following a session: a snapshot, then every later log entry, once and in order.
 
-Live entries come over MQTT; while the broker is away the gRPC `Attach` stream brings them. The two
-overlap at every switch (the new one is asked first, the old one dropped after a Read), and the
-log view drops what came twice. The log is the truth: a gap, a head that is further on, an overflow
-or a reconnect is healed by `Read`.
+Live entries come over MQTT; while the broker is away, or does not bring what the log has, the gRPC
+`Attach` stream brings them. The two overlap at every switch (the new one is asked first, the old
+one dropped after a Read), and the log view drops what came twice. The log is the truth: a gap, a
+head that is further on, a tail that MQTT did not reach in time, an overflow or a reconnect is
+healed by `Read`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,26 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 
-from segue._inbox import Batch, Closed, Head, Inbox, Item, Link, Overflow, RawEntry, StreamLost
+from segue._inbox import (
+    Batch,
+    Closed,
+    Head,
+    Inbox,
+    Item,
+    Link,
+    Overflow,
+    RawEntry,
+    StreamLost,
+    Tail,
+)
 from segue._log import LogView
 from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._tails import Tails
 from segue.events import Entry, Snapshot
 from segue_contract.errors import InvalidArgument, SegueError, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
+    BESIDE_MIN_S,
     FOLLOW_HEAL_S,
     FOLLOW_TIMEOUT_S,
     MAX_READ_ENTRIES,
@@ -80,13 +94,14 @@ class Follower:
         live: what brings new entries now: "mqtt" or "grpc"; "" before the first item.
     """
 
-    def __init__(self, nodes: Nodes, broker: Broker | None, where: Where) -> None:
+    def __init__(self, nodes: Nodes, broker: Broker | None, where: Where, tails: Tails) -> None:
         if where.from_offset < 0:
             raise InvalidArgument(
                 f"from_offset is {where.from_offset}.", hint="Use 0 for everything, or an offset."
             )
         self._nodes = nodes
         self._broker = broker
+        self._tails = tails
         self._session = where.name.session
         self._device = where.device
         self._from_offset = where.from_offset
@@ -96,6 +111,9 @@ class Follower:
         self._inbox = Inbox()
         self._closed = False
         self._mqtt_up = False
+        self._publishing = True  # as far as the log's nodes have said
+        self._late = False  # the log was ahead, and MQTT has not brought it yet
+        self._stream_since = 0.0
         self._stream: asyncio.Task[None] | None = None
         self._stream_number = 0
         self._heal_at: float | None = None
@@ -104,9 +122,9 @@ class Follower:
 
     @property
     def live(self) -> str:
-        if self._mqtt_up:
-            return "mqtt"
-        return "grpc" if self._stream is not None else ""
+        if self._stream is not None:
+            return "grpc"
+        return "mqtt" if self._mqtt_up else ""
 
     @property
     def cursor(self) -> Cursor:
@@ -137,7 +155,8 @@ class Follower:
                         tuple(
                             RawEntry(message.generation, message.first_offset + place, op)
                             for place, op in enumerate(message.ops)
-                        )
+                        ),
+                        mqtt=True,
                     )
                 )
             elif payload:
@@ -146,6 +165,9 @@ class Follower:
             # someone else's bytes on our topic; what they may have displaced is read from the log
             self._inbox.put(Overflow())
 
+    def on_tail(self, tail: Cursor, publishing: bool) -> None:
+        self._inbox.put(Tail(tail, publishing))
+
     # -- the reader's side ------------------------------------------------------------------------
     async def __aiter__(self) -> AsyncIterator[FollowItem]:
         topics = (self._log_topic, self._head_topic)
@@ -153,6 +175,8 @@ class Follower:
             await self._go_live(topics)
             async for item in self._catch_up():
                 yield item
+            if self._broker is not None:
+                self._tails.add(self._session, self)
             while True:
                 item_or_none = await self._inbox.get(self._wait_s())
                 if self._closed:
@@ -174,6 +198,7 @@ class Follower:
             self._open_stream()
 
     async def _leave(self, topics: tuple[str, ...]) -> None:
+        self._tails.remove(self._session, self)
         await self._close_stream()
         if self._broker is not None:
             await self._broker.remove(topics, self)
@@ -198,6 +223,7 @@ class Follower:
         """How long the next item may take before the log is asked; None: as long as it likes."""
         if not self._view.behind:
             self._heal_at = None
+            self._late = False
             return None
         now = asyncio.get_running_loop().time()
         if self._heal_at is None:
@@ -210,6 +236,11 @@ class Follower:
             case Batch():
                 for entry in self._view.offer(item.entries):
                     yield entry
+                if item.mqtt:
+                    await self._mqtt_brought()
+                return
+            case Tail():
+                self._take_tail(item)
                 return
             case Head():
                 self._view.saw_head(item.cursor)
@@ -223,7 +254,11 @@ class Follower:
             case StreamLost():
                 if item.number == self._stream_number and not self._mqtt_up:
                     await self._reopen_stream(item.error)
+                elif item.number == self._stream_number:
+                    self._stream = None  # the next look at the log's tail may open another one
                 return
+            case None if self._late and self._stream is None:
+                self._open_stream()  # MQTT had its time
             case _:
                 pass
         async for found in self._heal():
@@ -231,6 +266,27 @@ class Follower:
         if isinstance(item, Link):
             # from here on MQTT brings everything past what was just read
             self._mqtt_up = True
+            await self._close_stream()
+
+    def _take_tail(self, item: Tail) -> None:
+        """The log is ahead: MQTT has a moment to bring it, as for any gap. A cloud that cannot
+        publish now says so, and nothing is waited for."""
+        self._view.saw_head(item.cursor)
+        self._publishing = item.publishing
+        self._late = self._view.behind
+        if not item.publishing and self._stream is None:
+            self._open_stream()
+
+    async def _mqtt_brought(self) -> None:
+        """Where MQTT brings everything again, the stream that was opened beside it may go."""
+        now = asyncio.get_running_loop().time()
+        if (
+            self._stream is not None
+            and self._mqtt_up
+            and self._publishing
+            and not self._view.behind
+            and now - self._stream_since >= BESIDE_MIN_S
+        ):
             await self._close_stream()
 
     async def _heal(self) -> AsyncGenerator[FollowItem, None]:
@@ -252,6 +308,7 @@ class Follower:
         if self._closed:
             return
         self._stream_number += 1
+        self._stream_since = asyncio.get_running_loop().time()
         self._stream = asyncio.create_task(
             self._pump_stream(self._stream_number), name=f"attach {self._session}"
         )

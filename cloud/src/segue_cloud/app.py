@@ -133,7 +133,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     identity = Identity(
         settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
     )
-    agent = AgentService(identity, manager, session_log)
+    agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
     server = await start_server(

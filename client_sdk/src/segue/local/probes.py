@@ -12,8 +12,10 @@ import aiomqtt
 
 from segue_contract.errors import InvalidArgument, Unreachable
 from segue_contract.ids import new_id
+from segue_contract.topics import ROOT
 from segue_contract.transport.channel import open_channel
-from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
+from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
 
 ROUNDS = 20
 TIMEOUT_S = 3.0
@@ -102,17 +104,18 @@ async def probe_broker(url: str) -> RoundTrips:
         InvalidArgument: `url` is no mqtt:// address.
     """
     host, port = parse_mqtt_url(url)
-    topic = f"segue/doctor/{new_id('d', os.urandom)}"
+    topic = f"{ROOT}/doctor/{new_id('d', os.urandom)}"
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            async with aiomqtt.Client(
-                host,
-                port,
-                protocol=aiomqtt.ProtocolVersion.V5,
-                socket_options=mqtt_socket_options(),
-            ) as client:
+            async with MqttClient(host, port) as client:
                 await client.subscribe(topic)
+                await client.publish(topic, b"", qos=1)  # with an answer: a refusal is told
                 return RoundTrips(tuple(sorted(await _echoes(client, topic))))
+    except PublishRefused as refusal:
+        raise Unreachable(
+            f"The broker answers and refuses what is published ({refusal}).",
+            hint="Its access rules must allow segue/# to the clouds.",
+        ) from None
     except (aiomqtt.MqttError, OSError, TimeoutError) as error:
         raise Unreachable(f"No MQTT 5 broker answers there ({str(error) or 'too late'}).") from None
 
@@ -130,6 +133,8 @@ async def _echoes(client: aiomqtt.Client, topic: str) -> list[float]:
     publishing = asyncio.create_task(publish(), name="doctor publishes")
     try:
         async for message in client.messages:
+            if not message.payload:
+                continue
             number = int.from_bytes(bytes(message.payload), "big")
             times.append(time.monotonic() - sent[number])
             if len(times) == ROUNDS:

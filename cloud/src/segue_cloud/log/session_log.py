@@ -121,6 +121,10 @@ class SessionLog:
         """See `LogReader.read`."""
         return await self._reader.read(session, after, max_entries)
 
+    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+        """How far each log goes; None where there is no such session."""
+        return await self._store.tails(sessions)
+
     def follow(
         self, session: SessionName, after: Cursor | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[Following]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from segue_contract.errors import (
     UnknownSession,
 )
 from segue_contract.ids import SessionName, check_id
-from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED
+from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED, MAX_TAILS
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
@@ -46,8 +46,17 @@ class Identity:
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
-    def __init__(self, identity: Identity, manager: TurnManager, log: SessionLog) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        manager: TurnManager,
+        log: SessionLog,
+        *,
+        publishing: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`publishing`: whether the broker takes what is appended here, now."""
         self._identity = identity
+        self._publishing = publishing
         self._manager = manager
         self._log = log
 
@@ -178,6 +187,20 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             first=pb.Cursor(generation=result.generation, offset=result.first_offset),
             tail=pb.Cursor(generation=result.generation, offset=result.tail),
             duplicate=result.status is Status.DUP,
+        )
+
+    async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
+        if len(request.sessions) > MAX_TAILS:
+            raise InvalidArgument(
+                f"{len(request.sessions)} sessions were named; {MAX_TAILS} are answered at once.",
+                hint="Ask for them in several calls.",
+            )
+        check_id(request.device, "device")
+        sessions = [self._session(session) for session in request.sessions]
+        tails = await self._log.tails(sessions)
+        return pb.TailsReply(
+            tails=[cursor_message(tail or Cursor()) for tail in tails],
+            publishing=self._publishing(),
         )
 
     async def ListSessions(

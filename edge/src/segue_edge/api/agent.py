@@ -140,6 +140,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         reply: pb.ReadReply = await self._ask("Read", request, request.session)
         return reply
 
+    async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
+        session = request.sessions[0] if request.sessions else "any"
+        reply: pb.TailsReply = await self._ask("Tails", request, session)
+        return reply
+
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
         reply: pb.AppendReply = await self._ask("Append", request, request.session)
         return reply
