@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from segue_contract.errors import ModelMismatch, ModelMissing, Unreachable
+from segue_contract.errors import (
+    EngineGone,
+    ModelMismatch,
+    ModelMissing,
+    Overloaded,
+    Unreachable,
+)
+from segue_contract.limits import OUTBOX_TURNS
+from segue_contract.sync.state import TurnState
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
 from segue_edge.turns.turn import TurnLimits
 from tests.support.edge_node import Device, Told, device_of, edge_node, serving
-from tests.support.scripted_cloud import scripted_cloud
+from tests.support.scripted_cloud import Script, scripted_cloud
 from tests.support.tiny_edge import MANIFEST, TinyModel, reply_text
 
 
@@ -209,3 +219,122 @@ async def test_followers_do_not_hold_up_a_stop() -> None:
             await call.read()
     assert isinstance(error_from_rpc(caught.value), Unreachable)
     assert not cloud.seen.specs
+
+
+async def test_a_cloud_without_room_or_engine_sends_the_turn_to_the_next() -> None:
+    refusals = (Overloaded("Full.", retry_after_s=5.0), EngineGone("The engine died."))
+    async with (
+        scripted_cloud("cloud-a") as a,
+        scripted_cloud("cloud-b") as b,
+        edge_node(a.address, b.address) as node,
+        device_of(node) as device,
+    ):
+        for number, refusal in enumerate(refusals):
+            session = f"s{number}"
+            first = a if node.clouds.best(session).target == a.address else b
+            other = b if first is a else a
+            first.script.begin_error, other.script.begin_error = refusal, None
+            told = await device.run(f"t{number}", session=session, plan="text")
+            assert told.plan.instance == other.name
+        a.script.begin_error = b.script.begin_error = Overloaded("Full.", retry_after_s=5.0)
+        with pytest.raises(Overloaded):
+            await device.run("t9", session="s9")
+
+
+async def test_a_cloud_that_runs_the_turn_already_is_only_listened_to() -> None:
+    model = TinyModel()
+    async with serving(model) as (cloud, _node, device):
+        cloud.script.attached = True
+        cloud.script.salt = 1
+        told = await device.run(plan="edge", max_tokens=60)
+    assert told.text == reply_text(cloud.seen.specs[0].prompt, 60, salt=1)
+    assert {frame.made_by for frame in told.frames if frame.durable} == {"cloud"}
+    assert told.kinds.count("rewound") <= 1
+
+
+@pytest.mark.parametrize("how", ["closed", "not durable"])
+async def test_an_end_that_the_log_has_not_is_taken_up_elsewhere(how: str) -> None:
+    async with serving() as (cloud, _node, device):
+        cloud.script.bad_end = how
+        told = await device.run(plan="text")
+        again = await device.run(plan="text")
+    assert told.text == again.text == reply_text(cloud.seen.specs[0].prompt, 12)
+    assert told.ended.durable
+    assert [spec.takeover for spec in cloud.seen.specs] == [False, True]
+
+
+async def test_a_turn_that_broke_here_is_joined_through_the_log_by_who_comes_back() -> None:
+    limits = TurnLimits(retry_s=0.1, timeout_s=0.2)
+    async with serving(limits=limits) as (cloud, node, device):
+        for _ in range(OUTBOX_TURNS):
+            node.outbox.reserve()  # no room for a turn that goes offline
+        cloud.script.decode.clear()
+        running = asyncio.create_task(device.run(plan="text"))
+        await asyncio.wait_for(cloud.seen.opened.wait(), 10)
+        await cloud.server.stop(0)
+        with pytest.raises(Unreachable):
+            await running
+        async with scripted_cloud(port=cloud.server.port) as back:
+            turn = TurnState(turn="t1", prompt="Hi", tokens=[104, 105], reason="stop")
+            turn.pieces = ["h", "i"]
+            back.known["t1"] = turn
+            told = await device.run(plan="text")
+    assert told.text == "hi"
+
+
+async def test_offline_it_goes_on_looking_and_ends_with_the_logs_text() -> None:
+    """A cloud that is back before the edge is done, with a log that went another way."""
+    async with serving(limits=TurnLimits(retry_s=0.2)) as (cloud, node, device):
+        await device.open()
+        cloud.script.ready.clear()
+        cloud.script.deaf = True
+        told, back = Told(), None
+        async with AsyncExitStack() as stack:
+            async for event in device.stream(plan="ship", max_tokens=1500):
+                told.take(event)
+                if len(told.frames) == 3 and back is None:
+                    await cloud.server.stop(0)
+                    other = Script(deaf=True, salt=1)
+                    again = scripted_cloud(port=cloud.server.port, script=other)
+                    back = await stack.enter_async_context(again)
+    prompt = cloud.seen.specs[0].prompt
+    assert told.ended.durable
+    assert told.text == reply_text(prompt, 1500, salt=1)
+    assert told.kinds.count("rewound") == 1
+    assert len(node.outbox) == 0
+
+
+async def test_what_was_said_offline_comes_first_and_is_in_the_next_prompt() -> None:
+    async with serving() as (cloud, _node, device):
+        await device.open()
+        await device.run("t1", "Hello", plan="text")
+        await cloud.server.stop(0)
+        await device.run("t2", "My name is Ada.")
+        async with scripted_cloud(port=cloud.server.port) as back:
+            back.sessions = cloud.sessions
+            told = await device.run("t3", "What is my name?", plan="text")
+            assert [turn.turn for turn in back.sessions["trip"]] == ["t1", "t2", "t3"]
+            prompt = next(spec.prompt for spec in back.seen.specs if spec.turn == "t3")
+    assert b"My name is Ada." in bytes(token for token in prompt if token < 256)
+    assert told.ended.durable
+
+
+async def test_a_session_opened_offline_names_its_tenant() -> None:
+    async with serving() as (cloud, _node, device):
+        cloud.tenant = "acme"
+        assert (await device.open()).tenant == "acme"
+        await cloud.server.stop(0)
+        assert (await device.open()).tenant == "acme"
+
+
+async def test_a_restarted_edge_delivers_what_was_said_offline(tmp_path: Path) -> None:
+    outbox = tmp_path / "outbox"
+    async with serving(outbox=outbox) as (cloud, _node, device):
+        await device.open()
+        await cloud.server.stop(0)
+        offline = await device.run("t1", "Still there?")
+    async with scripted_cloud() as back:
+        async with edge_node(back.address, outbox=outbox):
+            await asyncio.wait_for(back.seen.closed.wait(), 20)
+        (delivered,) = back.sessions["trip"]
+    assert (delivered.turn, delivered.text) == ("t1", offline.text)

@@ -49,6 +49,8 @@ class Script:
     salt: int = 0  # another decoder's tokens
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # set: the stream is aborted, once
     begin_error: SegueError | None = None
+    attached: bool = False  # it ran the turn before the edge came
+    bad_end: str = ""  # "closed" or "not durable": how the next turn's stream ends, once
     queue_s: float = 0.0
     weights: str = MANIFEST.weights_digest
 
@@ -81,6 +83,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
 
     def __init__(self, name: str = "cloud-a") -> None:
         self.name = name
+        self.tenant = "default"
         self.script = Script()
         self.seen = Seen()
         self.sessions: dict[str, list[TurnState]] = {}
@@ -117,6 +120,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             session=request.session,
             tail=pb.Cursor(generation=1, offset=0),
             created=created,
+            tenant=self.tenant,
             role="cloud",
             instance=self.name,
         )
@@ -216,6 +220,7 @@ class _Stream:
             have_blocks=script.have_blocks,
             facts=cloud.facts(),
             next_index=len(self._made),
+            attached=script.attached,
         )
         tasks = [
             asyncio.create_task(task)
@@ -258,6 +263,8 @@ class _Stream:
                 missing -= {block.id for block in blocks}
                 if not missing:
                     self._complete.set()
+            elif self._cloud.script.attached:
+                continue
             elif kind == "tokens" and not self._cloud.script.deaf:
                 assert request.tokens.index == len(self._made)
                 self._made += request.tokens.tokens
@@ -297,7 +304,7 @@ class _Stream:
         script, spec = self._cloud.script, self._spec
         if spec.takeover and self._made:  # what the log holds comes again
             self._send(epoch, 0, list(self._made))
-        if spec.shape != "text":
+        if spec.shape != "text" and not script.attached:
             request = await self._edge_done
             if request is not None and request.WhichOneof("kind") == "ended":
                 self._end(request.ended.reason)
@@ -335,8 +342,12 @@ class _Stream:
         state.reason = reason
         cloud.sessions.setdefault(self._spec.session, []).append(state)
         cloud.seen.closed.set()
-        ended = pb.TurnEnded(reason=reason, next_index=len(self._made), offset=10, durable=True)
-        self._out.put_nowait(dpb.RunReply(ended=ended))
+        how, cloud.script.bad_end = cloud.script.bad_end, ""
+        ended = pb.TurnEnded(
+            reason=reason, next_index=len(self._made), offset=10, durable=how != "not durable"
+        )
+        if how != "closed":
+            self._out.put_nowait(dpb.RunReply(ended=ended))
         self._out.put_nowait(None)
 
 
@@ -353,8 +364,11 @@ def _frame(epoch: int, index: int, tokens: list[int], pieces: list[str]) -> pb.T
 
 
 @asynccontextmanager
-async def scripted_cloud(name: str = "cloud-a", port: int = 0) -> AsyncIterator[ScriptedCloud]:
+async def scripted_cloud(
+    name: str = "cloud-a", port: int = 0, script: Script | None = None
+) -> AsyncIterator[ScriptedCloud]:
     cloud = ScriptedCloud(name)
+    cloud.script = script or cloud.script
     cloud.server = await start_server(
         "127.0.0.1",
         port,

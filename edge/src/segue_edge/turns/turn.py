@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from segue_contract.errors import InvalidArgument, NotFound, SegueError, Unreachable
+from segue_contract.errors import Internal, InvalidArgument, NotFound, SegueError, Unreachable
 from segue_contract.limits import (
     RETRY_PAUSE_MAX_S,
     RETRY_PAUSE_S,
@@ -385,12 +385,13 @@ class TurnState:
         out: list[Instruction] = [s.CloseLink()]
         if link.opened and now - link.opened_at > self._limits.retry_s:
             self._lost_at = None
-        if link.follows and not error.retryable:
+        if link.follows and not error.retryable and not isinstance(error, Internal):
             return out + self._close(error)
         if isinstance(error, NotFound) and not link.follows:
             self._in_log = False  # the log has lost the turn
             return out + ([] if self.offline else [s.KeepRoom()]) + self._store_if_made()
-        if not error.retryable:
+        # gRPC calls some losses of a link internal: only what a cloud says of the turn counts.
+        if not error.retryable and not isinstance(error, Internal):
             self._refusals += 1
             self._follow_only = self._refusals > 1
         if self.offline and self._reason is not None:
