@@ -125,7 +125,7 @@ class Client:
         self._lost = world.loop.create_future()
         self._alive_s = 0.0
         self._pinging: asyncio.Task[None] | None = None
-        self.pending_calls_threshold = 10
+        self.limits = BrokerLimits()
 
     async def __aenter__(self) -> Client:
         process = current()

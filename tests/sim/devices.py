@@ -26,6 +26,7 @@ class Shown:
     text: str = ""
     ended: list[events.Ended] = field(default_factory=list)
     rewinds: int = 0
+    started: bool = False
     error: str = ""
 
 
@@ -109,6 +110,7 @@ class Device:
         self.world.say("asks", turn.id, max_tokens)
         try:
             async with turn:
+                shown.started = True
                 async for event in turn:
                     self._show(shown, event)
         except SegueError as error:
@@ -127,6 +129,8 @@ class Device:
                     f"{self.name} {shown.turn}: {event.index} after {len(shown.tokens)}",
                 )
                 shown.tokens += event.tokens
+                if event.durable:
+                    self.history.shown_durable(self.session_name, shown.turn, shown.tokens)
                 text = "".join(event.pieces)
                 require(
                     text == "".join(map(chr, event.tokens)),

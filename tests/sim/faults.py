@@ -161,6 +161,15 @@ def pause_broker(scene: Scene, rng: Random, fault: Fault) -> None:
     _later(scene, fault, process.resume)
 
 
+def refuse_publishes(scene: Scene, rng: Random, fault: Fault) -> None:
+    scene.broker.refuses = True
+
+    def take() -> None:
+        scene.broker.refuses = False
+
+    _later(scene, fault, take)
+
+
 KINDS: dict[str, tuple[float, Begin]] = {
     "kill cloud": (2.0, kill_cloud),
     "pause cloud": (1.5, pause_cloud),
@@ -175,4 +184,5 @@ KINDS: dict[str, tuple[float, Begin]] = {
     "restart broker": (0.7, restart_broker),
     "bad broker": (1.0, bad_broker),
     "pause broker": (0.7, pause_broker),
+    "refuse publishes": (0.7, refuse_publishes),
 }

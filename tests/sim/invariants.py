@@ -193,6 +193,16 @@ class History:
             f"{device} {session} {place}: {op}; there is {_shown(data)}",
         )
 
+    def shown_durable(self, session: str, turn: str, tokens: list[int]) -> None:
+        """An asker was told that the log holds these first tokens of its reply."""
+        history = self.of(session)
+        kept = history.turns[turn].tokens if turn in history.turns else []
+        self._world.require(
+            history.lost_at_s >= 0 or kept[: len(tokens)] == tokens,
+            "Tokens are called durable that the log does not have.",
+            f"{session} {turn}: {len(tokens)} shown, the log has {kept}",
+        )
+
     # -- the end ------------------------------------------------------------------------------
 
     def check_acks(self) -> None:

@@ -151,6 +151,8 @@ class Network:
 
         self._carry(there, arrive, None)
         connected: End = await answer
+        if not connected.open:  # the other side died meanwhile
+            raise ConnectionRefusedError(f"Nothing listens at {address}.")
         return connected
 
     def carry(self, end: End, deliver: Callable[..., None], *args: Any) -> None:

@@ -13,6 +13,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import socket
 import sys
 import time
 import types
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import aiomqtt
 import grpc
 
 from tests.sim import broker, rpc, store
@@ -46,6 +48,27 @@ _TOKENIZER = functools.cache(tiny_tokenizer)
 # The product's values would make up most of a run's steps.
 _HUB_POLL_S = 0.2
 _SHARDS = 2
+
+
+# Structures with a `check_integrity`: every one that a run makes is looked at again and again.
+_CHECKED = (
+    ("segue_cloud.hub.state", "HubState"),
+    ("segue_cloud.mqtt.outbox", "Outbox"),
+    ("segue_contract.turn.merge", "Merger"),
+)
+
+
+def _noted(world: World, init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        world.structures.append(self)
+
+    return noted
+
+
+def _no_network(*_: Any, **__: Any) -> None:
+    raise AssertionError("A simulation reached for the real network.")
 
 
 @functools.cache
@@ -111,7 +134,9 @@ def patched(world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (wire, "Connection", connection),
+            (aiomqtt, "Client", functools.partial(broker.Client, world)),
             (mqtt_client, "MqttClient", functools.partial(broker.Client, world)),
+            (socket, "getaddrinfo", _no_network),
             (grpc.aio, "insecure_channel", channel),
             (grpc.aio, "server", server),
             (app, "_load_engine", engine),
@@ -123,5 +148,8 @@ def patched(world: World) -> Iterator[None]:
         for room in ("keys", "store"):
             module = importlib.import_module(f"segue_cloud.sessions.{room}")
             stack.enter_context(patch.object(module, "ACTIVE_SHARDS", _SHARDS))
+        for room, kind in _CHECKED:
+            owner = getattr(importlib.import_module(room), kind)
+            stack.enter_context(patch.object(owner, "__init__", _noted(world, owner.__init__)))
         stack.enter_context(patch.dict(hub.Hub.__init__.__kwdefaults__, {"poll_s": _HUB_POLL_S}))
         yield

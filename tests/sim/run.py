@@ -94,7 +94,6 @@ def _tidy(world: World) -> None:
                 with contextlib.suppress(BaseException):
                     coroutine.close()
         world.loop.tasks.clear()
-        world.checks.clear()
         gc.collect()
     finally:
         sys.unraisablehook = hook

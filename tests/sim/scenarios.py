@@ -99,6 +99,7 @@ def _heal(scene: Scene) -> None:
     scene.store.refusal = ""
     scene.broker.process.resume()
     scene.broker.drops = scene.broker.doubles = 0.0
+    scene.broker.refuses = False
     for cloud in scene.clouds:
         cloud.process.resume()
 
@@ -121,9 +122,16 @@ async def _converge(scene: Scene, lives: list[asyncio.Task[None]]) -> None:
 
 
 async def _goes_on(device: Device) -> None:
-    """In quiet times an append succeeds, at the latest the second one."""
+    """In quiet times an append succeeds, at the latest the second one, and a turn is served."""
+    require = device.world.require
     if not await device.set_value():
-        device.world.require(await device.set_value(), f"{device.name} cannot append any more.")
+        require(await device.set_value(), f"{device.name} cannot append any more.")
+    shown = await device.ask("All quiet? ", 3)
+    require(
+        len(shown.ended) == 1 and shown.ended[0].durable and shown.ended[0].reason == "length",
+        f"{device.name} is not served in quiet times.",
+        shown,
+    )
 
 
 def _behind(scene: Scene) -> str | None:
@@ -156,6 +164,11 @@ def _check_shown(scene: Scene, device: Device) -> None:
     """What the asker saw last is what the log keeps."""
     history = scene.history.of(device.session_name)
     for shown in device.asked:
+        device.world.require(
+            not shown.started or not shown.error,
+            "A turn that was accepted is not told to its end.",
+            f"{device.name} {shown}",
+        )
         if not shown.ended or not shown.ended[0].durable or history.lost_at_s >= 0:
             continue
         kept = history.turns.get(shown.turn)

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,8 @@ from tests.sim.process import Process, current
 EPOCH_S = 1_795_000_000.0  # the wall clock at the start
 MAX_STEPS = 400_000  # of one run; a healthy one needs a tenth of it
 
+_LOOK_STEPS = 4  # between looks at one structure or another
+
 
 class Violation(AssertionError):
     """An invariant does not hold."""
@@ -32,13 +34,13 @@ class World:
     Attributes:
         trace: (seconds since the start, what, ...) of every event; two runs of one seed have equal
             ones.
-        checks: called after every step of the loop; each raises Violation where something is wrong.
+        structures: of the product, each looked at every few steps.
     """
 
     def __init__(self, seed: int, *, max_steps: int = MAX_STEPS) -> None:
         self.seed = seed
         self.trace: list[tuple[Any, ...]] = []
-        self.checks: list[Callable[[], None]] = []
+        self.structures: list[Any] = []  # with a check_integrity
         self.failures: list[str] = []
         self._bytes = self.rng("os.urandom")
         self.loop = SimLoop(
@@ -91,10 +93,17 @@ class World:
             return self.loop.run(main)
 
     def _after_step(self) -> None:
-        for check in self.checks:
-            check()
+        if self.structures and self.loop.steps % _LOOK_STEPS == 0:
+            self._look_at(self.structures[self.loop.steps // _LOOK_STEPS % len(self.structures)])
         if self.failures:
             raise Violation(self.failures[0])
+
+    def _look_at(self, structure: Any) -> None:
+        try:
+            structure.check_integrity()
+        except AssertionError as error:
+            kind = type(structure).__name__
+            raise Violation(f"The integrity of a {kind} is broken.\n    {error!r}") from error
 
     def _fell_through(self, message: str, error: BaseException | None) -> None:
         self.failures.append(f"{message}: {error!r}")

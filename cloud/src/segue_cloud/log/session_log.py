@@ -39,8 +39,8 @@ from segue_contract.limits import (
     TITLE_CHARS,
     TURN_LEASE_S,
 )
-from segue_contract.sync.ops import Op, TurnEnded, UserMessage
-from segue_contract.sync.state import Cursor, SessionState
+from segue_contract.sync.ops import Op, TurnEnded, Usage, UserMessage
+from segue_contract.sync.state import Cursor, SessionState, find_turn
 
 log = structlog.get_logger("segue.log")
 
@@ -240,12 +240,15 @@ class SessionLog:
         fence = await self._store.fence_turn(session, turn)
         if fence.status is not Status.OK:
             return  # somebody ended it meanwhile
+        # Nothing comes after the fence: a reader that is told fewer tokens would take some back.
+        known = find_turn(await self.state(session), turn)
         end = TurnEnded(
             id=f"{turn}.abandoned.{fence.epoch}",
             at_ms=self._now_ms(),
             turn=turn,
             epoch=fence.epoch,
             reason="error",
+            usage=Usage(completion_tokens=len(known.tokens) if known is not None else 0),
             error_code="turn_failed",
             error_message="The node that ran this turn went away.",
         )
