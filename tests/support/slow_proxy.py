@@ -15,7 +15,8 @@ class SlowProxy:
 
     Each chunk, in either direction, arrives `delay()` seconds after it was sent, those behind it
     right after it, and no more than `bytes_per_s` of them. `stall()` lets nothing through until
-    `flow()`; `cut()` closes all connections; `refuse` makes new ones fail.
+    `flow()`; `cut()` closes all connections; `refuse` makes new ones fail; `aim(port)` sends new
+    ones elsewhere.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class SlowProxy:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
         self.refuse = False
@@ -50,6 +52,7 @@ class SlowProxy:
         self._server.close()
         self.flow()
         self.cut()
+        await asyncio.gather(*self._serving, return_exceptions=True)
         await self._server.wait_closed()
 
     @property
@@ -66,11 +69,18 @@ class SlowProxy:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    def aim(self, port: int) -> None:
+        self._target_port = port
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         if self.refuse:
             writer.transport.abort()
             return
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
         try:
             to, back = await asyncio.open_connection("127.0.0.1", self._target_port)
         except OSError:
