@@ -38,6 +38,7 @@ class Outcome:
     lag_s: float = 0.0  # longest time from "in the log" to "seen by the follower", likewise
     held_out: bool = False  # the reader got nothing while the part stood still
     broken: str = ""  # why the reply did not reach its end at the reader
+    taken_over: bool = False  # another owner finished the reply, under a higher epoch
     tokens: int = 0
     values: int = 0
     lost: int = 0
@@ -219,7 +220,9 @@ async def _compare(
             covered.update(range(item.op.index, item.op.index + len(item.op.tokens)))
         elif isinstance(item.op, ops.TurnEnded) and item.op.turn == reader.turn:
             ends += 1
-    logged = next((turn.tokens for turn in state.turns if turn.turn == reader.turn), [])
+    kept = [turn for turn in state.turns if turn.turn == reader.turn]
+    logged = kept[0].tokens if kept else []
+    outcome.taken_over = bool(kept) and kept[0].epoch > 1
     same = sum(a == b for a, b in zip(reader.told, logged, strict=False))
     outcome.lost = len(reader.told) - same + sum(one not in state.values for one in acknowledged)
     outcome.doubled = (

@@ -85,7 +85,7 @@ async def _warm_up(parts: House) -> None:
 def pause_rows(report: Report, kind: Kind, found: Sequence[Outcome]) -> None:
     """The reader's pause around one kind of fault, and the follower's lag where it is the point."""
     pauses = [one.pause_s * 1000 for one in found]
-    notes = [f"{len(found)} faults"]
+    notes = [f"{len(found)} faults, {sum(one.taken_over for one in found)} taken over"]
     if held := sum(one.held_out for one in found):
         notes.append(f"{held} waited until the part was resumed after {HOLD_S:.0f} s")
     if broken := [one.broken for one in found if one.broken]:
