@@ -210,13 +210,17 @@ async def replicated() -> AsyncIterator[Store]:
 
 
 async def _in_sync(url: str) -> None:
-    """Until the primary counts its replica: WAIT says how many have what was written."""
+    """Until the replica has acknowledged a write.
+
+    That it is connected is not enough: until its first acknowledgement, up to a second later, the
+    primary sends it nothing and counts it as a good replica all the same.
+    """
     async with redis.from_url(url) as client, asyncio.timeout(RECOVERY_S):
-        while not await client.execute_command("WAIT", 1, 500):
-            pass
-        while True:  # and until it takes writes, as a good replica was seen to be near
+        acknowledged = 0
+        while not acknowledged:
             try:
                 await client.set("in-sync", 1)
-                return
-            except redis.ResponseError:
-                await client.execute_command("WAIT", 1, 500)
+            except redis.ResponseError:  # NOREPLICAS: not connected yet
+                await asyncio.sleep(0.05)
+                continue
+            acknowledged = int(await client.execute_command("WAIT", 1, 500))
