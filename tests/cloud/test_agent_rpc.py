@@ -14,11 +14,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+import segue
 from segue_contract.errors import (
     BadSampling,
+    CursorAhead,
     EmptyPrompt,
     InvalidArgument,
     NotLoopback,
+    OutcomeUnknown,
     PortInUse,
     PromptTooLong,
     SegueError,
@@ -123,9 +126,14 @@ async def test_unknown_sessions_and_models(cloud: CloudRpc) -> None:
     assert isinstance(await refused(lambda: agent.StopTurn(stop)), UnknownDevice)
 
 
+async def new_epoch(cloud: CloudRpc) -> int:
+    request = pb.OpenSessionRequest(session="trip", device="phone", producer="p1")
+    return int((await cloud.agent.OpenSession(request)).epoch)
+
+
 async def append(cloud: CloudRpc, epoch: int, seq: int, *ops: bytes) -> pb.AppendReply:
     request = pb.AppendRequest(
-        session="trip", device="phone", epoch=epoch, first_seq=seq, ops=list(ops)
+        session="trip", device="phone", producer="p1", epoch=epoch, first_seq=seq, ops=list(ops)
     )
     reply: pb.AppendReply = await cloud.agent.Append(request)
     return reply
@@ -136,21 +144,75 @@ def value(name: str, at: int) -> bytes:
 
 
 async def test_appends_are_fenced_and_counted(cloud: CloudRpc) -> None:
-    first = await append(cloud, 1, 1, value("a", 1), value("b", 2))
+    one = await new_epoch(cloud)
+    first = await append(cloud, one, 1, value("a", 1), value("b", 2))
     assert first.first.offset == 1
-    again = await append(cloud, 1, 1, value("a", 1), value("b", 2))
+    again = await append(cloud, one, 1, value("a", 1), value("b", 2))
     assert again.duplicate
     assert again.first.offset == 1
-    gap = await refused(lambda: append(cloud, 1, 5, value("c", 5)))
+    gap = await refused(lambda: append(cloud, one, 5, value("c", 5)))
     assert isinstance(gap, SequenceGap)
     assert gap.fields["expected"] == 3
-    await append(cloud, 2, 1, value("d", 6))
-    stale = await refused(lambda: append(cloud, 1, 3, value("c", 3)))
+    two = await new_epoch(cloud)
+    await append(cloud, two, 1, value("d", 6))
+    stale = await refused(lambda: append(cloud, one, 3, value("c", 3)))
     assert isinstance(stale, StaleEpoch)
-    assert stale.fields["current"] == 2
+    assert stale.fields["current"] == two
     state = await cloud.log.state(SessionName("default", "trip"))
     assert sorted(state.values) == ["a", "b", "d"]
     assert state.cursor.offset == 3
+    never = await refused(lambda: append(cloud, two + 1, 1, value("e", 7)))
+    assert isinstance(never, StaleEpoch), "an epoch that nobody was given"
+    other = await refused(lambda: append(cloud, two, 1, value("e", 8)))
+    assert isinstance(other, OutcomeUnknown), "other ops under used numbers are no success"
+
+
+async def test_numbers_out_of_range_are_refused(cloud: CloudRpc) -> None:
+    epoch = await new_epoch(cloud)
+    for number in (2**53, 10**17, 2**64 - 1):
+        assert isinstance(
+            await refused(lambda n=number: append(cloud, n, 1, value("a", 1))), InvalidArgument
+        )
+        assert isinstance(
+            await refused(lambda n=number: append(cloud, epoch, n, value("a", 1))), InvalidArgument
+        )
+        read = pb.ReadRequest(session="trip", device="phone", after=pb.Cursor(offset=number))
+        assert isinstance(await refused(lambda r=read: cloud.agent.Read(r)), InvalidArgument)
+    assert (await append(cloud, epoch, 1, value("a", 1))).first.offset == 1
+
+
+async def test_a_cursor_from_the_future_changes_nothing(cloud: CloudRpc) -> None:
+    await append(cloud, await new_epoch(cloud), 1, value("a", 1))
+    before = await cloud.agent.Read(pb.ReadRequest(session="trip", device="phone"))
+    far = pb.Cursor(generation=before.tail.generation, offset=999)
+    for _ in range(3):
+        read = pb.ReadRequest(session="trip", device="phone", after=far)
+        error = await refused(lambda r=read: cloud.agent.Read(r))
+        assert isinstance(error, CursorAhead)
+        assert error.fields["offset"] == 1
+    after = await cloud.agent.Read(pb.ReadRequest(session="trip", device="phone"))
+    assert after.tail == before.tail
+
+
+async def test_a_state_larger_than_a_message_comes_in_parts(cloud: CloudRpc) -> None:
+    epoch = await new_epoch(cloud)
+    for number in range(12):
+        big = encode_op(
+            Set(id=f"b{number}", device="phone", name=f"v{number}", value=b"x" * 900_000)
+        )
+        await append(cloud, epoch, number + 1, big)
+    old = pb.Cursor(generation=1, offset=1)
+    reply = await cloud.agent.Read(pb.ReadRequest(session="trip", device="phone", after=old))
+    assert reply.snapshot.more
+    assert reply.snapshot.lost_from == 1
+    async with segue.Client(cloud.address, device="laptop") as client:
+        session = await client.session("trip")
+        assert len((await session.state()).values) == 12
+        async with asyncio.timeout(WAIT_S):
+            async for item in session.follow():
+                assert isinstance(item, segue.Snapshot)
+                assert len(item.state.values) == 12
+                break
 
 
 @pytest.mark.parametrize(
@@ -159,6 +221,7 @@ async def test_appends_are_fenced_and_counted(cloud: CloudRpc) -> None:
         b"",
         b"\xff\xff",
         msgspec.msgpack.encode({"kind": "set"}),
+        encode_op(Set(id="s", device="laptop", name="a", value=b"in another's name")),
         encode_op(UserMessage(id="u", turn="t", text="I am somebody else")),
         encode_op(Frame(id="f", turn="t", epoch=1, index=0, tokens=(1,), pieces=("a",))),
     ],
@@ -174,7 +237,8 @@ async def test_attach_gives_a_snapshot_and_then_everything(cloud: CloudRpc) -> N
         first = await call.read()
         state = decode_state(first.snapshot.state)
         assert state.turns[0].tokens == list(range(100, 110))
-        await append(cloud, 1, 1, encode_op(Feedback(id="f1", turn="t1", value="good")))
+        feedback = Feedback(id="f1", device="phone", turn="t1", value="good")
+        await append(cloud, await new_epoch(cloud), 1, encode_op(feedback))
         batch = await call.read()
     assert [entry.offset for entry in batch.entries.entries] == [state.cursor.offset + 1]
     call.cancel()

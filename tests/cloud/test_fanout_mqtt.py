@@ -14,7 +14,7 @@ import pytest
 
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
-from segue_cloud.sessions.port import LogOp, Producer
+from segue_cloud.sessions.port import LogOp
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import InvalidArgument
 from segue_contract.ids import SessionName
@@ -30,6 +30,7 @@ from segue_contract.topics import (
 )
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
 from tests.support.brokers import NOBODY_PUBLISHES, mosquitto
+from tests.support.producers import producer
 from tests.support.servers import require_broker
 
 S = SessionName("default", "trip")
@@ -100,7 +101,7 @@ async def test_devices_get_every_entry_in_order_and_late_ones_the_head(
     async with Broker.start(kind=kind) as broker, cloud(broker.url, store) as log:
         async with device(broker.url, log_topic(S)) as client:
             for seq in range(1, 51):
-                await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+                await log.append(S, await producer(log, S, "p", seq), [op(str(seq))])
             replica = Replica()
             async with asyncio.timeout(DEADLINE_S):
                 async for message in client.messages:
@@ -118,7 +119,7 @@ async def test_devices_get_every_entry_in_order_and_late_ones_the_head(
 
 async def test_published_sessions_are_clean(store: RedisStore, broker: Broker) -> None:
     async with cloud(broker.url, store) as log:
-        await log.append(S, Producer("p", 0, 1), [op("a")])
+        await log.append(S, await producer(log, S, "p", 1), [op("a")])
         assert await store.take_dirty(10, 0.0) == [S]
     # Leaving flushed it: the head was confirmed and marked.
     assert await store.take_dirty(10, 0.0) == []
@@ -127,7 +128,9 @@ async def test_published_sessions_are_clean(store: RedisStore, broker: Broker) -
 async def test_the_sweep_finds_what_a_crash_left_between_append_and_publish(
     store: RedisStore, broker: Broker
 ) -> None:
-    result = await store.append(S, Producer("p", 0, 1), [op("a").data])  # and its process dies here
+    result = await store.append(
+        S, await producer(store, S, "p", 1), [op("a").data]
+    )  # and its process dies here
     tail = Cursor(result.generation, result.tail)
     async with (
         device(broker.url, head_topic(S)) as client,
@@ -139,18 +142,18 @@ async def test_the_sweep_finds_what_a_crash_left_between_append_and_publish(
 
 async def test_nothing_waits_for_a_broker_that_is_away(store: RedisStore, broker: Broker) -> None:
     async with cloud(broker.url, store, retry_s=0.05) as log:
-        await log.append(S, Producer("p", 0, 1), [op("1")])
+        await log.append(S, await producer(log, S, "p", 1), [op("1")])
         broker.process.kill()
         await broker.process.wait()
         for seq in range(2, 30):
-            result = await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+            result = await log.append(S, await producer(log, S, "p", seq), [op(str(seq))])
         tail = Cursor(result.generation, result.tail)
         assert (await log.state(S)).cursor == tail
         await broker.restart()
         # The new broker knows nothing; a device that joins now still learns the tail.
         async with device(broker.url, head_topic(S), log_topic(S)) as client:
             await messages_until(client, lambda message: head_of(message) == tail)
-            await log.append(S, Producer("p", 0, 30), [op("30")])
+            await log.append(S, await producer(log, S, "p", 30), [op("30")])
             found = await messages_until(client, lambda m: m.topic.matches(log_topic(S)))
             payload = found[-1].payload
             assert isinstance(payload, bytes)
@@ -162,7 +165,7 @@ async def test_a_session_goes_idle_and_its_head_with_it(store: RedisStore, broke
         device(broker.url, head_topic(S)) as client,
         cloud(broker.url, store, sweep_s=0.02, head_idle_s=0.3) as log,
     ):
-        await log.append(S, Producer("p", 0, 1), [op("a")])
+        await log.append(S, await producer(log, S, "p", 1), [op("a")])
         await messages_until(client, lambda message: head_of(message) is not None)
         await messages_until(client, lambda message: not message.payload)
         async with device(broker.url, head_topic(S), "probe") as late:
@@ -177,7 +180,7 @@ async def test_starting_without_a_broker_is_no_error(store: RedisStore) -> None:
         SessionLog(store, publisher) as log,
     ):
         assert not await publisher.wait_connected(0.05)
-        await log.append(S, Producer("p", 0, 1), [op("a")])
+        await log.append(S, await producer(log, S, "p", 1), [op("a")])
         assert publisher.dropped == 1
         publisher.check_integrity()
     assert await store.take_dirty(10, 0.0) == [S], "nobody was told, so it stays dirty"
@@ -197,7 +200,7 @@ async def test_our_sockets_send_without_delay(broker: Broker) -> None:
 
 
 async def append(log: SessionLog, seq: int) -> None:
-    await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+    await log.append(S, await producer(log, S, "p", seq), [op(str(seq))])
 
 
 def first_offset(message: aiomqtt.Message) -> int:
@@ -250,7 +253,7 @@ async def test_entries_beyond_the_broker_s_packets_are_left_to_the_log(store: Re
     ):
         assert await publisher.wait_connected(DEADLINE_S)
         await append(log, 1)
-        await log.append(S, Producer("p", 0, 2), [LogOp.of(large)])
+        await log.append(S, await producer(log, S, "p", 2), [LogOp.of(large)])
         await append(log, 3)
         found = await messages_until(client, lambda m: (head_of(m) or Cursor()).offset == 3)
         offsets = [first_offset(m) for m in found if m.topic.matches(log_topic(S))]

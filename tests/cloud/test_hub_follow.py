@@ -10,17 +10,23 @@ import pytest
 from segue_cloud.hub.hub import Following
 from segue_cloud.hub.state import HubState
 from segue_cloud.log.session_log import SessionLog
-from segue_cloud.sessions.port import LogOp, Producer, Status, TurnHold
+from segue_cloud.sessions.keys import SessionKeys
+from segue_cloud.sessions.port import LogOp, Producer, RawPage, Status, StoredEntry, TurnHold
 from segue_cloud.sessions.store import RedisStore
-from segue_contract.errors import InvalidArgument, UnknownSession
+from segue_contract.errors import CursorAhead, InvalidArgument, UnknownSession
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, encode_state
+from tests.support.producers import producer
 
 S, NOWHERE = SessionName("default", "trip"), SessionName("default", "nowhere")
 DEADLINE_S = 20
+
+
+def unpack(page: RawPage) -> tuple[Cursor, list[StoredEntry]]:
+    return page.tail, page.entries
 
 
 def op(text: str) -> LogOp:
@@ -63,7 +69,7 @@ async def test_snapshot_then_live_without_a_race(store: RedisStore, log: Session
 
     async def produce(name: str) -> None:
         for seq in range(1, 41):
-            await log.append(S, Producer(name, 0, seq), [op(f"{name}{seq}")])
+            await log.append(S, await producer(log, S, name, seq), [op(f"{name}{seq}")])
 
     async def follow(after_appends: int) -> Replica:
         while (await log.read(S, Cursor(), 1)).tail.offset < after_appends:
@@ -82,7 +88,9 @@ async def test_snapshot_then_live_without_a_race(store: RedisStore, log: Session
 async def test_entries_of_another_instance_are_found(store: RedisStore, log: SessionLog) -> None:
     async with log.follow(S) as following:
         assert (await anext(following)).snapshot is not None
-        await store.append(S, Producer("elsewhere", 0, 1), [op("a").data, op("b").data])
+        await store.append(
+            S, await producer(store, S, "elsewhere", 1), [op("a").data, op("b").data]
+        )
         _, offsets = await collect(following, 2)
         assert offsets == [1, 2]
 
@@ -92,28 +100,96 @@ async def test_a_follower_that_overflows_catches_up(store: RedisStore) -> None:
         async with log.follow(S) as following:
             assert (await anext(following)).snapshot is not None
             for seq in range(1, 31):  # it does not look meanwhile
-                await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+                await log.append(S, await producer(log, S, "p", seq), [op(str(seq))])
             _, offsets = await collect(following, 30)
             assert offsets == list(range(1, 31))
         log.check_integrity()
 
 
-async def test_a_follower_beyond_a_loss_gets_a_new_generation(store: RedisStore) -> None:
-    """The store forgot entries that it had acknowledged, as after a fail-over."""
-    known = HubState()
-    async with SessionLog(store, hub_state=known) as log, log.follow(S) as following:
-        await log.append(S, Producer("p", 0, 1), [op("a"), op("b")])
-        first, _ = await collect(following, 2)
-        generation = first.cursor.generation
-        known.announce(S, Cursor(generation, 9))
-        await store.append(S, Producer("p", 0, 3), [op("c").data])
+async def another_life(store: RedisStore, **fields: int) -> None:
+    """As after a fail-over to a server that has less of the session."""
+    meta = SessionKeys.of(S).meta
+    changes = [part for field in fields.items() for part in field]
+    await store._wire.call(("HSET", meta, "life", "another", *changes))
+
+
+async def test_a_follower_that_lost_nothing_goes_on_in_another_generation(
+    store: RedisStore, log: SessionLog
+) -> None:
+    async with log.follow(S) as following:
+        assert (await anext(following)).snapshot is not None
+        await log.append(S, await producer(log, S, "p", 1), [op("a")])
+        first, _ = await collect(following, 1)
+        await another_life(store)
+        await log.append(S, await producer(log, S, "p", 2), [op("b")])
         async with asyncio.timeout(DEADLINE_S):
-            async for step in following:
-                if step.snapshot is not None:
-                    break
+            step = await anext(following)
+        assert step.snapshot is None
+        assert [one.cursor for one in step.entries] == [Cursor(first.cursor.generation + 1, 2)]
+
+
+async def test_a_follower_is_told_what_was_lost(store: RedisStore, log: SessionLog) -> None:
+    """Three entries; the next server has two of them, and takes others before anybody looks."""
+    me = await producer(log, S, "p", 1)
+    async with log.follow(S) as following:
+        await log.append(S, me, [op("a"), op("b"), op("lost")])
+        first, _ = await collect(following, 3)
+        generation = first.cursor.generation
+        await store._wire.call(("XDEL", SessionKeys.of(S).log, f"{generation}-3"))
+        await another_life(store, tail=2)
+        other = await producer(store, S, "other", 1)
+        await store.append(S, other, [op("new").data, op("c").data])
+        async with asyncio.timeout(DEADLINE_S):
+            step = await anext(following)
         assert step.snapshot is not None
-        assert step.snapshot.cursor.generation == generation + 1
+        assert step.lost_from == 3
+        assert step.snapshot.cursor == Cursor(generation + 1, 4)
         assert step.snapshot.values == {"last": b"c"}
+        assert (await log.state(S)).values == {"last": b"c"}, "what was folded here, too"
+
+
+async def test_a_cursor_is_judged_by_where_its_generation_ended(
+    store: RedisStore, log: SessionLog
+) -> None:
+    await log.append(S, await producer(log, S, "p", 1), [op("a"), op("b")])
+    old = (await log.read(S, Cursor(), 9)).tail
+    await another_life(store)
+    await log.append(S, await producer(log, S, "q", 1), [op("c"), op("d")])
+    page = await log.read(S, Cursor(old.generation, 2), 9)
+    assert (page.snapshot, [one.cursor.offset for one in page.entries]) == (None, [3, 4])
+    page = await log.read(S, Cursor(old.generation, 3), 9)
+    assert (page.snapshot is not None, page.lost_from) == (True, 3)
+    page = await log.read(S, Cursor(old.generation + 7, 3), 9)
+    assert (page.snapshot is not None, page.lost_from) == (True, 1)
+    generation = page.tail.generation
+    for offset in (5, 99_999):
+        with pytest.raises(CursorAhead):
+            await log.read(S, Cursor(generation, offset), 9)
+    assert (await log.read(S, Cursor(), 9)).tail == Cursor(generation, 4), "a reader changed it"
+
+
+@pytest.mark.parametrize("gone", ["log", "snapshot", "meta"])
+async def test_an_evicted_key_is_a_loss_that_is_told_once(
+    store: RedisStore, log: SessionLog, gone: str
+) -> None:
+    await log.append(S, await producer(log, S, "p", 1), [op("a"), op("b")])
+    state, written = await log._reader.folded(S)
+    await store.compact(S, state, 3, written)
+    await log.append(S, await producer(log, S, "p", 3), [op("c")])
+    before = (await log.read(S, Cursor(), 9)).tail
+    await store._wire.call(("DEL", getattr(SessionKeys.of(S), gone)))
+    async with SessionLog(store) as fresh, asyncio.timeout(DEADLINE_S):
+        opened = await fresh.open_session(S, producer="again")
+        assert opened.tail.offset == 3
+        after = await fresh.append(S, Producer("again", opened.epoch), [op("d")])
+        assert (after.status, after.first_offset) == (Status.OK, 4)
+        found = await fresh.state(S)
+        assert found.values == {"last": b"d"}
+        assert found.cursor.generation > before.generation
+        again = await fresh.state(S)
+        assert again.cursor == found.cursor
+        async with fresh.follow(S) as following:
+            assert (await anext(following)).snapshot is not None
 
 
 async def test_an_unknown_session_is_an_error(log: SessionLog) -> None:
@@ -123,29 +199,21 @@ async def test_an_unknown_session_is_an_error(log: SessionLog) -> None:
 
 
 async def test_read_pages_and_snapshots(store: RedisStore, log: SessionLog) -> None:
-    await log.append(S, Producer("p", 0, 1), [op(str(i)) for i in range(10)])
+    await log.append(S, await producer(log, S, "p", 1), [op(str(i)) for i in range(10)])
     page = await log.read(S, Cursor(), 4)
     assert page.snapshot is None
     assert [entry.cursor.offset for entry in page.entries] == [1, 2, 3, 4]
     assert page.tail.offset == 10
     page = await log.read(S, page.tail, 4)
     assert (page.snapshot, page.entries) == (None, [])
-    other_life = Cursor(page.tail.generation + 5, 3)
-    page = await log.read(S, other_life, 4)
-    assert page.snapshot is not None
-    assert page.snapshot.cursor == page.tail
-    ahead = Cursor(page.tail.generation, 99)
-    page = await log.read(S, ahead, 4)
-    assert page.snapshot is not None
-    assert page.tail == Cursor(ahead.generation + 1, 10)
 
 
 async def test_compaction_is_not_noticed_by_readers(store: RedisStore) -> None:
     log = SessionLog(store, compact_after=50, compact_keep=10)
     for seq in range(1, 121):
-        await log.append(S, Producer("p", 0, seq), [op(str(seq))])
+        await log.append(S, await producer(log, S, "p", seq), [op(str(seq))])
     await asyncio.gather(*log._tasks)
-    _, entries = await store.read(S, 0, 1000)
+    _, entries = unpack(await store.read(S, Cursor(1, 0), 1000))
     assert entries[0].cursor.offset > 50, "nothing was folded"
     page = await log.read(S, Cursor(), 1000)
     assert page.snapshot is not None

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from segue_cloud.sessions.keys import SessionKeys, key_slot
-from segue_cloud.sessions.port import Producer, Status, TurnHold
+from segue_cloud.sessions.port import Producer, RawPage, Status, StoredEntry, TurnHold
 from segue_cloud.sessions.store import RedisStore
 from segue_contract import limits
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
@@ -18,6 +18,7 @@ from segue_contract.servers import Valkey
 from segue_contract.servers.ports import free_port
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, SessionState, TurnState
+from tests.support.producers import producer
 from tests.support.servers import require_valkey
 
 S, NOWHERE = SessionName("default", "trip"), SessionName("default", "nowhere")
@@ -31,25 +32,35 @@ async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
     await store.close()
 
 
+def unpack(page: RawPage) -> tuple[Cursor, list[StoredEntry]]:
+    return page.tail, page.entries
+
+
 def op(text: str) -> bytes:
     return ops.encode_op(ops.Set(id=text, name=text, value=text.encode()))
 
 
 async def texts(store: RedisStore, session: SessionName = S) -> list[str]:
-    _, entries = await store.read(session, 0, 10_000)
+    _, entries = unpack(await store.read(session, Cursor(1, 0), 10_000))
     assert [entry.cursor.offset for entry in entries] == list(range(1, len(entries) + 1))
     found = [ops.decode_op(entry.op) for entry in entries]
     return [one.name for one in found if isinstance(one, ops.Set)]
 
 
+async def another_life(store: RedisStore) -> None:
+    """As after a fail-over: the session began under another server's life."""
+    await store._wire.call(("HSET", SessionKeys.of(S).meta, "life", "another"))
+
+
 async def test_open_read_and_unknown_sessions(store: RedisStore) -> None:
-    tail, created = await store.open_session(S, device="phone")
+    opened = await store.open_session(S, device="phone")
+    tail, created = opened.tail, opened.created
     assert not created
     assert tail.offset == 0
     with pytest.raises(UnknownSession):
         await store.open_session(NOWHERE, must_exist=True)
     with pytest.raises(UnknownSession):
-        await store.read(NOWHERE, 0, 10)
+        await store.read(NOWHERE, Cursor(), 10)
     assert (await store.append(NOWHERE, Producer("p", 0, 1), [op("a")])).status is Status.MISSING
     assert (await store.begin_turn(NOWHERE, "t", [], 5.0)).status is Status.MISSING
     await store.check_device(S, "phone")
@@ -60,37 +71,45 @@ async def test_open_read_and_unknown_sessions(store: RedisStore) -> None:
 
 
 async def test_offsets_from_one_and_entry_ids(store: RedisStore) -> None:
-    first = await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
+    first = await store.append(S, await producer(store, S, "phone", 1), [op("a"), op("b")])
     assert (first.status, first.first_offset, first.tail) == (Status.OK, 1, 2)
-    tail, entries = await store.read(S, 1, 10)
+    tail, entries = unpack(await store.read(S, Cursor(1, 1), 10))
     assert tail == Cursor(first.generation, 2)
     assert [entry.cursor for entry in entries] == [tail]
     assert entries[0].op == op("b")
 
 
 async def test_duplicates_gaps_and_stale_epochs(store: RedisStore) -> None:
-    await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
-    await store.append(S, Producer("laptop", 1, 1), [op("x")])
-    await store.append(S, Producer("phone", 1, 3), [op("c")])
+    await store.append(S, await producer(store, S, "phone", 1), [op("a"), op("b")])
+    await store.append(S, await producer(store, S, "laptop", 1), [op("x")])
+    await store.append(S, await producer(store, S, "phone", 3), [op("c")])
 
-    again = await store.append(S, Producer("phone", 1, 1), [op("a"), op("b")])
+    again = await store.append(S, await producer(store, S, "phone", 1), [op("a"), op("b")])
     assert (again.status, again.first_offset, again.tail) == (Status.DUP, 1, 4)
-    later = await store.append(S, Producer("phone", 1, 3), [op("c")])
+    later = await store.append(S, await producer(store, S, "phone", 3), [op("c")])
     assert (later.status, later.first_offset) == (Status.DUP, 4)
-    gap = await store.append(S, Producer("phone", 1, 6), [op("f")])
+    gap = await store.append(S, await producer(store, S, "phone", 6), [op("f")])
     assert (gap.status, gap.expected_seq) == (Status.GAP, 4)
 
     # Half known, half new: only the new half is written.
-    partly = await store.append(S, Producer("phone", 1, 3), [op("c"), op("d"), op("e")])
+    partly = await store.append(
+        S, await producer(store, S, "phone", 3), [op("c"), op("d"), op("e")]
+    )
     assert (partly.status, partly.first_offset) == (Status.OK, 4)
     assert (partly.tail, partly.appended) == (6, 2)
     assert await texts(store) == ["a", "b", "x", "c", "d", "e"]
 
-    new_epoch = await store.append(S, Producer("phone", 2, 1), [op("g")])
+    old = await producer(store, S, "phone", 6)
+    opened = await store.open_session(S, producer="phone")
+    assert opened.epoch > old.epoch
+    stale = await store.append(S, old, [op("z")])
+    assert (stale.status, stale.current_epoch) == (Status.STALE, opened.epoch)
+    new_epoch = await store.append(S, Producer("phone", opened.epoch, 1), [op("g")])
     assert new_epoch.status is Status.OK
-    stale = await store.append(S, Producer("phone", 1, 6), [op("z")])
-    assert (stale.status, stale.current_epoch) == (Status.STALE, 2)
-    assert (await store.append(S, Producer("new", 0, 2), [op("z")])).expected_seq == 1
+    for epoch in (0, opened.epoch + 1, limits.MAX_COUNT):
+        nobody = await store.append(S, Producer("phone", epoch, 2), [op("z")])
+        assert nobody.status is Status.STALE, "an epoch that nobody was given"
+    assert (await store.append(S, Producer("new", 0, 1), [op("z")])).status is Status.STALE
     assert await texts(store) == ["a", "b", "x", "c", "d", "e", "g"]
 
 
@@ -98,13 +117,15 @@ async def test_each_duplicate_gets_the_offset_it_got_then(store: RedisStore) -> 
     """Two producers in turn, so that no two ops of one are neighbours."""
     got: dict[tuple[str, int], int] = {}
     for seq in range(1, limits.PRODUCER_RUNS + 11):
-        for producer in ("a", "b"):
-            result = await store.append(S, Producer(producer, 0, seq), [op(f"{producer}{seq}")])
-            got[producer, seq] = result.first_offset
-    for (producer, seq), offset in got.items():
-        again = await store.append(S, Producer(producer, 0, seq), [op(f"{producer}{seq}")])
-        assert again.status is Status.DUP
+        for name in ("a", "b"):
+            result = await store.append(
+                S, await producer(store, S, name, seq), [op(f"{name}{seq}")]
+            )
+            got[name, seq] = result.first_offset
+    for (name, seq), offset in got.items():
+        again = await store.append(S, await producer(store, S, name, seq), [op(f"{name}{seq}")])
         forgotten = seq <= 10
+        assert again.status is (Status.UNKNOWN if forgotten else Status.DUP)
         assert again.first_offset == (0 if forgotten else offset)
 
 
@@ -121,6 +142,18 @@ async def test_refuses_what_is_out_of_range(store: RedisStore) -> None:
     assert await texts(store) == []
 
 
+async def test_other_ops_under_used_numbers_are_no_success(store: RedisStore) -> None:
+    me = await producer(store, S, "phone", 1)
+    await store.append(S, me, [op("a"), op("b")])
+    assert (await store.append(S, me, [op("a"), op("x")])).status is Status.TAKEN
+    assert (await store.append(S, me, [op("y")])).status is Status.TAKEN
+    assert (await store.append(S, me, [op("a")])).status is Status.DUP
+    tail = (await store.read(S, Cursor(), 10)).tail
+    await store.compact(S, SessionState(cursor=tail), 3, 0)
+    assert (await store.append(S, me, [op("a")])).status is Status.UNKNOWN
+    assert await texts(store) == []
+
+
 async def test_many_producers_at_once_lose_and_double_nothing(store: RedisStore) -> None:
     seed = 20240611
     print("seed", seed)
@@ -132,7 +165,9 @@ async def test_many_producers_at_once_lose_and_double_nothing(store: RedisStore)
         while sent < len(words):
             batch = words[sent : sent + random.randrange(1, 5)]
             for _ in range(random.choice((1, 1, 2))):  # sometimes twice, as after a lost reply
-                result = await store.append(S, Producer(name, 3, sent + 1), [op(w) for w in batch])
+                result = await store.append(
+                    S, await producer(store, S, name, sent + 1), [op(w) for w in batch]
+                )
                 assert result.status in (Status.OK, Status.DUP)
             sent += len(batch)
         return words
@@ -147,12 +182,14 @@ async def test_many_producers_at_once_lose_and_double_nothing(store: RedisStore)
 
 
 async def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, valkey: Valkey) -> None:
-    await store.append(S, Producer("phone", 0, 1), [op("a")])
+    await store.append(S, await producer(store, S, "phone", 1), [op("a")])
     reader, writer = await asyncio.open_connection("127.0.0.1", valkey.port)
     writer.write(b"SCRIPT FLUSH\r\n")
     assert await reader.readline() == b"+OK\r\n"
     writer.close()
-    assert (await store.append(S, Producer("phone", 0, 2), [op("b")])).status is Status.OK
+    assert (
+        await store.append(S, await producer(store, S, "phone", 2), [op("b")])
+    ).status is Status.OK
     assert await texts(store) == ["a", "b"]
 
 
@@ -192,7 +229,7 @@ async def test_one_turn_at_a_time_and_repeated_begins(store: RedisStore) -> None
     known = await store.begin_turn(S, "t1", opening("t1"), 30.0)
     assert (known.known, known.ended) == (True, True)
     assert (await store.begin_turn(S, "t2", opening("t2"), 30.0)).status is Status.OK
-    tail, _ = await store.read(S, 0, 100)
+    tail, _ = unpack(await store.read(S, Cursor(1, 0), 100))
     assert tail.offset == 5
 
 
@@ -274,59 +311,46 @@ async def test_list_is_newest_first(store: RedisStore) -> None:
 
 
 async def test_compaction_keeps_a_snapshot_and_the_end(store: RedisStore) -> None:
-    await store.append(S, Producer("p", 0, 1), [op(str(i)) for i in range(10)])
-    tail, _ = await store.read(S, 0, 1)
+    await store.append(S, await producer(store, S, "p", 1), [op(str(i)) for i in range(10)])
+    tail, _ = unpack(await store.read(S, Cursor(1, 0), 1))
     assert await store.load_snapshot(S) is None
     state = SessionState(cursor=Cursor(tail.generation, 8), turns=[TurnState(turn="t")])
-    await store.compact(S, state, 6)
-    after, entries = await store.read(S, 0, 100)
+    await store.compact(S, state, 6, 0)
+    after, entries = unpack(await store.read(S, Cursor(1, 0), 100))
     assert after == tail
     assert [entry.cursor.offset for entry in entries] == [6, 7, 8, 9, 10]
     found = await store.load_snapshot(S)
     assert found is not None
     assert (found.cursor.offset, found.turns[0].turn) == (8, "t")
     # An older one, of a slower process, changes nothing; nor does one from another time.
-    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 3)), 3)
-    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 30)), 30)
+    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 3)), 3, 0)
+    await store.compact(S, SessionState(cursor=Cursor(tail.generation, 30)), 30, 0)
     assert (await store.load_snapshot(S)) == found
-    assert (await store.append(S, Producer("p", 0, 11), [op("z")])).first_offset == 11
+    assert (await store.append(S, await producer(store, S, "p", 11), [op("z")])).first_offset == 11
 
 
 async def test_a_state_folded_before_a_loss_is_no_snapshot(store: RedisStore) -> None:
-    await store.append(S, Producer("p", 0, 1), [op("a"), op("b")])
-    tail, _ = await store.read(S, 0, 10)
-    after = await store.report_loss(S, Cursor(tail.generation, 9))
+    await store.append(S, await producer(store, S, "p", 1), [op("a"), op("b")])
+    tail, _ = unpack(await store.read(S, Cursor(1, 0), 10))
+    await another_life(store)
+    after, _ = unpack(await store.read(S, Cursor(), 10))
+    assert after == Cursor(tail.generation + 1, 2)
     # It may hold what was lost, and its offset is one that the log has by now again.
-    await store.compact(S, SessionState(cursor=tail), 2)
+    await store.compact(S, SessionState(cursor=tail), 3, 0)
     assert await store.load_snapshot(S) is None
     assert await texts(store) == ["a", "b"]
-    await store.compact(S, SessionState(cursor=after), 2)
+    await store.compact(S, SessionState(cursor=after), 3, 0)
     found = await store.load_snapshot(S)
     assert found is not None
     assert found.cursor == after
 
 
-async def test_a_loss_starts_a_new_generation_once(store: RedisStore) -> None:
-    await store.append(S, Producer("p", 0, 1), [op("a"), op("b")])
-    tail, _ = await store.read(S, 0, 10)
-    assert await store.report_loss(S, tail) == tail, "nothing is missing"
-    lost = Cursor(tail.generation, 9)
-    for _ in range(2):
-        assert await store.report_loss(S, lost) == Cursor(tail.generation + 1, 2)
-    await store.append(S, Producer("p", 0, 3), [op("c")])
-    _, entries = await store.read(S, 1, 10)
-    assert [entry.cursor for entry in entries] == [tail, Cursor(tail.generation + 1, 3)]
-    _, entries = await store.read(S, 2, 10)
-    assert [entry.cursor.offset for entry in entries] == [3]
-    assert await texts(store) == ["a", "b", "c"]
-
-
 async def test_dirty_until_published(store: RedisStore) -> None:
     assert await store.take_dirty(10, 0.0) == []
-    one = await store.append(S, Producer("p", 0, 1), [op("a")])
+    one = await store.append(S, await producer(store, S, "p", 1), [op("a")])
     assert await store.take_dirty(10, 0.0) == [S]
     assert await store.take_dirty(10, 60.0) == []
-    await store.append(S, Producer("p", 0, 2), [op("b")])
+    await store.append(S, await producer(store, S, "p", 2), [op("b")])
     await store.mark_published(S, Cursor(one.generation, 1))
     assert await store.take_dirty(10, 0.0) == [S]
     await store.mark_published(S, Cursor(one.generation, 2))
@@ -340,7 +364,7 @@ async def test_the_sweep_reaches_every_session_in_turn(store: RedisStore) -> Non
     sessions = {SessionName("default", f"s{i}") for i in range(40)}
     for session in sessions:
         await store.open_session(session)
-        await store.append(session, Producer("p", 0, 1), [op("a")])
+        await store.append(session, await producer(store, session, "p", 1), [op("a")])
     found: set[SessionName] = set()
     for _ in range(len(sessions)):  # one of each list at a time
         found |= set(await store.take_dirty(limits.ACTIVE_SHARDS, 0.0))
@@ -348,7 +372,7 @@ async def test_the_sweep_reaches_every_session_in_turn(store: RedisStore) -> Non
 
 
 async def test_tails_of_many(store: RedisStore) -> None:
-    one = await store.append(S, Producer("p", 0, 1), [op("a")])
+    one = await store.append(S, await producer(store, S, "p", 1), [op("a")])
     assert await store.tails([S, NOWHERE]) == [Cursor(one.generation, 1), None]
     assert await store.tails([]) == []
 
@@ -369,14 +393,16 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         await store.renew_turn(S, fence.hold("t1"), 30.0)
         assert await store.request_stop(S) == "t1"
         await store.append_turn(S, fence.hold("t1"), 1, [op("b")], ends=True)
-        done = await store.append(S, Producer("phone", 0, 1), [op("c")])
+        done = await store.append(S, await producer(store, S, "phone", 1), [op("c")])
         assert done.tail == 5
         tail = Cursor(done.generation, done.tail)
         assert await store.take_dirty(10, 0.0) == [S]
         await store.mark_published(S, tail)
-        await store.compact(S, SessionState(cursor=tail), 5)
+        await store.compact(S, SessionState(cursor=tail), 5, 0)
         assert await store.load_snapshot(S) is not None
-        await store.report_loss(S, Cursor(tail.generation, 9))
+        await another_life(store)
+        await store.mend(S, SessionState(cursor=tail))  # nothing is missing
+        assert (await store.open_session(S)).tail == Cursor(tail.generation + 1, 5)
         assert (await store.tails([S]))[0] == Cursor(tail.generation + 1, 5)
         assert await store.take_idle(10, 0.0) == [S]
         assert [one.session for one in await store.list_sessions("default", 10)] == ["trip"]

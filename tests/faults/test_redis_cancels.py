@@ -12,12 +12,14 @@ from random import Random
 
 import pytest
 
-from segue_cloud.sessions.port import Producer, Status
+from segue_cloud.sessions.port import RawPage, Status, StoredEntry
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
+from segue_contract.sync.state import Cursor
+from tests.support.producers import producer
 from tests.support.slow_proxy import SlowProxy
 
 S = SessionName("default", "s")
@@ -29,12 +31,16 @@ def new_seed() -> int:
     return seed
 
 
+def unpack(page: RawPage) -> tuple[Cursor, list[StoredEntry]]:
+    return page.tail, page.entries
+
+
 def op(text: str) -> bytes:
     return ops.encode_op(ops.Set(id=text, name=text, value=text.encode()))
 
 
 async def names(store: RedisStore, session: SessionName) -> list[str]:
-    _, entries = await store.read(session, 0, 10_000)
+    _, entries = unpack(await store.read(session, Cursor(1, 0), 10_000))
     found = [ops.decode_op(entry.op) for entry in entries]
     return [one.name for one in found if isinstance(one, ops.Set)]
 
@@ -53,7 +59,7 @@ async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
             nonlocal cancelled
             for seq in range(1, 31):
                 while True:
-                    me = Producer(session.session, 0, seq)
+                    me = await producer(store, session, session.session, seq)
                     word = op(f"{session.session}.{seq}")
                     call = asyncio.create_task(store.append(session, me, [word]))
                     done, _ = await asyncio.wait([call], timeout=random.uniform(0.0, 0.03))
@@ -102,7 +108,7 @@ async def test_lost_replies_apply_nothing_twice(valkey: Valkey) -> None:
 
         cutting = asyncio.create_task(cutter())
         for seq in range(1, 21):
-            result = await store.append(S, Producer("p", 0, seq), [op(str(seq))])
+            result = await store.append(S, await producer(store, S, "p", seq), [op(str(seq))])
             assert result.first_offset == seq
         claim = await store.begin_turn(S, "t", [op("turn")], 30.0)
         assert not claim.known, "its own repetition looked like another one's turn"
@@ -124,25 +130,27 @@ async def test_a_store_that_is_away_gives_a_typed_error_and_writes_nothing(valke
 
     async with SlowProxy(valkey.port) as proxy:
         store = await RedisStore.connect(proxy.redis_url, timeout_s=0.4, sleep=no_pause)
-        await store.open_session(S)
+        await producer(store, S, "p", 1)
         proxy.refuse = True
         proxy.cut()
         with pytest.raises(StoreUnavailable) as caught:
-            await store.append(S, Producer("p", 0, 1), [op("lost")])
+            await store.append(S, await producer(store, S, "p", 1), [op("lost")])
         assert caught.value.hint
         assert pauses[:3] == [0.05, 0.1, 0.2], "the pause between attempts grows"
         assert max(pauses) <= 0.5
         proxy.refuse = False
         assert await names(store, S) == []
-        assert (await store.append(S, Producer("p", 0, 1), [op("kept")])).status is Status.OK
+        assert (
+            await store.append(S, await producer(store, S, "p", 1), [op("kept")])
+        ).status is Status.OK
         await store.close()
 
 
 async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
     store = await RedisStore.connect(valkey.url, timeout_s=20.0)
-    await store.open_session(S)
+    me = await producer(store, S, "p", 1)
     valkey.process.pause()
-    write = asyncio.create_task(store.append(S, Producer("p", 0, 1), [op("a")]))
+    write = asyncio.create_task(store.append(S, me, [op("a")]))
     done, _ = await asyncio.wait([write], timeout=0.3)
     assert not done, "it answered for a store that is stopped"
     valkey.process.resume()
@@ -153,12 +161,15 @@ async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
 
 async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> None:
     store = await RedisStore.connect(valkey.url, timeout_s=20.0)
-    before, _ = await store.open_session(S)
-    await store.append(S, Producer("p", 0, 1), [op("a")])
+    before = (await store.open_session(S)).tail
+    await store.append(S, await producer(store, S, "p", 1), [op("a")])
     valkey.process.kill()
     await valkey.restart()
-    assert (await store.append(S, Producer("p", 0, 2), [op("b")])).status is Status.MISSING
-    after, created = await store.open_session(S)
+    assert (
+        await store.append(S, await producer(store, S, "p", 2), [op("b")])
+    ).status is Status.MISSING
+    again = await store.open_session(S)
+    after, created = again.tail, again.created
     assert created
     assert after.generation > before.generation
     await store.close()
@@ -167,12 +178,14 @@ async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> No
 async def test_a_stalled_link_times_out(valkey: Valkey) -> None:
     async with SlowProxy(valkey.port) as proxy:
         store = await RedisStore.connect(proxy.redis_url, timeout_s=0.3)
-        await store.open_session(S)
+        await producer(store, S, "p", 1)
         proxy.stall()
         with pytest.raises(StoreUnavailable, match="in time"):
-            await store.append(S, Producer("p", 0, 1), [op("a")])
+            await store.append(S, await producer(store, S, "p", 1), [op("a")])
         proxy.flow()
-        assert (await store.append(S, Producer("p", 0, 1), [op("a")])).first_offset == 1
+        assert (
+            await store.append(S, await producer(store, S, "p", 1), [op("a")])
+        ).first_offset == 1
         assert await names(store, S) == ["a"]
         await store.close()
 

@@ -58,12 +58,12 @@ def test_every_follower_sees_the_whole_log(seed: int, bound: int) -> None:
                     hub.offer(KEY, new)
             case 3 if log:  # the same again, or the tail seen elsewhere
                 hub.offer(KEY, [random.choice(log)])
-                hub.announce(KEY, log[-1].cursor)
+                hub.announce(KEY, log[-1].cursor, hub.tail(KEY))
             case _:
                 for follower in seen:
                     step(follower)
         hub.check_integrity()
-    hub.announce(KEY, Cursor(1, len(log)))
+    hub.announce(KEY, Cursor(1, len(log)), hub.tail(KEY))
     for follower, offsets in seen.items():
         while offsets != list(range(1, len(log) + 1)):
             before = len(offsets)
@@ -91,5 +91,5 @@ def test_who_has_no_snapshot_yet_is_woken_and_told_to_read() -> None:
     assert list(hub.offer(KEY, [entry(1)])) == [follower]
     hub.move(follower, Cursor(1, 0))
     assert hub.behind(follower) == Cursor(1, 1)
-    assert list(hub.announce(KEY, Cursor(1, 1))) == []
+    assert list(hub.announce(KEY, Cursor(1, 1), hub.tail(KEY))) == []
     assert list(hub.offer(SessionName("default", "other"), [entry(1)])) == []

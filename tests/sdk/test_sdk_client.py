@@ -84,10 +84,20 @@ async def test_append_counts_and_survives_a_stale_epoch() -> None:
         assert op.id
         assert op.at_ms > 0
 
-        far = agent.appends[0].epoch + 1_000_000
-        agent.fail_once["Append"] = errors.StaleEpoch("Older.", current=far)
+        epoch = agent.appends[-1].epoch
+        agent.fail_once["Append"] = errors.StaleEpoch("Nobody knows you.", current=0)
+        await session.set("city", "Bonn")
+        agent.fail_once["Append"] = errors.UnknownDevice("You were forgotten.")
         await session.set("city", "Oslo")
-        assert (agent.appends[-1].epoch, agent.appends[-1].first_seq) == (far + 1, 1)
+        assert [(one.epoch, one.first_seq) for one in agent.appends[-2:]] == [
+            (epoch + 1, 1),
+            (epoch + 2, 1),
+        ]
+        agent.fail_once["Append"] = errors.StoreUnavailable("Maybe written.")
+        with pytest.raises(errors.StoreUnavailable):
+            await session.set("city", "Kiel")
+        await session.set("city", "Oslo")
+        assert (agent.appends[-1].epoch, agent.appends[-1].first_seq) == (epoch + 3, 1)
         state = await session.state()
         assert state.values == {"city": b"Oslo", "days": b"1"}
 

@@ -59,6 +59,17 @@ def test_another_generation_waits_for_a_snapshot() -> None:
     assert view.behind
     assert view.load(SessionState(cursor=Cursor(2, 2))) is not None
     assert [e.offset for e in view.offer([raw(3, generation=2), raw(3)])] == [3]
+    view.read_to(Cursor(2, 3))
+    assert not view.behind
+
+
+def test_any_other_generation_is_news_also_a_lower_one() -> None:
+    """A store that was wiped, and whose clock went back."""
+    view = LogView(9)
+    list(view.offer([raw(1, generation=9), raw(2, generation=9)]))
+    view.saw_head(Cursor(4, 1))
+    assert view.behind
+    assert view.load(SessionState(cursor=Cursor(4, 1))) is not None
     assert not view.behind
 
 

@@ -217,6 +217,13 @@ def _exists(space: Keyspace, args: Args) -> Reply:
     return sum(key in space.values for key in args)
 
 
+def _getrange(space: Keyspace, args: Args) -> Reply:
+    value = space.find(args[0], bytes) or b""
+    start, stop = int(args[1]), int(args[2])
+    assert min(start, stop) >= 0, "from the end is not modelled"
+    return bytes(value[start : stop + 1])
+
+
 def _strlen(space: Keyspace, args: Args) -> Reply:
     return len(space.find(args[0], bytes) or b"")
 
@@ -604,6 +611,7 @@ _COMMANDS: dict[bytes, _Handler] = {
     b"UNLINK": (_del, 1, _ANY, True),
     b"EXISTS": (_exists, 1, _ANY, False),
     b"STRLEN": (_strlen, 1, 1, False),
+    b"GETRANGE": (_getrange, 3, 3, False),
     b"TYPE": (_type, 1, 1, False),
     b"HSET": (_hset, 3, _ANY, True),
     b"HSETNX": (_hsetnx, 3, 3, True),

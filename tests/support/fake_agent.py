@@ -162,6 +162,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.tail_calls = 0
         self.publishing = True
         self.calls = 0
+        self.epochs = 0  # of producers, given so far
         self.run_closed = asyncio.Event()
         self.stop_asked = asyncio.Event()
         self._server: RunningServer | None = None
@@ -192,6 +193,10 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         if server is not None:
             await server.stop(0)
 
+    def _next_epoch(self) -> int:
+        self.epochs += 1
+        return self.epochs
+
     def _called(self, method: str) -> None:
         self.calls += 1
         if method in self.fail_once:
@@ -211,6 +216,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             role=self.role,
             instance="fake",
             max_context_tokens=8192,
+            epoch=self._next_epoch() if request.producer else 0,
         )
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:

@@ -59,6 +59,10 @@ class SlowProxy:
     def redis_url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    def retarget(self, port: int) -> None:
+        """New connections go to `port`; those that stand stay where they are."""
+        self._target_port = port
+
     def stall(self) -> None:
         self._flowing.clear()
 

@@ -90,7 +90,9 @@ class Inbox:
             # of several heads in a row the last one says it all
             last = self._items.pop()
             assert isinstance(last, Head)
-            item = Head(max(last.cursor, item.cursor), last.urgent or item.urgent)
+            same = last.cursor.generation == item.cursor.generation
+            cursor = max(last.cursor, item.cursor) if same else item.cursor
+            item = Head(cursor, last.urgent or item.urgent)
         elif isinstance(item, Link | Tail):
             # only the last word counts: a reader that sleeps must not find one for each second
             kind = type(item)

@@ -37,7 +37,10 @@ class LogView:
 
     @property
     def behind(self) -> bool:
-        return self.head > self.cursor
+        head, known = self.head, self.cursor
+        if head.generation != known.generation and known.offset:
+            return True
+        return head.offset > known.offset
 
     def snapshot(self) -> Snapshot:
         """The state now, copied."""
@@ -45,18 +48,25 @@ class LogView:
         return Snapshot(copy, self.cursor.offset, self.cursor.generation)
 
     def saw_head(self, cursor: Cursor) -> None:
-        self.head = max(self.head, cursor)
+        if cursor.generation != self.head.generation or cursor.offset > self.head.offset:
+            self.head = cursor
 
     def read_to(self, tail: Cursor) -> None:
         """The log says that it ends at `tail`: what was said of entries beyond it was not so."""
         self.head = tail
+        if self.cursor.offset == tail.offset:
+            self._replica.adopt_generation(tail.generation)
         self._early = {
             offset: entry for offset, entry in self._early.items() if offset <= tail.offset
         }
 
     def load(self, state: SessionState) -> Snapshot | None:
-        """Replace everything by a newer state; None where `state` is no news."""
-        if state.cursor <= self.cursor:
+        """Replace everything by the log's state; None where `state` is no news.
+
+        Any other generation is news, not only a later one: clocks go back.
+        """
+        known = self.cursor
+        if state.cursor.generation == known.generation and state.cursor.offset <= known.offset:
             return None
         self._replica.load(state)
         self.saw_head(state.cursor)
@@ -66,6 +76,16 @@ class LogView:
             if entry.generation == state.cursor.generation and offset > state.cursor.offset
         }
         return self.snapshot()
+
+    def follow_on(self, entry: RawEntry) -> None:
+        """The log itself goes on from here with `entry`: nothing of what is known is lost."""
+        if entry.offset == self.cursor.offset + 1:
+            self._replica.adopt_generation(entry.generation)
+
+    def forget(self) -> None:
+        """Know nothing; the next state is news."""
+        self._replica.load(SessionState())
+        self._early.clear()
 
     def offer(self, entries: Iterable[RawEntry]) -> Iterator[Entry]:
         """Entries that are next in line because of `entries`, in order.

@@ -130,6 +130,7 @@ class Nodes:
         self._nodes = [Node(check_target(address)) for address in dict.fromkeys(addresses)]
         self._clock = clock
         self._closed = False
+        self.tries = 0  # attempts of unary calls so far
 
     def order(self) -> list[Node]:
         """By preference; those that failed within `ADDRESS_RETRY_S` last, longest ago first.
@@ -238,6 +239,7 @@ class Nodes:
             for node in self.order():
                 try:
                     stub = await self.stub(node)
+                    self.tries += 1
                     return await self._ask(node, getattr(stub, method), request)
                 except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                     if being_cancelled():

@@ -88,9 +88,10 @@ class Client:
             device=self.device,
             model=model,
             must_exist=must_exist,
+            producer=new_id("p", os.urandom),
         )
         reply: pb.OpenSessionReply = await self._nodes.unary("OpenSession", request)
-        return Session(self._nodes, reply, self.device, self._follow)
+        return Session(self._nodes, reply, self.device, self._follow, request.producer)
 
     async def sessions(self, max_sessions: int = 100) -> list[SessionInfo]:
         """The sessions there are, newest first."""

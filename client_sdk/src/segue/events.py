@@ -111,17 +111,27 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Entries [first, last] that were read under `generation` are not in the log any more."""
+
+    generation: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole session folded at `offset`: always the first item of a followed session.
 
     A later one replaces everything known before it: the log was compacted past what this device
-    had, or its generation changed (acknowledged entries may have been lost in a store failover).
+    had, or the store lost entries that this device had seen: `lost` says which.
     `state` is a copy that nobody else changes.
     """
 
     state: SessionState
     offset: int
     generation: int
+    lost: Lost | None = None
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
@@ -31,14 +31,15 @@ from segue._inbox import (
 from segue._log import LogView
 from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue._tails import Tails
-from segue.events import Entry, Snapshot
-from segue_contract.errors import InvalidArgument, SegueError, Unreachable
+from segue.events import Entry, Lost, Snapshot
+from segue_contract.errors import CursorAhead, InvalidArgument, SegueError, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BESIDE_MIN_S,
     FOLLOW_HEAL_S,
     FOLLOW_TIMEOUT_S,
     MAX_READ_ENTRIES,
+    RPC_TIMEOUT_S,
     SUBSCRIBE_TIMEOUT_S,
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state
@@ -53,9 +54,19 @@ FollowItem: TypeAlias = Snapshot | Entry
 
 
 async def read_log(
-    nodes: Nodes, session: str, device: str, view: LogView, *, patience_s: float = 0.0
+    nodes: Nodes,
+    session: str,
+    device: str,
+    view: LogView,
+    *,
+    patience_s: float = 0.0,
+    restart: bool = False,
 ) -> AsyncGenerator[FollowItem, None]:
-    """Read from the view's cursor to the tail; yields what was news to the view."""
+    """Read from the view's cursor to the tail; yields what was news to the view.
+
+    Raises:
+        CursorAhead: the log ends before the view's cursor; with `restart`, the view starts over.
+    """
     while True:
         before = view.cursor
         request = pb.ReadRequest(
@@ -64,17 +75,55 @@ async def read_log(
             after=pb.Cursor(generation=before.generation, offset=before.offset),
             max_entries=MAX_READ_ENTRIES,
         )
-        reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
+        try:
+            reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
+        except CursorAhead:
+            if not restart or not before.offset:
+                raise
+            view.forget()  # what brought it there was not the log
+            continue
         tail = Cursor(reply.tail.generation, reply.tail.offset)
         view.read_to(tail)
         if reply.HasField("snapshot"):
-            snapshot = view.load(decode_state(reply.snapshot.state))
+            found = reply.snapshot
+            if found.more:
+                found = await _whole_snapshot(nodes, session, device)
+            snapshot = view.load(decode_state(found.state))
             if snapshot is not None:
+                lost = reply.snapshot.lost_from
+                if 0 < lost <= before.offset:
+                    gone = Lost(before.generation, lost, before.offset)
+                    snapshot = replace(snapshot, lost=gone)
                 yield snapshot
-        for entry in view.offer(raw_entries(reply.entries)):
-            yield entry
-        if view.cursor >= tail or view.cursor == before:
+        for raw in raw_entries(reply.entries):
+            view.follow_on(raw)
+            for entry in view.offer((raw,)):
+                yield entry
+        if view.cursor.offset >= tail.offset:
+            view.read_to(tail)
             return
+        if view.cursor == before:
+            return
+
+
+async def _whole_snapshot(nodes: Nodes, session: str, device: str) -> pb.Snapshot:
+    """A state too large for one message, in parts from `Attach`."""
+    stub = await nodes.stub(await nodes.connect())
+    call = stub.Attach(pb.AttachRequest(session=session, device=device), timeout=RPC_TIMEOUT_S)
+    parts: list[bytes] = []
+    try:
+        while (event := await call.read()) is not EOF:
+            if event.WhichOneof("kind") != "snapshot":
+                continue
+            part = event.snapshot
+            parts.append(part.state)
+            if not part.more:
+                return pb.Snapshot(at=part.at, state=b"".join(parts))
+    except grpc.aio.AioRpcError as error:
+        raise typed(error) from error
+    finally:
+        call.cancel()
+    raise Unreachable("The session's state ended before its last part.")
 
 
 @dataclass(frozen=True)
@@ -217,7 +266,14 @@ class Follower:
             yield self._view.snapshot()
 
     def _read(self, patience_s: float = 0.0) -> AsyncGenerator[FollowItem, None]:
-        return read_log(self._nodes, self._session, self._device, self._view, patience_s=patience_s)
+        return read_log(
+            self._nodes,
+            self._session,
+            self._device,
+            self._view,
+            patience_s=patience_s,
+            restart=True,
+        )
 
     def _wait_s(self) -> float | None:
         """How long the next item may take before the log is asked; None: as long as it likes."""

@@ -12,7 +12,14 @@ import msgspec
 
 from segue._log import LogView
 from segue._nodes import Nodes
-from segue.errors import InvalidArgument, SegueError, SequenceGap, StaleEpoch
+from segue.errors import (
+    InvalidArgument,
+    OutcomeUnknown,
+    SequenceGap,
+    StaleEpoch,
+    UnknownDevice,
+    UnknownSession,
+)
 from segue.events import Entry, Snapshot
 from segue.follow import Follower, Where, read_log
 from segue.turn import Turn
@@ -45,6 +52,7 @@ class Session:
         opened: pb.OpenSessionReply,
         device: str,
         follow: Callable[[str, Where], Follower],
+        producer: str,
     ) -> None:
         self.name = opened.session
         self.device = device
@@ -58,8 +66,9 @@ class Session:
         self._nodes = nodes
         self._mqtt_url = opened.mqtt_url
         self._follow = follow
-        # Producer epochs only have to grow from one life of this device to the next.
-        self._epoch = int(time.time() * 1000)
+        # Who appends is this object, not the device: two of one device never share numbers.
+        self._producer = producer
+        self._epoch = opened.epoch  # 0: the session has to be opened again first
         self._seq = 1
         self._appending = asyncio.Lock()
 
@@ -203,29 +212,45 @@ class Session:
         )
 
     async def _append(self, data: list[bytes]) -> Cursor:
-        request = pb.AppendRequest(
+        """One batch. Numbers whose fate is not known are never used again: opening the session
+        anew gives the next epoch, and the log refuses what may still come of the last one."""
+        for again in (True, False):
+            if not self._epoch:
+                await self._reopen()
+            request = pb.AppendRequest(
+                session=self.name,
+                device=self.device,
+                producer=self._producer,
+                epoch=self._epoch,
+                first_seq=self._seq,
+                ops=data,
+            )
+            epoch, self._epoch = self._epoch, 0  # until the answer is here
+            tries = self._nodes.tries
+            try:
+                reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
+            except (StaleEpoch, SequenceGap, UnknownDevice, UnknownSession) as error:
+                # The log does not know this writer (any more), so it took nothing of an attempt
+                # that was the only one.
+                if isinstance(error, StaleEpoch) and self._nodes.tries > tries + 1:
+                    raise OutcomeUnknown(
+                        "The log forgot this writer, and an earlier attempt may have arrived.",
+                        hint="Read the log: the ops may be in it.",
+                    ) from error
+                if not again or isinstance(error, UnknownSession):
+                    raise
+                continue
+            self._epoch, self._seq = epoch, self._seq + len(data)
+            return Cursor(reply.first.generation, reply.first.offset)
+        raise AssertionError("unreachable")
+
+    async def _reopen(self) -> None:
+        request = pb.OpenSessionRequest(
             session=self.name,
             device=self.device,
-            epoch=self._epoch,
-            first_seq=self._seq,
-            ops=data,
+            must_exist=True,
+            producer=self._producer,
+            known_generation=self.tail.generation,
         )
-        try:
-            reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
-        except (StaleEpoch, SequenceGap) as error:
-            # another life of this device wrote with a clock ahead of ours, or the store lost ours:
-            # nothing of this batch is in the log, so it goes out again under a newer epoch
-            current = error.fields.get("current")
-            self._renew(current if isinstance(current, int) else 0)
-            request.epoch, request.first_seq = self._epoch, self._seq
-            reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
-        except (SegueError, asyncio.CancelledError):
-            # whether these numbers were used is not known: leave them behind
-            self._renew(0)
-            raise
-        self._seq += len(data)
-        return Cursor(reply.first.generation, reply.first.offset)
-
-    def _renew(self, current: int) -> None:
-        self._epoch = max(self._epoch, current) + 1
-        self._seq = 1
+        opened = await self._nodes.unary("OpenSession", request, patience_s=_PATIENCE_S)
+        self._epoch, self._seq = opened.epoch, 1

@@ -16,6 +16,9 @@ SegueError
 ├── Overloaded                 a bound is reached; `retry_after_s` says when to come back
 ├── StaleEpoch                 a newer holder exists; `current` is its epoch
 ├── SequenceGap                `expected` is the sequence number the log waits for
+├── OutcomeUnknown             an append may be in the log or not: read before repeating it
+├── CursorAhead                the log ends before the place that was asked for
+├── QuotaExceeded              the session is as large as it may be
 ├── StoreUnavailable           no answer of the store in time; a write may have been applied
 ├── Unreachable                the other side cannot be reached
 ├── RankLost                   a rank of a tensor-parallel engine ended or did not answer in time
@@ -174,6 +177,24 @@ class SequenceGap(SegueError):
     """`fields["expected"]`: the sequence number that the log waits for."""
 
     grpc_code = "FAILED_PRECONDITION"
+
+
+class OutcomeUnknown(SegueError):
+    """It may have been done: look before doing it again."""
+
+    grpc_code = "ABORTED"
+
+
+class CursorAhead(SegueError):
+    """`fields["generation"]`, `fields["offset"]`: where the log ends."""
+
+    grpc_code = "OUT_OF_RANGE"
+
+
+class QuotaExceeded(SegueError):
+    """Unlike Overloaded it does not pass by itself. `fields["limit"]`: bytes."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class StoreUnavailable(SegueError):

@@ -16,6 +16,7 @@ MAX_NEW_TOKENS: Final = 8192  # no turn outgrows the largest context we serve
 MAX_TOP_K: Final = 1_000_000  # above any vocabulary: means "all"
 MAX_TEMPERATURE: Final = 100.0  # far past the point where every token is equally likely
 MAX_SESSIONS_LISTED: Final = 1000
+MAX_COUNT: Final = 2**53 - 1  # of numbers from outside: what Lua and JSON count exactly
 
 # -- messages ---------------------------------------------------------------------------------
 MAX_GRPC_MESSAGE_BYTES: Final = 8 * MIB  # a snapshot of a full context with its text fits
@@ -23,6 +24,8 @@ KV_PART_BYTES: Final = 256 * KIB  # best loopback goodput lies between 64 KiB an
 MAX_OP_BYTES: Final = 1 * MIB  # one log entry
 MAX_APPEND_OPS: Final = 256  # one script call stays under a millisecond
 MAX_READ_ENTRIES: Final = 1024  # one page of Read
+READ_PAGE_BYTES: Final = 4 * MIB  # a page of Read, but for its last op
+SNAPSHOT_PART_BYTES: Final = 4 * MIB  # of a state that goes out in parts
 MAX_MQTT_PAYLOAD_BYTES: Final = 1 * MIB  # above it only the head goes out, and devices Read
 
 # -- KV frames --------------------------------------------------------------------------------
@@ -45,10 +48,13 @@ MAX_TURNS_PER_CLOUD: Final = 256  # begun and not ended; one that waits for its 
 MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
 TURN_EVENT_QUEUE: Final = 4096  # replies of one Decode.Run not sent yet; then its relay waits
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
+FOLLOWER_QUEUE_BYTES: Final = 4 * MIB  # the same, of large ops
+HUB_QUEUE_BYTES: Final = 64 * MIB  # of all followers of one instance together
 UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn
 MQTT_UNCONFIRMED_HEADS: Final = 65_536  # sessions to tell a broker of; beyond it the sweep's turn
 MQTT_PUBLISH_QUEUE: Final = 8192  # then entries are dropped from MQTT; the head heals it
 SESSION_CACHE: Final = 1024  # folded session states an instance keeps at hand
+SESSION_CACHE_BYTES: Final = 256 * MIB  # of ops that are folded in them
 EDGE_SESSION_CACHE: Final = 1024
 ENDED_TURNS_KEPT: Final = 128  # ended turns an edge can replay to a device that comes back
 OUTBOX_TURNS: Final = 256  # turns served offline that wait for the cloud: twice those that run
@@ -129,7 +135,10 @@ RANK_STEP_TIMEOUT_S: Final = 20.0  # what one rank waits for another's part of o
 
 # -- log --------------------------------------------------------------------------------------
 COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim beyond this
+COMPACT_AFTER_BYTES: Final = 4 * MIB  # or beyond this: a late joiner reads it all
 COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold
+COMPACT_KEEP_BYTES: Final = 4 * MIB  # of those entries
+MAX_SESSION_BYTES: Final = 64 * MIB  # folded state and log since: each joiner is given all of it
 TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of running again
 
 # -- client -----------------------------------------------------------------------------------

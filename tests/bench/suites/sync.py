@@ -19,12 +19,13 @@ import redis.asyncio as redis
 
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
-from segue_cloud.sessions.port import Producer, TurnHold
+from segue_cloud.sessions.port import TurnHold
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.ids import SessionName
 from segue_contract.servers import Broker, ChildProcess, Valkey
 from segue_contract.sync import ops
 from tests.bench.harness import ROOT, Report
+from tests.support.producers import producer
 
 DEVICES = 5
 RATE_HZ = 60.0
@@ -152,7 +153,7 @@ async def _appends_per_s(valkey: Valkey, writers: int, quick: bool) -> float:
         done = 0
         while time.monotonic() < until:
             done += 1
-            await store.append(name, Producer("p", 0, done), [data])
+            await store.append(name, await producer(store, name, "p", done), [data])
         return done
 
     began = time.monotonic()

@@ -16,8 +16,8 @@ import structlog
 
 from segue_cloud.hub.state import HubState
 from segue_cloud.sessions.port import Reading, StoredEntry
-from segue_cloud.sessions.reader import LogReader
-from segue_contract.errors import SegueError
+from segue_cloud.sessions.reader import LogReader, Page
+from segue_contract.errors import CursorAhead, SegueError
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     HUB_EVENT_BYTES,
@@ -36,6 +36,7 @@ class Following:
 
     entries: list[StoredEntry]
     snapshot: SessionState | None = None
+    lost_from: int = 0  # entries from that offset on, told earlier, are not in the log
 
 
 class Hub:
@@ -115,22 +116,26 @@ class Hub:
         state = await self._reader.state(session)
         at = state.cursor
         self._state.move(number, at)
+        self._state.read_to(number, at)
         yield Following([], state)
         while True:
             wake.clear()
             if taken := self._state.take(number, HUB_EVENT_BYTES):
                 at = taken[-1].cursor
                 yield Following(taken)
-            elif (tail := self._state.behind(number)) is not None:
-                page = await self._reader.read(session, at, MAX_READ_ENTRIES)
-                if page.end is None and page.tail < tail:
-                    # It was acknowledged and is gone. The next read gives a new generation.
-                    at = tail
-                    continue
-                at = page.end or at
+            elif self._state.behind(number) is not None:
+                try:
+                    page = await self._reader.read(session, at, MAX_READ_ENTRIES)
+                except CursorAhead:  # the log was told of, and ends before it
+                    state = await self._reader.state(session)
+                    page = Page(state.cursor, [], state, state.cursor.offset + 1)
+                at = page.end or Cursor(page.tail.generation, at.offset)
                 self._state.move(number, at)
-                if page.end is not None:
-                    yield Following(page.entries, page.snapshot)
+                self._state.read_to(number, page.tail)
+                if page.end is None:
+                    self._state.settle(number, page.tail)
+                else:
+                    yield Following(page.entries, page.snapshot, page.lost_from)
             else:
                 await wake.wait()
 
@@ -155,7 +160,8 @@ class Hub:
         followed = self._state.followed
         for start in range(0, len(followed), HUB_POLL_SESSIONS):
             some = followed[start : start + HUB_POLL_SESSIONS]
+            asked = [self._state.tail(session) for session in some]
             tails = await self._store.tails(some)
-            for session, tail in zip(some, tails, strict=True):
+            for session, tail, at in zip(some, tails, asked, strict=True):
                 if tail is not None:
-                    self._wake(self._state.announce(session, tail))
+                    self._wake(self._state.announce(session, tail, at))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from segue_cloud.sessions.port import StoredEntry
 from segue_contract.ids import SessionName
-from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
+from segue_contract.limits import FOLLOWER_QUEUE_BYTES, FOLLOWER_QUEUE_ENTRIES, HUB_QUEUE_BYTES
 from segue_contract.sync.state import Cursor
 
 _NOTHING = Cursor(0, 0)
@@ -24,6 +24,7 @@ class _Follower:
     session: SessionName
     position: Cursor | None = None  # None until its snapshot is there
     queue: deque[StoredEntry] = field(default_factory=deque)
+    queued_bytes: int = 0
 
     @property
     def end(self) -> Cursor | None:
@@ -40,8 +41,15 @@ class _Channel:
 class HubState:
     """Followers are known by numbers; methods return those that have something to do."""
 
-    def __init__(self, queue_entries: int = FOLLOWER_QUEUE_ENTRIES) -> None:
+    def __init__(
+        self,
+        queue_entries: int = FOLLOWER_QUEUE_ENTRIES,
+        queue_bytes: int = FOLLOWER_QUEUE_BYTES,
+        all_bytes: int = HUB_QUEUE_BYTES,
+    ) -> None:
         self._queue_entries = queue_entries
+        self._queue_bytes = queue_bytes
+        self._room = self._all_bytes = all_bytes
         self._channels: dict[SessionName, _Channel] = {}
         self._followers: dict[int, _Follower] = {}
         self._next = 1
@@ -59,7 +67,9 @@ class HubState:
         return number
 
     def leave(self, follower: int) -> None:
-        session = self._followers.pop(follower).session
+        left = self._followers.pop(follower)
+        self._room += left.queued_bytes
+        session = left.session
         channel = self._channels[session]
         channel.followers.discard(follower)
         if not channel.followers:
@@ -70,7 +80,9 @@ class HubState:
         channel = self._channels.get(session)
         if channel is None or not entries:
             return ()
-        channel.tail = max(channel.tail, entries[-1].cursor)
+        last = entries[-1].cursor
+        if channel.tail.generation != last.generation or channel.tail.offset < last.offset:
+            channel.tail = last
         for number in channel.followers:
             follower = self._followers[number]
             for entry in entries:
@@ -78,16 +90,30 @@ class HubState:
                 if (
                     end is not None
                     and entry.cursor == Cursor(end.generation, end.offset + 1)
-                    and len(follower.queue) < self._queue_entries
+                    and self._has_room(follower, entry)
                 ):
                     follower.queue.append(entry)
+                    follower.queued_bytes += len(entry.op)
+                    self._room -= len(entry.op)
         return channel.followers
 
-    def announce(self, session: SessionName, tail: Cursor) -> Iterable[int]:
-        """The log's tail, seen elsewhere. Returns who has to be woken."""
+    def tail(self, session: SessionName) -> Cursor:
+        """The furthest that is known of the session's log."""
         channel = self._channels.get(session)
-        if channel is None or tail <= channel.tail:
+        return channel.tail if channel is not None else _NOTHING
+
+    def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> Iterable[int]:
+        """The log's tail, seen elsewhere, as asked for when this side knew `asked_at`.
+
+        A tail that went back, or of another generation, is a loss: whoever stands elsewhere reads.
+        Returns who has to be woken.
+        """
+        channel = self._channels.get(session)
+        if channel is None or tail == channel.tail:
             return ()
+        newer = tail.generation == channel.tail.generation and tail.offset > channel.tail.offset
+        if channel.tail != asked_at and not newer:
+            return ()  # appended here meanwhile: the answer is older than what is known
         channel.tail = tail
         return channel.followers
 
@@ -100,6 +126,8 @@ class HubState:
             entry = state.queue.popleft()
             size += len(entry.op)
             taken.append(entry)
+        state.queued_bytes -= size
+        self._room += size
         if taken:
             state.position = taken[-1].cursor
         return taken
@@ -108,7 +136,8 @@ class HubState:
         """The tail it has to read up to; None where it misses nothing beyond its queue."""
         state = self._followers[follower]
         tail = self._channels[state.session].tail
-        if state.queue or (state.position is not None and tail <= state.position):
+        at = state.position
+        if state.queue or at == tail:
             return None
         return tail
 
@@ -116,12 +145,34 @@ class HubState:
         """It has read up to `position`."""
         state = self._followers[follower]
         state.position = position
-        while state.queue and state.queue[0].cursor <= position:
-            state.queue.popleft()
-        if state.queue and state.queue[0].cursor != Cursor(
-            position.generation, position.offset + 1
-        ):
-            state.queue.clear()
+        kept = list(state.queue)
+        while kept and kept[0].cursor.offset <= position.offset:
+            kept.pop(0)
+        if kept and kept[0].cursor != Cursor(position.generation, position.offset + 1):
+            kept.clear()
+        state.queue = deque(kept)
+        size = sum(len(entry.op) for entry in kept)
+        self._room += state.queued_bytes - size
+        state.queued_bytes = size
+
+    def read_to(self, follower: int, tail: Cursor) -> None:
+        """The log itself says that it ends at `tail`, or further by now."""
+        channel = self._channels[self._followers[follower].session]
+        same = channel.tail.generation == tail.generation
+        if not same or tail.offset > channel.tail.offset:
+            channel.tail = tail
+
+    def settle(self, follower: int, tail: Cursor) -> None:
+        """The log ends at `tail`, where the follower stands: what was told beyond it was not so."""
+        self._channels[self._followers[follower].session].tail = tail
+
+    def _has_room(self, follower: _Follower, entry: StoredEntry) -> bool:
+        size = len(entry.op)
+        return (
+            len(follower.queue) < self._queue_entries
+            and follower.queued_bytes + size <= self._queue_bytes
+            and size <= self._room
+        )
 
     def check_integrity(self) -> None:
         """Assert what must always hold."""
@@ -129,12 +180,15 @@ class HubState:
             channel = self._channels[follower.session]
             assert number in channel.followers
             assert len(follower.queue) <= self._queue_entries
+            assert follower.queued_bytes == sum(len(entry.op) for entry in follower.queue)
+            assert follower.queued_bytes <= self._queue_bytes
             at = follower.position
             for entry in follower.queue:
                 assert at is not None
                 assert entry.cursor == Cursor(at.generation, at.offset + 1), "a hole in a queue"
                 at = entry.cursor
-            assert not follower.queue or follower.queue[-1].cursor <= channel.tail
+        queued = sum(follower.queued_bytes for follower in self._followers.values())
+        assert self._room == self._all_bytes - queued >= 0
         for channel in self._channels.values():
             assert channel.followers, "a channel nobody follows"
             assert channel.followers <= self._followers.keys()

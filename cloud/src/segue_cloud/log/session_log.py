@@ -21,6 +21,7 @@ from segue_cloud.hub.state import HubState
 from segue_cloud.sessions.port import (
     AppendResult,
     LogOp,
+    OpenedSession,
     Producer,
     SessionSummary,
     Status,
@@ -33,9 +34,9 @@ from segue_cloud.sessions.reader import LogReader, Page
 from segue_contract.errors import SegueError, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
+    COMPACT_AFTER_BYTES,
     COMPACT_AFTER_ENTRIES,
     COMPACT_KEEP_ENTRIES,
-    SESSION_CACHE,
     TITLE_CHARS,
     TURN_LEASE_S,
 )
@@ -66,6 +67,7 @@ class SessionLog:
         hub_state: HubState | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         compact_after: int = COMPACT_AFTER_ENTRIES,
+        compact_bytes: int = COMPACT_AFTER_BYTES,
         compact_keep: int = COMPACT_KEEP_ENTRIES,
     ) -> None:
         self._store = store
@@ -75,7 +77,8 @@ class SessionLog:
         self._now_ms = now_ms
         self._compact_after = compact_after
         self._compact_keep = compact_keep
-        self._folded_at: dict[SessionName, int] = {}
+        self._compact_bytes = compact_bytes
+        self._compacting: set[SessionName] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SessionLog:
@@ -97,9 +100,21 @@ class SessionLog:
     # -- sessions -----------------------------------------------------------------------------
 
     async def open_session(
-        self, session: SessionName, *, must_exist: bool = False, device: str = ""
-    ) -> tuple[Cursor, bool]:
-        return await self._store.open_session(session, must_exist=must_exist, device=device)
+        self,
+        session: SessionName,
+        *,
+        must_exist: bool = False,
+        device: str = "",
+        producer: str = "",
+        after_generation: int = 0,
+    ) -> OpenedSession:
+        return await self._store.open_session(
+            session,
+            must_exist=must_exist,
+            device=device,
+            producer=producer,
+            after_generation=after_generation,
+        )
 
     async def check_device(self, session: SessionName, device: str) -> None:
         await self._store.check_device(session, device)
@@ -216,6 +231,11 @@ class SessionLog:
         if result.appended:
             tail = Cursor(result.generation, result.tail)
             self._spread(session, tail, ops[len(ops) - result.appended :])
+        # By the log's own length: at any number of sessions, and after a restart, too.
+        long = result.log_entries >= self._compact_after or result.log_bytes >= self._compact_bytes
+        if long and session not in self._compacting:
+            self._compacting.add(session)
+            self._spawn(self._compact(session), f"compact {session}")
 
     def _spread(self, session: SessionName, tail: Cursor, ops: Sequence[LogOp]) -> None:
         """`ops` are in the log, and end at `tail`: tell everybody."""
@@ -228,12 +248,6 @@ class SessionLog:
             self._publishing.publish(session, entries)
         self._reader.offer(session, entries)
         self._hub.offer(session, entries)
-        folded_at = self._folded_at.setdefault(session, first - 1)
-        if len(self._folded_at) > SESSION_CACHE:
-            del self._folded_at[next(iter(self._folded_at))]
-        if tail.offset - folded_at >= self._compact_after:
-            self._folded_at[session] = tail.offset
-            self._spawn(self._compact(session), f"compact {session}")
 
     async def end_abandoned(self, session: SessionName, turn: str) -> None:
         """End a turn that lost its session to another one, with an error."""
@@ -258,11 +272,13 @@ class SessionLog:
     async def _compact(self, session: SessionName) -> None:
         """Fold the log up to its tail, and keep only its last entries one by one."""
         try:
-            state = await self._reader.state(session)
+            state, written = await self._reader.folded(session)
             keep_from = state.cursor.offset - self._compact_keep + 1
-            await self._store.compact(session, state, keep_from)
+            await self._store.compact(session, state, keep_from, written)
         except SegueError as error:  # the next time
             log.warning("compaction_failed", session=session.session, error=str(error))
+        finally:
+            self._compacting.discard(session)
 
     def _spawn(self, coroutine: Any, name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)

@@ -96,7 +96,7 @@ class Outbox:
         head = self._heads.get(session)
         if head is None:
             head = self._heads[session] = _Head(cursor, None)
-        elif cursor < head.cursor:
+        elif cursor.generation == head.cursor.generation and cursor < head.cursor:
             return
         if head.due_s is None:
             head.latest_s = now_s + self._head_max_delay_s

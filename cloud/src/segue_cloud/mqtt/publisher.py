@@ -216,7 +216,9 @@ class Publisher:
         topic = head_topic(session)
         if await self._publish(client, topic, encode_head(cursor), retain=self._retains):
             self._outbox.head_confirmed(session, cursor)
-            self._confirmed[session] = max(cursor, self._confirmed.get(session, cursor))
+            before = self._confirmed.get(session, cursor)
+            same = before.generation == cursor.generation
+            self._confirmed[session] = max(cursor, before) if same else cursor
             self._marks.set()
         self._settled.set()
 

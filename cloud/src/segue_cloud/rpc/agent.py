@@ -10,22 +10,29 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import (
     cursor_message,
     entry_message,
-    snapshot_message,
+    snapshot_parts,
     turn_request,
 )
 from segue_cloud.rpc.follow_turn import follow_turn
-from segue_cloud.sessions.port import LogOp, Producer, Status
+from segue_cloud.sessions.port import LogOp, Producer, Status, full_session
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
     InvalidArgument,
+    OutcomeUnknown,
     SequenceGap,
     StaleEpoch,
     UnknownModel,
     UnknownSession,
 )
 from segue_contract.ids import SessionName, check_id
-from segue_contract.limits import MAX_APPEND_OPS, MAX_READ_ENTRIES, MAX_SESSIONS_LISTED, MAX_TAILS
+from segue_contract.limits import (
+    MAX_APPEND_OPS,
+    MAX_COUNT,
+    MAX_READ_ENTRIES,
+    MAX_SESSIONS_LISTED,
+    MAX_TAILS,
+)
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
@@ -71,13 +78,18 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 f"This node serves {me.model}, not {request.model}.",
                 hint="Leave the model out, or ask a node that serves it.",
             )
-        tail, created = await self._log.open_session(
-            session, must_exist=request.must_exist, device=device
+        opened = await self._log.open_session(
+            session,
+            must_exist=request.must_exist,
+            device=device,
+            producer=check_id(request.producer, "producer") if request.producer else "",
+            after_generation=min(request.known_generation, MAX_COUNT),
         )
         return pb.OpenSessionReply(
             session=session.session,
-            tail=cursor_message(tail),
-            created=created,
+            tail=cursor_message(opened.tail),
+            created=opened.created,
+            epoch=opened.epoch,
             model=me.model,
             mqtt_url=me.mqtt_url,
             tenant=me.tenant,
@@ -92,7 +104,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         if request.plan not in ("", Shape.TEXT.value):
             raise InvalidArgument(
-                f"The cloud alone cannot serve the plan shape {request.plan!r}.",
+                f"The cloud alone cannot serve the plan shape {request.plan[:40]!r}.",
                 hint="Connect to an edge node, or leave the plan to the node.",
             )
         asked = turn_request(request, self._identity.tenant)
@@ -138,11 +150,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         session = self._session(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
-        after = Cursor(request.after.generation, request.after.offset)
+        after = _cursor(request.after)
         async with self._log.follow(session, after) as following:
             async for item in following:
                 if item.snapshot is not None:
-                    yield pb.AttachEvent(snapshot=snapshot_message(item.snapshot))
+                    for part in snapshot_parts(item.snapshot, item.lost_from):
+                        yield pb.AttachEvent(snapshot=part)
                 if item.entries:
                     entries = [entry_message(entry) for entry in item.entries]
                     yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
@@ -151,12 +164,15 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         session = self._session(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
-        after = Cursor(request.after.generation, request.after.offset)
+        after = _cursor(request.after)
         page = await self._log.read(session, after, wanted)
         reply = pb.ReadReply(tail=cursor_message(page.tail))
         reply.entries.extend(entry_message(entry) for entry in page.entries)
         if page.snapshot is not None:
-            reply.snapshot.CopyFrom(snapshot_message(page.snapshot))
+            first = next(snapshot_parts(page.snapshot, page.lost_from))
+            reply.snapshot.CopyFrom(first)
+            if first.more:  # too large for this message: Attach brings all of it
+                reply.snapshot.state = b""
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
@@ -164,9 +180,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         device = check_id(request.device, "device")
         await self._log.check_device(session, device)
         ops = _device_ops(request.ops)
-        if not request.first_seq:
-            raise InvalidArgument("A producer counts its ops from 1.")
-        producer = Producer(f"device:{device}", request.epoch, request.first_seq)
+        for one in ops:
+            if one.op.device != device:
+                raise InvalidArgument(
+                    "A device may append in its own name only.", hint="Leave the op's device out."
+                )
+        producer = Producer(
+            check_id(request.producer, "producer"), request.epoch, request.first_seq
+        )
         result = await self._log.append(session, producer, ops)
         if result.status is Status.STALE:
             raise StaleEpoch(
@@ -180,6 +201,13 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 f"Op {request.first_seq} came, {result.expected_seq} is the next one.",
                 hint="Send the ops between first.",
                 expected=result.expected_seq,
+            )
+        if result.status is Status.NO_ROOM:
+            raise full_session(session)
+        if result.status in (Status.TAKEN, Status.UNKNOWN):
+            raise OutcomeUnknown(
+                f"The sequence numbers from {request.first_seq} on were used before.",
+                hint="Read the log: the ops may be in it. Then open the session again.",
             )
         if result.status is Status.MISSING:
             raise _unknown(session)
@@ -222,6 +250,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     def _session(self, name: str) -> SessionName:
         return SessionName(self._identity.tenant, check_id(name, "session"))
+
+
+def _cursor(message: pb.Cursor) -> Cursor:
+    if max(message.generation, message.offset) > MAX_COUNT:
+        raise InvalidArgument("A cursor's numbers are out of range.", hint=f"Up to {MAX_COUNT}.")
+    return Cursor(message.generation, message.offset)
 
 
 def _device_ops(ops: Sequence[bytes]) -> list[LogOp]:

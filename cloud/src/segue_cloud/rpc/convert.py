@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from segue_cloud.sessions.port import StoredEntry
 from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.spec import OwnedTurn
@@ -9,7 +11,12 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.checks import check_run, check_sampling_values, check_stop
 from segue_contract.errors import BadBlock, InvalidArgument
 from segue_contract.ids import SessionName, check_id
-from segue_contract.limits import KV_BLOCK_TOKENS, MAX_NEW_TOKENS, MAX_PROMPT_BYTES
+from segue_contract.limits import (
+    KV_BLOCK_TOKENS,
+    MAX_NEW_TOKENS,
+    MAX_PROMPT_BYTES,
+    SNAPSHOT_PART_BYTES,
+)
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import Cursor, SessionState, encode_state
@@ -103,5 +110,10 @@ def entry_message(entry: StoredEntry) -> pb.LogEntry:
     return pb.LogEntry(generation=entry.cursor.generation, offset=entry.cursor.offset, op=entry.op)
 
 
-def snapshot_message(state: SessionState) -> pb.Snapshot:
-    return pb.Snapshot(at=cursor_message(state.cursor), state=encode_state(state))
+def snapshot_parts(state: SessionState, lost_from: int) -> Iterator[pb.Snapshot]:
+    """The state in messages of at most SNAPSHOT_PART_BYTES; all but the last say `more`."""
+    data, at = encode_state(state), cursor_message(state.cursor)
+    for start in range(0, len(data), SNAPSHOT_PART_BYTES):
+        part = data[start : start + SNAPSHOT_PART_BYTES]
+        more = start + len(part) < len(data)
+        yield pb.Snapshot(at=at, state=part, more=more, lost_from=lost_from)

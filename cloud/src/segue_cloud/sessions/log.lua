@@ -2,34 +2,87 @@
 -- call of it. ARGV[1] names the verb; its arguments follow. All keys share one hash tag.
 --
 -- KEYS  1 log        stream; entry id = <generation>-<offset>, field "o" = the op's bytes
---       2 meta       hash: gen, tail, gs (first offset of this generation), cur (running turn),
---                    lease (ms), stop (turn asked to stop), wait (turns that wait for the
---                    session, first come first: "turn:ms:flag,..."; flag w waits and named
---                    itself then, s was stopped then), d:<turn> = digest of what was asked, pub (published offset), da (dirty since,
---                    ms), u (updated, ms), n (turns), title,
---                    p:<producer> and t:<turn> = "epoch|seq|seq:offset,seq:offset,...",
---                    x:<turn> = "<ended>|<nonce of the claim that made its epoch>": who
---                    appends names it, so one epoch has one owner
+--       2 meta       hash, see below
 --       3 producers  sorted set: producer by the offset of its last append
 --       4 turns      sorted set: turn by the offset of its last opening op
 --       5 devices    sorted set: device by the time it last opened or used the session
---       6 snapshot   string: the folded state
+--       6 snapshot   string: "<generation> <offset>\n" and the folded state
+--
+-- meta  gen, tail    the current generation, the last offset
+--       life         the store's life under which gen began (see `alive`)
+--       gens         "<generation>:<its first offset>,...", the last one is gen
+--       cur, lease   the running turn, until when its owner holds it (ms); stop: asked to stop
+--       pub, da      published offset; dirty since (ms), 0 where clean
+--       wait         turns that wait for the session, first come first: "turn:ms:flag,..."; flag w
+--                    waits and named itself then, s was stopped then
+--       d:<turn>     digest of what was asked
+--       u, n, title  updated (ms), turns, title
+--       pe           the producer epoch given last
+--       so, wo, sb   the snapshot: its offset, wb there, its bytes
+--       wb, mx       bytes of all ops ever written; the largest op's
+--       p:<producer>, t:<turn>  "<epoch>|<seq>|<seq>:<offset>,<seq>:<offset>,..."
+--       x:<turn>     "<ended>|<nonce of the claim that made its epoch>": who appends names it, so
+--                    one epoch has one owner
 --
 -- Where a producer's ops got consecutive offsets they are one "seq:offset" run, so the offset of
 -- any remembered op is that of its run's first one plus the distance.
+--
+-- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
+-- ZCARD ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
+
+local GENERATIONS = 32 -- starts that are kept, so that a reader's cursor can be judged exactly
+local LEASE_MAX_MS = 600000 -- a lease further ahead is of a clock that was set back since
+
+-- Lua writes a number of 15 digits and more as 1e+15.
+local function int(number) return string.format('%.0f', number) end
 
 local function now_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- The store's life: a server that starts, is promoted, or takes over a slot has another one.
+local function alive()
+  local info = redis.pcall('INFO', 'replication')
+  if type(info) ~= 'string' then return '' end
+  return string.match(info, 'master_replid:(%w+)') or ''
+end
+
+local function generations(text)
+  local known = {}
+  for generation, start in string.gmatch(text, '(%d+):(%d+)') do
+    known[#known + 1] = {tonumber(generation), tonumber(start)}
+  end
+  return known
+end
+
+-- Go on under another generation, whose first offset is `start`: what was acknowledged from there
+-- on may be lost. Nothing of it counts as published.
+local function new_generation(generation, start, life, now)
+  local known = redis.call('HMGET', META, 'gens', 'pub')
+  local list = (known[1] and known[1] .. ',' or '') .. int(generation) .. ':' .. int(start)
+  local _, commas = string.gsub(list, ',', ',')
+  if commas >= GENERATIONS then list = string.match(list, '^[^,]*,(.*)$') end
+  redis.call('HSET', META, 'gen', int(generation), 'gens', list, 'life', life, 'da', int(now),
+    'pub', int(math.min(tonumber(known[2] or '0'), start - 1)))
+end
+
+-- {generation, tail, ...further fields}; nil where there is no session. The store's life is
+-- compared first, so nothing is done in a new one under the old generation.
 local function meta(...)
-  local values = redis.call('HMGET', META, 'gen', 'tail', ...)
+  local values = redis.call('HMGET', META, 'gen', 'tail', 'life', ...)
   if not values[1] then return nil end
-  values[1], values[2] = tonumber(values[1]), tonumber(values[2])
+  local generation, tail, before = tonumber(values[1]), tonumber(values[2]), values[3]
+  table.remove(values, 3)
+  local life = alive()
+  if life ~= before then
+    generation = generation + 1
+    new_generation(generation, tail + 1, life, now_ms())
+  end
+  values[1], values[2] = generation, tail
   return values
 end
 
@@ -51,21 +104,63 @@ end
 local function add_run(runs, seq, offset, bound)
   local first, at = string.match(runs, '(%d+):(%d+)$')
   if first and tonumber(at) - tonumber(first) == offset - seq then return runs end
-  if runs == '' then return seq .. ':' .. offset end
-  local _, commas = string.gsub(runs, ',', ',')
-  if commas + 2 > bound then runs = string.match(runs, '^[^,]*,(.*)$') or '' end
-  return (runs == '' and '' or runs .. ',') .. seq .. ':' .. offset
+  if runs ~= '' then
+    local _, commas = string.gsub(runs, ',', ',')
+    if commas + 2 > bound then runs = string.match(runs, '^[^,]*,(.*)$') or '' end
+  end
+  return (runs == '' and '' or runs .. ',') .. int(seq) .. ':' .. int(offset)
+end
+
+-- The generation of the entry at `offset`; nil where the list no longer reaches back that far.
+local function generation_of(known, offset)
+  local found
+  for _, one in ipairs(known) do
+    if one[2] <= offset then found = one[1] end
+  end
+  return found
+end
+
+-- Whether ARGV[from..] are the ops from `offset` on: "ok", "taken" by others, or "unknown".
+local function same_ops(offset, from)
+  local known = generations(redis.call('HGET', META, 'gens'))
+  for i = from, #ARGV do
+    local at = offset + i - from
+    local generation = offset > 0 and generation_of(known, at)
+    local id = generation and int(generation) .. '-' .. int(at)
+    local entry = id and redis.call('XRANGE', LOG, id, id)[1]
+    if not entry then return 'unknown' end
+    if entry[2][2] ~= ARGV[i] then return 'taken' end
+  end
+  return 'ok'
+end
+
+local function size_of(from, to)
+  local size, largest = 0, 0
+  for i = from, to do
+    size, largest = size + #ARGV[i], math.max(largest, #ARGV[i])
+  end
+  return size, largest
+end
+
+-- Bytes that a reader of the whole session has to be given: the snapshot and what came since.
+local function session_bytes()
+  local known = redis.call('HMGET', META, 'wb', 'wo', 'sb')
+  return tonumber(known[1] or '0') - tonumber(known[2] or '0') + tonumber(known[3] or '0')
 end
 
 -- Append ARGV[from..to] behind `tail`; returns the new tail. Marks the session dirty.
 local function write(generation, tail, from, to, now)
-  local clean = tonumber(redis.call('HGET', META, 'pub') or '0') >= tail
+  local known = redis.call('HMGET', META, 'pub', 'mx')
+  local clean = tonumber(known[1] or '0') >= tail
+  local size, largest = size_of(from, to)
   for i = from, to do
     tail = tail + 1
-    redis.call('XADD', LOG, generation .. '-' .. tail, 'o', ARGV[i])
+    redis.call('XADD', LOG, int(generation) .. '-' .. int(tail), 'o', ARGV[i])
   end
-  redis.call('HSET', META, 'tail', tail, 'u', now)
-  if clean then redis.call('HSET', META, 'da', now) end
+  redis.call('HSET', META, 'tail', int(tail), 'u', int(now),
+    'mx', int(math.max(largest, tonumber(known[2] or '0'))))
+  redis.call('HINCRBY', META, 'wb', int(size))
+  if clean then redis.call('HSET', META, 'da', int(now)) end
   return tail
 end
 
@@ -85,7 +180,56 @@ local function turn_flags(turn)
 end
 
 local function hold(turn, lease_ms, now)
-  redis.call('HSET', META, 'cur', turn, 'lease', now + tonumber(lease_ms))
+  redis.call('HSET', META, 'cur', turn, 'lease', int(now + tonumber(lease_ms)))
+end
+
+local function held(current, lease, now)
+  local left = tonumber(lease) - now
+  return current ~= '' and left > 0 and left <= LEASE_MAX_MS
+end
+
+-- The owner of a turn is gone: whatever it may still send is refused from here on.
+local function fence(turn)
+  redis.call('HSET', META, 't:' .. turn,
+    int(parse(redis.call('HGET', META, 't:' .. turn)) + 1) .. '|0|')
+end
+
+-- {generation, offset} of an entry or of the snapshot
+local function place(text, separator)
+  local generation, offset = string.match(text, '^(%d+)' .. separator .. '(%d+)')
+  if not generation then return {0, 0} end
+  return {tonumber(generation), tonumber(offset)}
+end
+
+local function last_entry()
+  local last = redis.call('XREVRANGE', LOG, '+', '-', 'COUNT', 1)[1]
+  return last and place(last[1], '-') or {0, 0}
+end
+
+-- The first offset that is neither in the snapshot nor in the log; nil where all is there.
+local function hole(tail)
+  local so = tonumber(redis.call('HGET', META, 'so') or '0')
+  if so > 0 and redis.call('EXISTS', SNAPSHOT) == 0 then return 1 end
+  if tail <= so then return nil end
+  local first = redis.call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
+  if not first or place(first[1], '-')[2] > so + 1 then return so + 1 end
+  local last = last_entry()[2]
+  return last < tail and last + 1 or nil
+end
+
+-- Which generations the entries that are left belong to, where meta forgot it. O(log), once.
+local function recover_generations()
+  local from, before = '-', nil
+  while true do
+    local some = redis.call('XRANGE', LOG, from, '+', 'COUNT', 64)
+    if #some == 0 then return end
+    for _, entry in ipairs(some) do
+      local id = place(entry[1], '-')
+      if id[1] ~= before then new_generation(id[1], id[2], '', 0) end
+      before = id[1]
+      from = int(id[1]) .. '-' .. int(id[2] + 1)
+    end
+  end
 end
 
 -- The turns that wait, without those that nobody named for `wait_ms`.
@@ -139,6 +283,7 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
     return {'cancelled', 0, generation, tail, 0, 0, '', 0, 0}
   end
   local left = tonumber(known[4]) - now
+  if left > LEASE_MAX_MS then left = -LEASE_MAX_MS end
   if current ~= '' and left + tonumber(abandon_ms) > 0 then
     return {'busy', 0, generation, tail, 0, 0, current, 0, left}
   end
@@ -150,66 +295,104 @@ end
 
 local verbs = {}
 
--- must_exist, device, devices bound -> {status, generation, tail, created}
-function verbs.open(must_exist, device, bound)
+-- must_exist, device, devices bound, producer, producers bound, generation that the caller knows
+-- -> {status, generation, tail, created, the producer's epoch}
+-- A session made anew after the store lost everything is another life: its generation is no
+-- earlier one's, also where the clock went back.
+function verbs.open(must_exist, device, devices_bound, producer, producers_bound, after)
   local known, created = meta(), 0
   local now = now_ms()
   if not known then
-    if must_exist == '1' then return {'missing', 0, 0, 0} end
-    redis.call('DEL', LOG, META, PRODUCERS, TURNS, DEVICES, SNAPSHOT)
-    -- By the clock: a session made anew after the store lost everything is another life, and
-    -- whoever followed the old one is told so.
-    redis.call('HSET', META, 'gen', now, 'tail', 0, 'gs', 1, 'pub', 0, 'da', 0, 'u', now, 'n', 0,
-      'cur', '', 'lease', 0, 'stop', '', 'title', '')
-    known, created = {now, 0}, 1
+    local last = last_entry()
+    local folded = place(redis.call('GETRANGE', SNAPSHOT, 0, 40), ' ')
+    if must_exist == '1' and last[2] == 0 and folded[2] == 0 then
+      return {'missing', 0, 0, 0, 0}
+    end
+    -- Where only meta is gone (evicted), the log goes on behind what is left of it.
+    local tail = math.max(last[2], folded[2])
+    local generation = math.max(now, tonumber(after) + 1, last[1] + 1, folded[1] + 1)
+    redis.call('HSET', META, 'tail', int(tail), 'pub', 0, 'da', 0, 'u', int(now), 'n', 0,
+      'cur', '', 'lease', 0, 'stop', '', 'title', '', 'pe', int(generation),
+      'so', int(folded[2]), 'wo', 0, 'sb', redis.call('STRLEN', SNAPSHOT), 'wb', 0, 'mx', 1048576)
+    recover_generations()
+    new_generation(generation, tail + 1, alive(), now)
+    if tail == 0 then redis.call('HSET', META, 'da', 0, 'mx', 0) end
+    known, created = {generation, tail}, tail == 0 and 1 or 0
   end
   if device ~= '' then
-    redis.call('ZADD', DEVICES, now, device)
-    forget(DEVICES, tonumber(bound))
+    redis.call('ZADD', DEVICES, int(now), device)
+    forget(DEVICES, tonumber(devices_bound))
   end
-  return {'ok', known[1], known[2], created}
+  local epoch = 0
+  if producer ~= '' then
+    epoch = redis.call('HINCRBY', META, 'pe', 1)
+    redis.call('HSET', META, 'p:' .. producer, int(epoch) .. '|0|')
+    redis.call('ZADD', PRODUCERS, int(known[2]), producer)
+    forget(PRODUCERS, tonumber(producers_bound), 'p:')
+  end
+  return {hole(known[2]) and 'hole' or 'ok', known[1], known[2], created, epoch}
 end
 
 -- device -> {"ok", "unknown" or "missing"}; one that is in use counts as one opened just now
 function verbs.use(device)
-  if not meta() then return {'missing'} end
+  if redis.call('EXISTS', META) == 0 then return {'missing'} end
   if not redis.call('ZSCORE', DEVICES, device) then return {'unknown'} end
   -- A store that takes no writes for now (full, a replica) still answers.
-  redis.pcall('ZADD', DEVICES, now_ms(), device)
+  redis.pcall('ZADD', DEVICES, int(now_ms()), device)
   return {'ok'}
 end
 
--- producer, epoch, first seq, turn, nonce, ends, lease ms, runs bound, producers bound, ops...
--- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended}
-function verbs.append(producer, epoch, first, turn, nonce, ends, lease_ms, runs_bound, bound)
-  local OPS = 11
+-- producer, epoch, first seq, turn, nonce, generation, ends, lease ms, runs bound, producers
+-- bound, session's bytes bound, ops...
+-- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended,
+--     entries since the snapshot, bytes since it, first offset that may be lost}
+function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease_ms, runs_bound,
+    bound, room)
+  local OPS = 13
   epoch, first = tonumber(epoch), tonumber(first)
   local field = turn ~= '' and 't:' .. turn or 'p:' .. producer
   local known = meta('cur', 'stop', field)
-  if not known then return {'missing', 0, 0, 0, 0, 0, 0, 0} end
+  if not known then return {'missing', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0} end
   local generation, tail, current, stop = known[1], known[2], known[3], known[4]
   local stopping = (turn ~= '' and stop == turn) and 1 or 0
   local has, seq, runs = parse(known[5])
+  local function answer(status, offset, expected, appended, lost)
+    local log = redis.call('HMGET', META, 'so', 'wb', 'wo')
+    return {status, generation, offset, tail, math.max(has, 0), expected, stopping, appended,
+      tail - tonumber(log[1] or '0'), tonumber(log[2] or '0') - tonumber(log[3] or '0'), lost or 0}
+  end
   local ended, owner = false, nonce
   if turn ~= '' then ended, owner = turn_flags(turn) end
-  if turn ~= '' and (epoch ~= has or nonce ~= owner) or epoch < has then
-    return {'stale', generation, 0, tail, math.max(has, 0), 0, stopping, 0}
+  -- Epochs are given: by `open` to a producer, by `begin` and `take` to a turn.
+  if has < 0 or epoch ~= has or nonce ~= owner then return answer('stale', 0, 0, 0) end
+  believed = tonumber(believed)
+  if believed > 0 and believed ~= generation then
+    local lost = tail + 1
+    for _, one in ipairs(generations(redis.call('HGET', META, 'gens'))) do
+      if one[1] > believed then lost = math.min(lost, one[2]) end
+    end
+    return answer('moved', 0, seq + 1, 0, lost)
   end
-  if epoch > has then seq, runs = 0, '' end
   local last = first + #ARGV - OPS
   if last <= seq then
-    return {'dup', generation, offset_of(runs, first), tail, epoch, seq + 1, stopping, 0}
+    local offset = offset_of(runs, first)
+    local same = same_ops(offset, OPS)
+    return answer(same == 'ok' and 'dup' or same, offset, seq + 1, 0)
   end
-  if ended then return {'stale', generation, 0, tail, has, 0, stopping, 0} end
-  if first > seq + 1 then return {'gap', generation, 0, tail, epoch, seq + 1, stopping, 0} end
+  if ended then return answer('stale', 0, 0, 0) end
+  if first > seq + 1 then return answer('gap', 0, seq + 1, 0) end
+  local news = seq + 1
+  local from = OPS + news - first
+  if turn == '' and session_bytes() + size_of(from, #ARGV) > tonumber(room) then
+    return answer('no_room', 0, seq + 1, 0)
+  end
 
   local now = now_ms()
-  local news = seq + 1
   runs = add_run(runs, news, tail + 1, tonumber(runs_bound))
-  tail = write(generation, tail, OPS + news - first, #ARGV, now)
-  redis.call('HSET', META, field, epoch .. '|' .. last .. '|' .. runs)
+  tail = write(generation, tail, from, #ARGV, now)
+  redis.call('HSET', META, field, int(epoch) .. '|' .. int(last) .. '|' .. runs)
   if turn == '' then
-    redis.call('ZADD', PRODUCERS, tail, producer)
+    redis.call('ZADD', PRODUCERS, int(tail), producer)
     forget(PRODUCERS, tonumber(bound), 'p:')
   elseif ends == '1' then
     redis.call('HSET', META, 'x:' .. turn, '1|' .. nonce)
@@ -217,27 +400,26 @@ function verbs.append(producer, epoch, first, turn, nonce, ends, lease_ms, runs_
   elseif current == turn then
     hold(turn, lease_ms, now)
   end
-  return {'ok', generation, offset_of(runs, first), tail, epoch, last + 1, stopping, last - seq}
+  return answer('ok', offset_of(runs, first), last + 1, last - seq)
 end
 
 -- turn, lease ms, turns bound, title, nonce, digest, wait ms, abandon ms (how long after its lease
--- an owner's turn is left to others), ops...
+-- an owner's turn is left to others), session's bytes bound, ops...
 -- -> {status, epoch, generation, offset of the last opening op, known, ended, holder, appended,
 --     what is left of the holder's lease, ms}
 -- The nonce tells a repeated call, whose reply was lost, from another one's turn.
-function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms)
-  local OPS = 10
+function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms, room)
+  local OPS = 11
   local known = meta('cur', 'lease', 't:' .. turn, 'title')
   if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
   local generation, tail, current = known[1], known[2], known[3]
   local now = now_ms()
   local said = judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, #ARGV - OPS + 1)
   if said then return said end
-  if current ~= '' then
-    -- Its owner is gone: whatever that one may still send is refused from here on.
-    redis.call('HSET', META, 't:' .. current, parse(redis.call('HGET', META, 't:' .. current)) + 1
-      .. '|0|')
+  if session_bytes() + size_of(OPS, #ARGV) > tonumber(room) then
+    return {'no_room', 0, generation, tail, 0, 0, '', 0, 0}
   end
+  if current ~= '' then fence(current) end
   tail = write(generation, tail, OPS, #ARGV, now)
   redis.call('HSET', META, 't:' .. turn, '1|0|', 'x:' .. turn, '0|' .. nonce, 'stop', '')
   if digest ~= '' then redis.call('HSET', META, 'd:' .. turn, digest) end
@@ -250,7 +432,7 @@ function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, aband
   redis.call('HINCRBY', META, 'n', 1)
   if known[6] == '' and title ~= '' then redis.call('HSET', META, 'title', title) end
   hold(turn, lease_ms, now)
-  redis.call('ZADD', TURNS, tail, turn)
+  redis.call('ZADD', TURNS, int(tail), turn)
   forget(TURNS, tonumber(bound), 't:', 'x:')
   return {'ok', 1, generation, tail, 0, 0, current, #ARGV - OPS + 1, 0}
 end
@@ -272,7 +454,7 @@ function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms)
     if not place and count >= tonumber(bound) then
       return {'full', 0, known[1], known[2], 0, 0, said[7], 0, said[9]}
     end
-    list[place or #list + 1] = {turn, now, 'w'}
+    list[place or #list + 1] = {turn, int(now), 'w'}
     keep_waiting(list)
   end
   return said
@@ -293,12 +475,13 @@ function verbs.take(turn, lease_ms, mode, nonce)
   if mode == 'expired' and current ~= turn then
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
-  local held = current ~= '' and tonumber(known[4]) > now
-  if held and mode ~= 'fence' and (current ~= turn or mode == 'expired') then
+  local busy = held(current, known[4], now)
+  if busy and mode ~= 'fence' and (current ~= turn or mode == 'expired') then
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
+  if mode ~= 'fence' and current ~= '' and current ~= turn then fence(current) end
   epoch = epoch + 1
-  redis.call('HSET', META, 't:' .. turn, epoch .. '|0|', 'x:' .. turn, '0|' .. nonce)
+  redis.call('HSET', META, 't:' .. turn, int(epoch) .. '|0|', 'x:' .. turn, '0|' .. nonce)
   if mode ~= 'fence' then hold(turn, lease_ms, now) end
   return {'ok', epoch, generation, tail, 1, 0, '', 0}
 end
@@ -306,14 +489,14 @@ end
 -- turn, epoch, nonce, lease ms -> as append
 function verbs.renew(turn, epoch, nonce, lease_ms)
   local known = meta('cur', 'stop', 't:' .. turn)
-  if not known then return {'missing', 0, 0, 0, 0, 0, 0, 0} end
+  if not known then return {'missing', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0} end
   local has = parse(known[5])
   local _, owner = turn_flags(turn)
   if tonumber(epoch) ~= has or nonce ~= owner or known[3] ~= turn then
-    return {'stale', known[1], 0, known[2], math.max(has, 0), 0, 0, 0}
+    return {'stale', known[1], 0, known[2], math.max(has, 0), 0, 0, 0, 0, 0, 0}
   end
   hold(turn, lease_ms, now_ms())
-  return {'ok', known[1], 0, known[2], has, 0, known[4] == turn and 1 or 0, 0}
+  return {'ok', known[1], 0, known[2], has, 0, known[4] == turn and 1 or 0, 0, 0, 0, 0}
 end
 
 -- turn, epoch, nonce -> {status}; whoever asks next may take the turn over
@@ -323,7 +506,7 @@ function verbs.release(turn, epoch, nonce)
   local has = parse(known[4])
   local _, owner = turn_flags(turn)
   if tonumber(epoch) ~= has or nonce ~= owner or known[3] ~= turn then return {'stale'} end
-  redis.call('HSET', META, 'lease', now_ms())
+  redis.call('HSET', META, 'lease', int(now_ms()))
   return {'ok'}
 end
 
@@ -337,7 +520,7 @@ function verbs.stop(turn)
     local list = waiting(now, 60000)
     local place = place_of(list, turn)
     if not place then return {''} end
-    list[place] = {turn, now, 's'}
+    list[place] = {turn, int(now), 's'}
     keep_waiting(list)
     return {turn}
   end
@@ -346,38 +529,93 @@ function verbs.stop(turn)
   return {known[3]}
 end
 
--- after, count -> {status, generation, tail, {entries}}
-function verbs.read(after, count)
-  local known = meta('gs')
-  if not known then return {'missing', 0, 0, {}} end
-  local generation, first = known[1], tonumber(after) + 1
-  if known[2] < first then return {'ok', generation, known[2], {}} end
-  if first >= tonumber(known[3]) then
-    return {'ok', generation, known[2],
-      redis.call('XRANGE', LOG, generation .. '-' .. first, '+', 'COUNT', count)}
+-- What a cursor of another generation knows: "ok" a prefix of this log, "lost" entries from the
+-- second value on that are not in it, "ahead" of the log.
+local function judge_cursor(known, generation, tail, after_generation, after)
+  if after == 0 then return 'ok', 0 end
+  if after_generation == generation then
+    if after > tail then return 'ahead', 0 end
+    return 'ok', 0
   end
-  -- Offsets go on across generations, ids sort by generation: look for the place (rare).
-  local entries = {}
-  for _, entry in ipairs(redis.call('XRANGE', LOG, '-', '+')) do
-    local offset = tonumber(string.match(entry[1], '-(%d+)$'))
-    if offset >= first and #entries < tonumber(count) then entries[#entries + 1] = entry end
+  local lost
+  for at = #known, 1, -1 do
+    if known[at][1] == after_generation then
+      if after < lost then return 'ok', 0 end
+      return 'lost', lost
+    end
+    lost = math.min(lost or known[at][2], known[at][2])
   end
-  return {'ok', generation, known[2], entries}
+  return 'lost', 1
 end
 
--- generation, offset, keep from, state -> {status}
-function verbs.compact(generation, offset, keep_from, state)
-  local known = meta('gs', 'so')
+-- generation and offset of a cursor, count, bytes, judged? ("0": it is this process's own)
+-- -> {status, generation, tail, {entries}, snapshot's offset, bytes written, first lost offset}
+function verbs.read(after_generation, after, count, bytes, judged)
+  local known = meta('gens', 'so', 'wb', 'mx')
+  if not known then return {'missing', 0, 0, {}, 0, 0, 0} end
+  local generation, tail, list = known[1], known[2], generations(known[3])
+  if #list == 0 or list[#list][1] ~= generation then -- it began with this very call
+    list = generations(redis.call('HGET', META, 'gens'))
+  end
+  after_generation, after = tonumber(after_generation), tonumber(after)
+  count, bytes = tonumber(count), tonumber(bytes)
+  local so, written = tonumber(known[4] or '0'), tonumber(known[5] or '0')
+  local status, lost = 'ok', 0
+  if judged == '1' then
+    status, lost = judge_cursor(list, generation, tail, after_generation, after)
+  end
+  if status ~= 'ok' or after >= tail then
+    return {status, generation, tail, {}, so, written, lost}
+  end
+  local at = generation_of(list, after + 1)
+  local from = at and int(at) .. '-' .. int(after + 1)
+  if not at then from = after == 0 and '-' or int(after_generation) .. '-' .. int(after + 1) end
+  -- No step can bring more than `bytes` and one op through here.
+  local largest = math.max(tonumber(known[6] or '0'), 1)
+  local entries, size = {}, 0
+  while #entries < count and (size < bytes or #entries == 0) do
+    local step = math.max(1, math.floor((bytes - size) / largest))
+    local some = redis.call('XRANGE', LOG, from, '+', 'COUNT', math.min(step, count - #entries))
+    if #some == 0 then break end
+    for _, entry in ipairs(some) do
+      if size + #entry[2][2] > bytes and #entries > 0 then
+        return {status, generation, tail, entries, so, written, lost}
+      end
+      entries[#entries + 1], size = entry, size + #entry[2][2]
+    end
+    local id = place(entries[#entries][1], '-')
+    from = int(id[1]) .. '-' .. int(id[2] + 1)
+  end
+  return {status, generation, tail, entries, so, written, lost}
+end
+
+-- generation, offset, keep from, bytes written up to there, state -> {status}
+function verbs.compact(generation, offset, keep_from, written, state)
+  local known = meta('so')
   if not known then return {'missing'} end
+  offset = tonumber(offset)
   -- Folded under an earlier generation, a state may hold entries that were lost since.
   if tonumber(generation) ~= known[1] then return {'stale'} end
-  if tonumber(offset) > known[2] or tonumber(offset) <= tonumber(known[4] or '0') then
-    return {'stale'}
-  end
-  redis.call('SET', SNAPSHOT, state)
-  redis.call('HSET', META, 'so', offset)
-  local from = math.max(tonumber(keep_from), tonumber(known[3]))
-  if from <= tonumber(offset) + 1 then redis.call('XTRIM', LOG, 'MINID', known[1] .. '-' .. from) end
+  if offset > known[2] or offset <= tonumber(known[3] or '0') then return {'stale'} end
+  redis.call('SET', SNAPSHOT, int(known[1]) .. ' ' .. int(offset) .. '\n' .. state)
+  redis.call('HSET', META, 'so', int(offset), 'wo', written, 'sb', #state)
+  local from = math.min(tonumber(keep_from), offset + 1)
+  local at = generation_of(generations(redis.call('HGET', META, 'gens')), from)
+  if at then redis.call('XTRIM', LOG, 'MINID', int(at) .. '-' .. int(from)) end
+  return {'ok'}
+end
+
+-- generation, state of what is left -> {status}: the log goes on behind a hole, under another
+-- generation. Only a hole that is found here again counts.
+function verbs.mend(generation, state)
+  local known = meta('wb')
+  if not known then return {'missing'} end
+  local missing = hole(known[2])
+  if tonumber(generation) ~= known[1] or not missing then return {'stale'} end
+  new_generation(known[1] + 1, missing, alive(), now_ms())
+  redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)
+  redis.call('HSET', META, 'so', int(known[2]), 'wo', known[3] or '0', 'sb', #state)
+  redis.call('XTRIM', LOG, 'MAXLEN', 0)
   return {'ok'}
 end
 
@@ -385,20 +623,10 @@ end
 function verbs.published(generation, offset)
   local known = meta('pub')
   if not known or tonumber(generation) ~= known[1] then return {'stale'} end
-  local published = math.max(tonumber(known[3]), tonumber(offset))
-  redis.call('HSET', META, 'pub', published, 'da', published >= known[2] and 0 or now_ms())
+  local published = math.min(math.max(tonumber(known[3]), tonumber(offset)), known[2])
+  redis.call('HSET', META, 'pub', int(published), 'da',
+    published >= known[2] and 0 or int(now_ms()))
   return {'ok'}
 end
 
--- generation, offset of an entry somebody was told is in the log -> {status, generation, tail}
-function verbs.lost(generation, offset)
-  local known = meta()
-  if not known then return {'missing', 0, 0} end
-  if tonumber(generation) ~= known[1] or tonumber(offset) <= known[2] then
-    return {'ok', known[1], known[2]}
-  end
-  redis.call('HSET', META, 'gen', known[1] + 1, 'gs', known[2] + 1)
-  return {'ok', known[1] + 1, known[2]}
-end
-
-return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 10)))
+return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 12)))

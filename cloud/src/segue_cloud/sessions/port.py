@@ -17,15 +17,30 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from segue_contract.errors import QuotaExceeded
 from segue_contract.ids import SessionName
+from segue_contract.limits import MAX_SESSION_BYTES, READ_PAGE_BYTES
 from segue_contract.sync.ops import Op, decode_op, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 
 
+def full_session(session: SessionName) -> QuotaExceeded:
+    return QuotaExceeded(
+        f"The session {session.session} has no room for it: it may have "
+        f"{MAX_SESSION_BYTES >> 20} MiB, folded.",
+        hint='Set large values to b"", or begin a new session.',
+        limit=MAX_SESSION_BYTES,
+    )
+
+
 class Status(StrEnum):
     OK = "ok"
-    DUP = "dup"  # these sequence numbers were taken already; `first_offset` is what they got then
-    STALE = "stale"  # `current_epoch` holds now, or another owner under this epoch
+    DUP = "dup"  # these very ops were appended already; `first_offset` is what they got then
+    TAKEN = "taken"  # these sequence numbers were used for other ops
+    UNKNOWN = "unknown"  # they were used, and what for can no longer be compared
+    STALE = "stale"  # `current_epoch` holds now (0: none is known), or another owner under this one
+    MOVED = "moved"  # a turn's own: the log goes on under `generation`, see `lost_from`
+    NO_ROOM = "no_room"  # the session is as large as it may be
     GAP = "gap"  # `expected_seq` is what the log waits for
     BUSY = "busy"  # another turn holds the session
     MISSING = "missing"  # no such session
@@ -53,6 +68,9 @@ class TurnHold:
     turn: str
     epoch: int
     nonce: str
+    # The log's generation as the owner knows it: nothing is appended behind a loss that the owner
+    # did not hear of. 0: whichever there is.
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,15 @@ class LogOp:
 
 
 @dataclass(frozen=True)
+class StoredEntry:
+    """`op`: its bytes. `value`: the op itself, where this process made or checked it."""
+
+    cursor: Cursor
+    op: bytes
+    value: Op | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class AppendResult:
     status: Status
     generation: int
@@ -85,6 +112,41 @@ class AppendResult:
     stop_requested: bool = False
     # how many of the batch's last ops this call appended: they end at `tail`
     appended: int = 0
+    # since the last snapshot: what a late joiner has to be given besides it
+    log_entries: int = 0
+    log_bytes: int = 0
+    # MOVED: entries of the generation that the owner knew are in the log up to here, exclusive
+    lost_from: int = 0
+
+
+@dataclass(frozen=True)
+class OpenedSession:
+    """`epoch`: the producer's, where one was named; nothing older of it is taken from here on."""
+
+    tail: Cursor
+    created: bool
+    epoch: int = 0
+
+
+class PageStatus(StrEnum):
+    OK = "ok"
+    LOST = "lost"  # the cursor's owner saw entries from `lost_from` on that are not in the log
+    AHEAD = "ahead"  # the cursor lies beyond the log's end: nobody was ever told of it
+
+
+@dataclass(frozen=True)
+class RawPage:
+    """What `read` found. `entries` may start later than asked for: see `compact`.
+
+    `snapshot_offset`: up to where the log was folded. `written`: bytes of all ops up to `tail`.
+    """
+
+    status: PageStatus
+    tail: Cursor
+    entries: list[StoredEntry]
+    snapshot_offset: int = 0
+    written: int = 0
+    lost_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,16 +167,7 @@ class TurnClaim:
     nonce: str = ""  # OK, unless `begin_turn` found the turn `known`: what the owner appends with
 
     def hold(self, turn: str) -> TurnHold:
-        return TurnHold(turn, self.epoch, self.nonce)
-
-
-@dataclass(frozen=True)
-class StoredEntry:
-    """`op`: its bytes. `value`: the op itself, where this process made or checked it."""
-
-    cursor: Cursor
-    op: bytes
-    value: Op | None = field(default=None, compare=False)
+        return TurnHold(turn, self.epoch, self.nonce, self.cursor.generation)
 
 
 @dataclass(frozen=True)
@@ -131,9 +184,17 @@ class Sessions(Protocol):
     """What devices do with sessions."""
 
     async def open_session(
-        self, session: SessionName, *, must_exist: bool = False, device: str = ""
-    ) -> tuple[Cursor, bool]:
-        """Tail and whether it was created; `device` becomes one of the session's devices.
+        self,
+        session: SessionName,
+        *,
+        must_exist: bool = False,
+        device: str = "",
+        producer: str = "",
+        after_generation: int = 0,
+    ) -> OpenedSession:
+        """`device` becomes one of the session's devices, `producer` gets an epoch to append under.
+
+        A session that is made anew has a later generation than `after_generation`.
 
         Raises:
             UnknownSession: `must_exist` and it is not there.
@@ -244,19 +305,27 @@ class Reading(Protocol):
     """What the reader and the hub need."""
 
     async def read(
-        self, session: SessionName, after: int, max_entries: int
-    ) -> tuple[Cursor, list[StoredEntry]]:
-        """Tail, and entries with offset > `after`, oldest first. May start later: see `compact`."""
+        self,
+        session: SessionName,
+        after: Cursor,
+        max_entries: int,
+        max_bytes: int = READ_PAGE_BYTES,
+        *,
+        judged: bool = False,
+    ) -> RawPage:
+        """Entries after `after`, oldest first: at most so many, and so many bytes but for one.
+
+        `judged`: `after` comes from elsewhere, and may be of a generation that lost entries.
+        """
         ...
 
     async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
         """The tail of each session; None where there is no such session."""
         ...
 
-    async def report_loss(self, session: SessionName, known: Cursor) -> Cursor:
-        """The log ends before `known`, which it once acknowledged: go on under generation + 1.
-
-        Returns the tail. Raises UnknownSession.
+    async def mend(self, session: SessionName, state: SessionState) -> None:
+        """Entries are gone from the store: go on behind them, from `state` of what is left, under
+        the next generation. Nothing is done where none is missing.
         """
         ...
 
@@ -286,8 +355,11 @@ class Fanout(Protocol):
 class Store(Sessions, Turns, Reading, Protocol):
     """All that a session log stands on."""
 
-    async def compact(self, session: SessionName, state: SessionState, keep_from: int) -> None:
-        """Store `state` and drop entries with offset < `keep_from` (<= the state's offset).
+    async def compact(
+        self, session: SessionName, state: SessionState, keep_from: int, written: int
+    ) -> None:
+        """Store `state`, made of `written` bytes of ops, and drop entries with offset <
+        `keep_from` (at most the state's offset + 1).
 
         Nothing is done for a state of another generation, or older than the one stored.
         """

@@ -8,28 +8,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import structlog
 
-from segue_cloud.sessions.port import Reading, StoredEntry
+from segue_cloud.sessions.port import PageStatus, RawPage, Reading, StoredEntry
+from segue_contract.errors import CursorAhead, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    MAX_GRPC_MESSAGE_BYTES,
     MAX_READ_ENTRIES,
     SESSION_CACHE,
+    SESSION_CACHE_BYTES,
 )
 from segue_contract.sync.ops import Op
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 
-_PAGE_BYTES = MAX_GRPC_MESSAGE_BYTES // 2  # leaves room for the message around the entries
+log = structlog.get_logger("segue.sessions")
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a reader gets: perhaps a snapshot to start over from, then entries that follow on."""
+    """What a reader gets: perhaps a snapshot to start over from, then entries that follow on.
+
+    `lost_from`: entries that the reader knew, from that offset on, are not in the log; 0: none.
+    """
 
     tail: Cursor
     entries: list[StoredEntry]
     snapshot: SessionState | None = None
+    lost_from: int = 0
 
     @property
     def end(self) -> Cursor | None:
@@ -43,14 +49,22 @@ class Page:
 class _Folded:
     replica: Replica = field(default_factory=Replica)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    written: int = 0  # bytes of the ops up to the replica's cursor
 
 
 class LogReader:
-    """Folds sessions on demand; keeps the latest `max_sessions` of them."""
+    """Folds sessions on demand; keeps the latest ones, by number and by bytes of their ops."""
 
-    def __init__(self, store: Reading, *, max_sessions: int = SESSION_CACHE) -> None:
+    def __init__(
+        self,
+        store: Reading,
+        *,
+        max_sessions: int = SESSION_CACHE,
+        max_bytes: int = SESSION_CACHE_BYTES,
+    ) -> None:
         self._store = store
         self._max_sessions = max_sessions
+        self._max_bytes = max_bytes
         self._folded: OrderedDict[SessionName, _Folded] = OrderedDict()
 
     async def state(self, session: SessionName) -> SessionState:
@@ -59,6 +73,10 @@ class LogReader:
         Raises:
             UnknownSession, StoreUnavailable.
         """
+        return (await self.folded(session))[0]
+
+    async def folded(self, session: SessionName) -> tuple[SessionState, int]:
+        """As `state`, and how many bytes of ops it is made of."""
         folded = self._get(session)
         async with folded.lock:
             try:
@@ -66,33 +84,35 @@ class LogReader:
             except BaseException:
                 self._folded.pop(session, None)  # maybe folded half: start over
                 raise
-            return _copy(folded.replica.state)
+            self._evict(session)
+            return _copy(folded.replica.state), folded.written
 
     async def read(self, session: SessionName, after: Cursor, max_entries: int) -> Page:
-        """Entries that follow `after`, or a snapshot where the log cannot go on from there.
-
-        That is: compacted past it, of another generation, or ahead of the log, which then lost
-        entries it had acknowledged and goes on under its next generation.
+        """Entries that follow `after`, or a snapshot where the log cannot go on from there: it was
+        compacted past it, or entries that `after` knows of were lost.
 
         Raises:
             UnknownSession, StoreUnavailable.
+            CursorAhead: nobody was ever told of that place. The session stays as it is.
         """
         wanted = min(max(max_entries, 1), MAX_READ_ENTRIES)
-        tail, entries = await self._store.read(session, after.offset, wanted)
-        follows = not entries or entries[0].cursor.offset == after.offset + 1
-        if after.offset == 0:
-            follows = follows and (bool(entries) or tail.offset == 0)
-        elif after.generation != tail.generation:
-            follows = False
-        elif after.offset > tail.offset:
-            await self._store.report_loss(session, after)
-            follows = False
-        elif not entries and after.offset < tail.offset:
-            follows = False
+        page = await self._store.read(session, after, wanted, judged=True)
+        tail, entries = page.tail, page.entries
+        if page.status is PageStatus.AHEAD:
+            raise CursorAhead(
+                f"The log of {session.session} ends at offset {tail.offset}; there is no "
+                f"{after.offset}.",
+                hint="Read from an offset that the log has.",
+                generation=tail.generation,
+                offset=tail.offset,
+            )
+        follows = page.status is PageStatus.OK
+        if after.offset < tail.offset:
+            follows = follows and bool(entries) and entries[0].cursor.offset == after.offset + 1
         if follows:
-            return Page(tail, _within(entries, _PAGE_BYTES))
+            return Page(tail, entries)
         state = await self.state(session)
-        return Page(state.cursor, [], state)
+        return Page(state.cursor, [], state, page.lost_from)
 
     def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Fold entries that were just appended here, where they follow directly."""
@@ -102,6 +122,7 @@ class LogReader:
         for entry in entries:
             if folded.replica.apply_op(*_parts(entry)) is not Applied.APPLIED:
                 return
+            folded.written += len(entry.op)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -109,52 +130,69 @@ class LogReader:
         folded = self._folded.get(session)
         if folded is None:
             folded = self._folded[session] = _Folded()
-            while len(self._folded) > self._max_sessions:
-                self._folded.popitem(last=False)
         self._folded.move_to_end(session)
         return folded
 
+    def _evict(self, but: SessionName) -> None:
+        size = sum(folded.written for folded in self._folded.values())
+        while len(self._folded) > 1 and (
+            len(self._folded) > self._max_sessions or size > self._max_bytes
+        ):
+            oldest = next(iter(self._folded))
+            if oldest == but:
+                break
+            size -= self._folded.pop(oldest).written
+
     async def _refresh(self, session: SessionName, folded: _Folded) -> None:
         replica = folded.replica
+        mended = False
         while True:
             known = replica.cursor
-            tail, entries = await self._store.read(session, known.offset, MAX_READ_ENTRIES)
-            if known.offset and (tail.generation != known.generation or tail.offset < known.offset):
-                # What is folded may hold entries that the log lost: fold it again from the start.
+            page = await self._store.read(session, known, MAX_READ_ENTRIES, judged=True)
+            tail, entries = page.tail, page.entries
+            if page.status is not PageStatus.OK:
+                # What is folded holds entries that the log lost: fold it again from the start.
                 replica.load(SessionState())
                 continue
-            if entries and entries[0].cursor.offset > known.offset + 1:
-                snapshot = await self._store.load_snapshot(session)
-                assert snapshot is not None, "entries were dropped and there is no snapshot"
-                replica.load(snapshot)
-                replica.adopt_generation(entries[0].cursor.generation)
-            for entry in entries:
-                if entry.cursor.generation > replica.cursor.generation:
-                    replica.adopt_generation(entry.cursor.generation)
-                replica.apply_op(*_parts(entry))
-            if not entries or replica.cursor.offset >= tail.offset:
-                if not entries and replica.cursor.offset < tail.offset:
-                    # All entries up to the tail were folded away.
-                    snapshot = await self._store.load_snapshot(session)
-                    if snapshot is not None and snapshot.cursor.offset > replica.cursor.offset:
-                        replica.load(snapshot)
-                        continue
+            folded.written = page.written
+            if known.offset >= tail.offset:
                 replica.adopt_generation(tail.generation)
                 return
+            if not entries or entries[0].cursor.offset > known.offset + 1:
+                snapshot = await self._store.load_snapshot(session)
+                if snapshot is not None and snapshot.cursor.offset > known.offset:
+                    replica.load(snapshot)
+                    replica.adopt_generation(tail.generation)
+                    continue
+                if mended:
+                    raise StoreUnavailable(
+                        f"The store loses entries of {session.session} as they are read.",
+                        hint="Give it memory, or set maxmemory-policy noeviction.",
+                    )
+                mended = True
+                await self._mend(session, replica, page)
+                replica.load(SessionState())
+                continue
+            for entry in entries:
+                replica.adopt_generation(entry.cursor.generation)
+                replica.apply_op(*_parts(entry))
+
+    async def _mend(self, session: SessionName, replica: Replica, page: RawPage) -> None:
+        """Entries are gone from the store. What is left of them is folded, and goes on."""
+        entries = page.entries
+        while entries:
+            for entry in entries:
+                op = entry.op
+                replica.load_cursor(Cursor(entry.cursor.generation, entry.cursor.offset - 1))
+                replica.apply_op(entry.cursor.generation, entry.cursor.offset, op)
+            entries = (await self._store.read(session, replica.cursor, MAX_READ_ENTRIES)).entries
+        replica.load_cursor(page.tail)
+        log.error("entries_missing", session=session.session, tail=page.tail.offset)
+        await self._store.mend(session, replica.state)
 
 
 def _parts(entry: StoredEntry) -> tuple[int, int, Op | bytes]:
     return entry.cursor.generation, entry.cursor.offset, entry.value or entry.op
-
-
-def _within(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:
-    """The first entries that fit, at least one."""
-    size = 0
-    for count, entry in enumerate(entries):
-        size += len(entry.op)
-        if size > max_bytes and count:
-            return entries[:count]
-    return entries
 
 
 def _copy(state: SessionState) -> SessionState:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from segue_cloud.sessions.port import AppendResult, Status, StoredEntry, TurnClaim
+from segue_cloud.sessions.port import (
+    AppendResult,
+    PageStatus,
+    RawPage,
+    Status,
+    StoredEntry,
+    TurnClaim,
+)
 from segue_contract.errors import InvalidArgument
 from segue_contract.limits import MAX_APPEND_OPS, MAX_OP_BYTES
 from segue_contract.sync.state import Cursor
@@ -24,7 +31,7 @@ def check_ops(ops: Sequence[bytes], least: int) -> None:
 
 def append_result(row: list[Any]) -> AppendResult:
     """Of the verbs append and renew."""
-    status, generation, first, tail, epoch, expected, stopping, appended = row
+    status, generation, first, tail, epoch, expected, stopping, appended, since, size, lost = row
     return AppendResult(
         status=Status(status.decode()),
         generation=generation,
@@ -34,6 +41,22 @@ def append_result(row: list[Any]) -> AppendResult:
         expected_seq=expected,
         stop_requested=bool(stopping),
         appended=appended,
+        log_entries=since,
+        log_bytes=size,
+        lost_from=lost,
+    )
+
+
+def page(row: list[Any]) -> RawPage:
+    """Of the verb read."""
+    status, generation, tail, found, folded, written, lost = row
+    return RawPage(
+        status=PageStatus(status.decode()),
+        tail=Cursor(generation, tail),
+        entries=[entry(one) for one in found],
+        snapshot_offset=folded,
+        written=written,
+        lost_from=lost,
     )
 
 

@@ -10,27 +10,39 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
+import structlog
+
 from segue_cloud.sessions import rows
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
+    OpenedSession,
     Producer,
+    RawPage,
     SessionSummary,
-    StoredEntry,
     TurnClaim,
     TurnHold,
 )
 from segue_cloud.sessions.running import RUNNING, RunningTurns
 from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
-from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    StoreUnavailable,
+    UnknownDevice,
+    UnknownSession,
+)
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     ACTIVE_REFRESH_S,
     ACTIVE_SHARDS,
+    MAX_COUNT,
+    MAX_SESSION_BYTES,
     MAX_SESSION_DEVICES,
     MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
+    READ_PAGE_BYTES,
     SESSION_CACHE,
     STORE_CONNECTIONS,
     STORE_TIMEOUT_S,
@@ -40,6 +52,8 @@ from segue_contract.limits import (
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
 
+log = structlog.get_logger("segue.sessions")
+
 _LOG = Script(files(__package__).joinpath("log.lua").read_text())
 _ACTIVE = Script(files(__package__).joinpath("active.lua").read_text())
 
@@ -48,6 +62,21 @@ def unknown_session(session: SessionName) -> UnknownSession:
     return UnknownSession(
         f"There is no session {session.session!r}.", hint="Open it first.", session=session.session
     )
+
+
+async def _check_policy(wire: Wire) -> None:
+    """Raises StoreUnavailable where the store throws away keys when it is full."""
+    try:
+        ((*_, policy),) = await wire.call(("CONFIG", "GET", "maxmemory-policy"))
+    except (Internal, ValueError):  # a managed store, or an ACL, does not let us look
+        log.warning("store_policy_unknown", hint="maxmemory-policy must be noeviction.")
+        return
+    if policy != b"noeviction":
+        raise StoreUnavailable(
+            f"The session store evicts keys when it is full (maxmemory-policy {policy.decode()}): "
+            "sessions would lose entries.",
+            hint="Set maxmemory-policy to noeviction, and start again.",
+        )
 
 
 class RedisStore:
@@ -95,6 +124,7 @@ class RedisStore:
         )
         try:
             await wire.call(("PING",))
+            await _check_policy(wire)
         except BaseException:
             await wire.close()
             raise
@@ -110,16 +140,25 @@ class RedisStore:
     # -- sessions and devices -----------------------------------------------------------------
 
     async def open_session(
-        self, session: SessionName, *, must_exist: bool = False, device: str = ""
-    ) -> tuple[Cursor, bool]:
+        self,
+        session: SessionName,
+        *,
+        must_exist: bool = False,
+        device: str = "",
+        producer: str = "",
+        after_generation: int = 0,
+    ) -> OpenedSession:
         index: list[Command] = []
         if not must_exist:  # before the session itself: see keys.py
             index.append(self._index(session, "NX"))
-        verb = self._log(session, "open", int(must_exist), device, MAX_SESSION_DEVICES)
-        status, generation, tail, created = (await self._wire.call(*index, verb))[-1]
+        verb = self._log(
+            session, "open", int(must_exist), device, MAX_SESSION_DEVICES, producer,
+            PRODUCER_MEMORY, after_generation,
+        )  # fmt: skip
+        status, generation, tail, created, epoch = (await self._wire.call(*index, verb))[-1]
         if status == b"missing":
             raise unknown_session(session)
-        return Cursor(generation, tail), bool(created)
+        return OpenedSession(Cursor(generation, tail), bool(created), epoch)
 
     async def check_device(self, session: SessionName, device: str) -> None:
         """As the port says."""
@@ -172,7 +211,7 @@ class RedisStore:
         Raises:
             InvalidArgument: no ops, too many, too large, or numbers out of range.
         """
-        verb = self._append(session, producer, ops, turn="", nonce="", ends=False)
+        verb = self._append(session, producer, ops, None, ends=False)
         return rows.append_result(await self._write(session, verb))
 
     async def append_turn(
@@ -186,7 +225,7 @@ class RedisStore:
     ) -> AppendResult:
         """As `append`, for the owner of a turn."""
         producer = Producer("", hold.epoch, first_seq)
-        verb = self._append(session, producer, ops, turn=hold.turn, nonce=hold.nonce, ends=ends)
+        verb = self._append(session, producer, ops, hold, ends=ends)
         index = [self._index(session)] if ends else []
         return rows.append_result(await self._write(session, *index, verb))
 
@@ -205,7 +244,7 @@ class RedisStore:
         nonce = self._nonce()
         verb = self._log(
             session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, digest,
-            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), *ops,
+            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), MAX_SESSION_BYTES, *ops,
         )  # fmt: skip
         return rows.claim(await self._write(session, self._index(session), verb), nonce)
 
@@ -245,42 +284,42 @@ class RedisStore:
         ((stopping,),) = await self._wire.call(self._log(session, "stop", turn))
         return str(stopping.decode())
 
-    async def compact(self, session: SessionName, state: SessionState, keep_from: int) -> None:
+    async def compact(
+        self, session: SessionName, state: SessionState, keep_from: int, written: int
+    ) -> None:
         cursor = state.cursor
         await self._wire.call(
             self._log(
-                session, "compact", cursor.generation, cursor.offset, keep_from,
+                session, "compact", cursor.generation, cursor.offset, keep_from, written,
                 encode_state(state),
             )
         )  # fmt: skip
 
-    async def report_loss(self, session: SessionName, known: Cursor) -> Cursor:
-        """Somebody was told of `known`, and the log ends before it: entries were lost.
-
-        The log goes on under the next generation (once, however many report it), so that nobody
-        takes later entries for the lost ones. Returns the tail.
-
-        Raises:
-            UnknownSession: it is gone altogether.
-        """
-        ((status, generation, tail),) = await self._wire.call(
-            self._log(session, "lost", known.generation, known.offset)
+    async def mend(self, session: SessionName, state: SessionState) -> None:
+        await self._wire.call(
+            self._log(session, "mend", state.cursor.generation, encode_state(state))
         )
-        if status == b"missing":
-            raise unknown_session(session)
-        return Cursor(generation, tail)
 
     # -- reading ------------------------------------------------------------------------------
 
     async def read(
-        self, session: SessionName, after: int, max_entries: int
-    ) -> tuple[Cursor, list[StoredEntry]]:
-        ((status, generation, tail, found),) = await self._wire.call(
-            self._log(session, "read", max(after, 0), max(max_entries, 1))
-        )
-        if status == b"missing":
+        self,
+        session: SessionName,
+        after: Cursor,
+        max_entries: int,
+        max_bytes: int = READ_PAGE_BYTES,
+        *,
+        judged: bool = False,
+    ) -> RawPage:
+        (row,) = await self._wire.call(
+            self._log(
+                session, "read", after.generation, after.offset, max(max_entries, 1), max_bytes,
+                int(judged),
+            )
+        )  # fmt: skip
+        if row[0] == b"missing":
             raise unknown_session(session)
-        return Cursor(generation, tail), [rows.entry(row) for row in found]
+        return rows.page(row)
 
     async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
         """The tail of each session; None where there is no such session."""
@@ -293,7 +332,7 @@ class RedisStore:
 
     async def load_snapshot(self, session: SessionName) -> SessionState | None:
         (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))
-        return None if data is None else decode_state(data)
+        return None if data is None else decode_state(data[data.index(b"\n") + 1 :])
 
     # -- the fan-out's book-keeping -----------------------------------------------------------
 
@@ -344,21 +383,22 @@ class RedisStore:
         session: SessionName,
         producer: Producer,
         ops: Sequence[bytes],
+        hold: TurnHold | None,
         *,
-        turn: str,
-        nonce: str,
         ends: bool,
     ) -> Command:
         rows.check_ops(ops, least=1)
-        if producer.epoch < 0 or producer.first_seq < 1:
+        if not (0 <= producer.epoch <= MAX_COUNT and 1 <= producer.first_seq <= MAX_COUNT):
             raise InvalidArgument(
                 f"Epoch {producer.epoch} and sequence number {producer.first_seq} are out of "
                 "range.",
-                hint="Epochs count from 0, sequence numbers from 1.",
+                hint="Epochs come from the log, sequence numbers count from 1.",
             )
+        hold = hold or TurnHold("", 0, "")
         return self._log(
-            session, "append", producer.name, producer.epoch, producer.first_seq, turn, nonce,
-            int(ends), self._lease_ms, PRODUCER_RUNS, PRODUCER_MEMORY, *ops,
+            session, "append", producer.name, producer.epoch, producer.first_seq, hold.turn,
+            hold.nonce, hold.generation, int(ends), self._lease_ms, PRODUCER_RUNS,
+            PRODUCER_MEMORY, MAX_SESSION_BYTES, *ops,
         )  # fmt: skip
 
     async def _take(self, session: SessionName, turn: str, lease_s: float, mode: str) -> TurnClaim:

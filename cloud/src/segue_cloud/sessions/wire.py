@@ -19,7 +19,11 @@ from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
     ClusterError,
+    MasterDownError,
+    MovedError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -44,6 +48,16 @@ Sleep = Callable[[float], Awaitable[None]]
 # Answers that say "not now" rather than "not this".
 _LATER = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError, NoScriptError)
 _LATER_CODES = ("BUSY", "NOREPLICAS", "MISCONF", "UNBLOCKED")
+
+
+def _elsewhere(error: ResponseError) -> bool:
+    """The server is not, or not yet, the one to ask. A script says it behind its own error."""
+    if isinstance(error, (ReadOnlyError, MovedError, AskError, BusyLoadingError, MasterDownError)):
+        return True
+    text = str(error)
+    return any(code in text for code in ("READONLY", "MOVED", "LOADING", "MASTERDOWN")) or (
+        "read only replica" in text or "read only slave" in text
+    )
 
 
 class Script:
@@ -125,7 +139,9 @@ class Wire:
                 reason = "no answer in time"
             except ResponseError as error:
                 reason = str(error)
-                if not isinstance(error, _LATER) and not reason.startswith(_LATER_CODES):
+                if not isinstance(error, _LATER) and not (
+                    reason.startswith(_LATER_CODES) or _elsewhere(error)
+                ):
                     raise Internal(f"The session store refused a command: {reason}") from error
             except (RedisError, OSError) as error:  # the connection: lost, refused, unusable
                 reason = str(error) or type(error).__name__
@@ -158,7 +174,11 @@ class Wire:
                 if any(isinstance(reply, NoScriptError) for reply in replies):
                     await self._load(connection)
                     replies = await self._exchange(connection, commands)
-                clean = True
+                # A connection to a replica, a node that is loading or the wrong one of a Cluster
+                # leads there again: the next attempt connects anew.
+                clean = not any(
+                    isinstance(reply, ResponseError) and _elsewhere(reply) for reply in replies
+                )
             finally:
                 if clean and not self._closed:
                     self._free.append(connection)

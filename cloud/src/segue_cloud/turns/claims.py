@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.sessions.port import Status, TurnClaim, full_session
 from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.patience import done_within
@@ -191,6 +191,8 @@ def _checked(claim: TurnClaim, request: TurnRequest) -> TurnClaim:
                 hint="Wait for the running reply, or stop it.",
                 retry_after_s=1.0,
             )
+        case Status.NO_ROOM:
+            raise full_session(request.session)
         case Status.MISSING:
             raise UnknownSession(f"There is no session {session!r}.", hint="Open it first.")
     return claim

@@ -172,7 +172,13 @@ class TurnWriter:
         """None where the log lost some of the turn: `run` has to begin there again."""
         key, seq = self._key, self._seq
         result = await self._call(
-            lambda: self._log.append_turn(key.session, key.hold, seq, ops, ends=ends)
+            lambda: self._log.append_turn(
+                key.session,
+                replace(key.hold, generation=self._generation),
+                seq,
+                ops,
+                ends=ends,
+            )
         )
         if result.status in (Status.OK, Status.DUP):
             self._seq = seq + len(ops)
@@ -229,7 +235,7 @@ class TurnWriter:
             case Status.OK | Status.DUP:  # also where this was the turn's end
                 if turn.ended or len(turn.tokens) >= self._published:
                     return False
-            case Status.GAP:
+            case Status.GAP | Status.MOVED:
                 self._seq = result.expected_seq
             case _:
                 if turn.ended or result.current_epoch >= key.epoch:

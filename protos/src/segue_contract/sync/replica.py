@@ -4,7 +4,8 @@ Pure: no clocks, no I/O. The rules that make replicas equal:
 
 - ops apply in offset order only; a repeated one changes nothing, a later one waits (a gap);
 - a turn's tokens are addressed by index: what is known already is skipped, the rest is added;
-- ops of an older turn epoch than the turn has, and anything after its end, have no effect;
+- ops of an older turn epoch than the turn has, and anything after its end (a message under
+  its id, too), have no effect;
 - a name's last writer by offset wins; the first claim and the first result of a tool call win.
 """
 
@@ -62,6 +63,10 @@ class Replica:
         """What is known was read from the log itself, which now lives on as `generation`."""
         self._state.cursor = Cursor(generation, self._state.cursor.offset)
 
+    def load_cursor(self, cursor: Cursor) -> None:
+        """Stand at `cursor`: what lies between is gone for good."""
+        self._state.cursor = cursor
+
     def apply(self, entry: LogEntryLike) -> Applied:
         """Fold one entry, or say why not.
 
@@ -101,8 +106,10 @@ class Replica:
         state = self._state
         match op:
             case ops.UserMessage():
-                turn = self._touch(op.turn, offset)
-                turn.device, turn.prompt = op.device, op.text
+                known = self._turns.get(op.turn)
+                if known is None or not known.ended:
+                    turn = self._touch(op.turn, offset)
+                    turn.device, turn.prompt = op.device, op.text
             case ops.TurnStarted() | ops.Frame() | ops.TurnEnded():
                 self._fold_turn(offset, op)
             case ops.ToolCall():

@@ -102,12 +102,18 @@ class OpenSessionRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     MUST_EXIST_FIELD_NUMBER: _builtins.int
+    PRODUCER_FIELD_NUMBER: _builtins.int
+    KNOWN_GENERATION_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     model: _builtins.str
     """A model the session must be served with; empty: whichever the node serves."""
     must_exist: _builtins.bool
     """NOT_FOUND instead of creating the session."""
+    producer: _builtins.str
+    """A fresh random id of whoever will append; it gets an epoch, and earlier ones are refused."""
+    known_generation: _builtins.int
+    """The generation that the device knows: a session that is made anew has a later one."""
     def __init__(
         self,
         *,
@@ -115,10 +121,12 @@ class OpenSessionRequest(_message.Message):
         device: _builtins.str = ...,
         model: _builtins.str = ...,
         must_exist: _builtins.bool = ...,
+        producer: _builtins.str = ...,
+        known_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model", b"model", "must_exist", b"must_exist", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "known_generation", b"known_generation", "model", b"model", "must_exist", b"must_exist", "producer", b"producer", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -137,6 +145,7 @@ class OpenSessionReply(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     created: _builtins.bool
     model: _builtins.str
@@ -147,6 +156,8 @@ class OpenSessionReply(_message.Message):
     """The node that answered: "edge" or "cloud", and its instance name."""
     instance: _builtins.str
     max_context_tokens: _builtins.int
+    epoch: _builtins.int
+    """The producer's, for Append."""
     @_builtins.property
     def tail(self) -> Global___Cursor: ...
     def __init__(
@@ -161,10 +172,11 @@ class OpenSessionReply(_message.Message):
         role: _builtins.str = ...,
         instance: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "instance", b"instance", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,8 +610,14 @@ class Snapshot(_message.Message):
 
     AT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    LOST_FROM_FIELD_NUMBER: _builtins.int
     state: _builtins.bytes
     """MessagePack of segue_contract.sync.state.SessionState."""
+    more: _builtins.bool
+    """Further parts of `state` follow; in a ReadReply: it is too large, and Attach brings it."""
+    lost_from: _builtins.int
+    """Entries that `after` knew, from this offset on, are not in the log; 0: none."""
     @_builtins.property
     def at(self) -> Global___Cursor: ...
     def __init__(
@@ -607,10 +625,12 @@ class Snapshot(_message.Message):
         *,
         at: Global___Cursor | None = ...,
         state: _builtins.bytes = ...,
+        more: _builtins.bool = ...,
+        lost_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "lost_from", b"lost_from", "more", b"more", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -734,11 +754,14 @@ class AppendRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_SEQ_FIELD_NUMBER: _builtins.int
     OPS_FIELD_NUMBER: _builtins.int
+    PRODUCER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     epoch: _builtins.int
     """The producer's epoch and the sequence number of the first op; the ops count on from it."""
     first_seq: _builtins.int
+    producer: _builtins.str
+    """As given to OpenSession."""
     @_builtins.property
     def ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -749,10 +772,11 @@ class AppendRequest(_message.Message):
         epoch: _builtins.int = ...,
         first_seq: _builtins.int = ...,
         ops: _abc.Iterable[_builtins.bytes] | None = ...,
+        producer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "first_seq", b"first_seq", "ops", b"ops", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "first_seq", b"first_seq", "ops", b"ops", "producer", b"producer", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
