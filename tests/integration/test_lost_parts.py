@@ -116,3 +116,22 @@ async def test_the_cloud_dies_that_served_a_device_without_an_edge(stack: LocalS
             reply = await asyncio.wait_for(reading, WAIT_S)
         assert reply.reason in ("stop", "length")
         assert reply.text == await text_in_log(stack.cloud_address, "direct", turn.id)
+
+
+async def test_what_was_said_offline_survives_the_edges_death(stack: LocalStack) -> None:
+    edge = stack.edges[0]
+    async with segue.Client(stack.edge_address, device="phone") as phone:
+        session = await phone.session("offline")
+        async with session.run("Hello!", max_tokens=8) as turn:
+            await turn.result()
+        await stack.cloud.kill()
+        async with session.run("My name is Ada.", max_tokens=12) as turn:
+            told = await asyncio.wait_for(turn.result(), WAIT_S)
+        assert turn.ended is not None
+        assert not turn.ended.durable
+    await edge.kill()
+    await stack.cloud.restart()
+    async with watching(stack.cloud_address, "offline", "laptop") as laptop:
+        await edge.restart()
+        assert await laptop.until_ended(turn.id) == told.text
+    assert await text_in_log(stack.cloud_address, "offline", turn.id) == told.text
