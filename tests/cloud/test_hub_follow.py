@@ -13,6 +13,7 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.keys import SessionKeys
 from segue_cloud.sessions.port import LogOp, Producer, RawPage, Status, StoredEntry, TurnHold
 from segue_cloud.sessions.store import RedisStore
+from segue_contract import limits
 from segue_contract.errors import CursorAhead, InvalidArgument, UnknownSession
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
@@ -223,6 +224,48 @@ async def test_compaction_is_not_noticed_by_readers(store: RedisStore) -> None:
         assert state is not None
         assert state.cursor.offset == 120
         assert state.values == {"last": b"120"}
+
+
+async def test_every_session_is_folded_by_its_own_length(store: RedisStore) -> None:
+    """More sessions than any process remembers, and each append in a process of its own."""
+    names = [SessionName("default", f"s{number}") for number in range(limits.SESSION_CACHE + 20)]
+    seen = []
+    for part in range(3):
+        async with SessionLog(store, compact_after=5, compact_keep=2) as log:
+            for name in names[:: 1 if part == 0 else 50]:
+                me = await producer(store, name, "p", 1 + 2 * part)
+                await log.append(name, me, [op(f"a{part}"), op(f"b{part}")])
+            await asyncio.gather(*log._tasks)
+    for name in names[::50]:
+        seen.append((await store.read(name, Cursor(), 100)).entries[0].cursor.offset)
+    assert set(seen) == {5}, "some are not trimmed"
+
+
+async def test_pages_are_bounded_by_bytes(store: RedisStore) -> None:
+    """Large ops after small ones: no page is more than its bytes and one op."""
+    me = await producer(store, S, "p", 1)
+    small = ops.encode_op(ops.Set(id="s", name="s", value=b"x" * 100))
+    large = ops.encode_op(ops.Set(id="l", name="l", value=b"x" * 100_000))
+    await store.append(S, me, [small] * 200)
+    await store.append(S, Producer("p", me.epoch, 201), [large] * 20)
+    at, offsets, bound = Cursor(), [], 250_000
+    while (page := await store.read(S, at, 1000, bound)).entries:
+        assert sum(len(entry.op) for entry in page.entries) <= bound
+        offsets += [entry.cursor.offset for entry in page.entries]
+        at = page.entries[-1].cursor
+    assert offsets == list(range(1, 221))
+    assert len((await store.read(S, Cursor(1, 210), 9, 10)).entries) == 1, "one op always comes"
+
+
+async def test_a_session_has_so_many_bytes_and_not_more(store: RedisStore) -> None:
+    me = await producer(store, S, "p", 1)
+    await store._wire.call(("HSET", SessionKeys.of(S).meta, "sb", limits.MAX_SESSION_BYTES - 50))
+    full = await store.append(S, me, [op("too much to take").data])
+    assert (full.status, full.appended) == (Status.NO_ROOM, 0)
+    assert (await store.begin_turn(S, "t", [b"x" * 99], 1.0)).status is Status.NO_ROOM
+    assert (await store.read(S, Cursor(), 9)).tail.offset == 0, "something was written"
+    await store._wire.call(("HSET", SessionKeys.of(S).meta, "sb", 0))
+    assert (await store.append(S, me, [op("a").data])).status is Status.OK
 
 
 async def test_states_are_the_callers_own(store: RedisStore, log: SessionLog) -> None:

@@ -26,6 +26,7 @@ from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.servers.process import LOOPBACK
 from segue_contract.sync import ops
+from segue_contract.sync.state import Cursor
 from tests.bench.harness import Report
 from tests.support.slow_proxy import SlowProxy
 
@@ -44,6 +45,7 @@ class Acknowledged:
 
     name: SessionName
     seq: int = 0
+    epoch: int = 0
     ops: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
 
@@ -91,10 +93,10 @@ async def measure(server: Store, appends: int, *, behind: bool) -> Loss:
     """Append until `appends` were acknowledged, kill, recover, compare."""
     store = await RedisStore.connect(server.url)
     try:
-        async with SessionLog(store, compact_after=NEVER) as log:
+        async with SessionLog(store, compact_after=NEVER, compact_bytes=NEVER) as log:
             sessions = [Acknowledged(SessionName("bench", f"s{i}")) for i in range(SESSIONS)]
             for one in sessions:
-                await log.open_session(one.name)
+                one.epoch = (await log.open_session(one.name, producer="p")).epoch
             cut_at = int(appends * (1 - BEHIND)) if behind else NEVER
             seconds = await _fill(log, server, sessions, appends, cut_at)
             await server.recover()
@@ -116,7 +118,7 @@ async def _fill(
         while True:
             one.seq += 1
             op = LogOp.of(ops.Set(id=f"{one.name.session}.{one.seq}", name="n", value=b"x" * 64))
-            result = await log.append(one.name, Producer("p", 1, one.seq), [op])
+            result = await log.append(one.name, Producer("p", one.epoch, one.seq), [op])
             assert result.status is Status.OK, result
             if dead.done():
                 return
@@ -153,10 +155,9 @@ async def _compare(
                 continue  # the call itself waits between its tries
     for one in sessions:
         op = LogOp.of(ops.Set(id=f"{one.name.session}.after", name="n", value=b"after"))
-        result = await log.append(one.name, Producer("after", 1, 1), [op])
-        if result.status is Status.MISSING:
-            await log.open_session(one.name)
-            result = await log.append(one.name, Producer("after", 1, 1), [op])
+        opened = await log.open_session(one.name, producer="after")
+        result = await log.append(one.name, Producer("after", opened.epoch), [op])
+        assert result.status is Status.OK, result
         found = await _entries(store, one.name)
         gone = sum(found.get(offset) != data for (_, offset), data in one.ops.items())
         changed = all(generation != result.generation for generation, _ in one.ops)
@@ -169,13 +170,13 @@ async def _compare(
 async def _entries(store: RedisStore, name: SessionName) -> dict[int, bytes]:
     """The log's bytes by offset."""
     found: dict[int, bytes] = {}
-    after = 0
+    after = Cursor(0, 0)
     while True:
-        tail, page = await store.read(name, after, PAGE)
-        found |= {entry.cursor.offset: entry.op for entry in page}
-        if not page or page[-1].cursor.offset >= tail.offset:
+        page = await store.read(name, after, PAGE)
+        found |= {entry.cursor.offset: entry.op for entry in page.entries}
+        if not page.entries or page.entries[-1].cursor.offset >= page.tail.offset:
             return found
-        after = page[-1].cursor.offset
+        after = page.entries[-1].cursor
 
 
 @asynccontextmanager

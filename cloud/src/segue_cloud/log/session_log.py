@@ -36,6 +36,7 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import (
     COMPACT_AFTER_BYTES,
     COMPACT_AFTER_ENTRIES,
+    COMPACT_KEEP_BYTES,
     COMPACT_KEEP_ENTRIES,
     TITLE_CHARS,
     TURN_LEASE_S,
@@ -235,7 +236,9 @@ class SessionLog:
         long = result.log_entries >= self._compact_after or result.log_bytes >= self._compact_bytes
         if long and session not in self._compacting:
             self._compacting.add(session)
-            self._spawn(self._compact(session), f"compact {session}")
+            each = max(result.log_bytes // max(result.log_entries, 1), 1)
+            keep = min(self._compact_keep, COMPACT_KEEP_BYTES // each)
+            self._spawn(self._compact(session, keep), f"compact {session}")
 
     def _spread(self, session: SessionName, tail: Cursor, ops: Sequence[LogOp]) -> None:
         """`ops` are in the log, and end at `tail`: tell everybody."""
@@ -269,11 +272,11 @@ class SessionLog:
         await self.append_turn(session, fence.hold(turn), 1, [end], ends=True)
         log.warning("turn_abandoned", session=session.session, turn=turn)
 
-    async def _compact(self, session: SessionName) -> None:
+    async def _compact(self, session: SessionName, keep: int) -> None:
         """Fold the log up to its tail, and keep only its last entries one by one."""
         try:
             state, written = await self._reader.folded(session)
-            keep_from = state.cursor.offset - self._compact_keep + 1
+            keep_from = state.cursor.offset - keep + 1
             await self._store.compact(session, state, keep_from, written)
         except SegueError as error:  # the next time
             log.warning("compaction_failed", session=session.session, error=str(error))
