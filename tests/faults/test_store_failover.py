@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from segue.local.probes import probe_store
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.sessions.wire import Wire
-from segue_contract.errors import StoreUnavailable
+from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
@@ -135,6 +136,10 @@ async def test_a_store_that_evicts_is_refused_at_the_start() -> None:
     async with Valkey.start(options=options) as valkey:
         with pytest.raises(StoreUnavailable, match="noeviction"):
             await RedisStore.connect(valkey.url)
+        with pytest.raises(Unreachable, match="allkeys-lru"):
+            await probe_store(valkey.url)
+    async with Valkey.start() as valkey:
+        assert (await probe_store(valkey.url)).seconds
 
 
 async def test_a_node_of_a_cluster_that_moved_the_slot_is_a_typed_error() -> None:

@@ -89,11 +89,27 @@ async def probe_store(url: str) -> RoundTrips:
                 times.append(time.monotonic() - began)
                 if not answer.startswith((b"+PONG", b"-NOAUTH")):
                     raise Unreachable("It does not answer as Redis does.")
+            async with asyncio.timeout(TIMEOUT_S):
+                policy = await _eviction(reader, writer)
+            if policy not in ("", "noeviction"):
+                raise Unreachable(
+                    f"The store throws keys away when it is full (maxmemory-policy {policy}).",
+                    hint="Set maxmemory-policy to noeviction; a cloud refuses it otherwise.",
+                )
         finally:
             writer.close()
     except (OSError, TimeoutError) as error:
         raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
     return RoundTrips(tuple(sorted(times)))
+
+
+async def _eviction(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+    """The store's maxmemory-policy; "" where it does not tell."""
+    writer.write(b"CONFIG GET maxmemory-policy\r\n")
+    if not (await reader.readline()).startswith(b"*2"):
+        return ""
+    lines = [await reader.readline() for _ in range(4)]
+    return lines[-1].strip().decode("ascii", "replace")
 
 
 async def probe_broker(url: str) -> RoundTrips:
