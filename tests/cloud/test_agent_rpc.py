@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import segue
+from segue_cloud.sessions.keys import SessionKeys
 from segue_contract.errors import (
     BadSampling,
     CursorAhead,
@@ -32,6 +33,7 @@ from segue_contract.errors import (
     UnknownSession,
 )
 from segue_contract.ids import SessionName
+from segue_contract.limits import MAX_SESSION_DEVICES
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Feedback, Frame, Set, UserMessage, encode_op
 from segue_contract.sync.state import decode_state
@@ -192,6 +194,26 @@ async def test_a_cursor_from_the_future_changes_nothing(cloud: CloudRpc) -> None
         assert error.fields["offset"] == 1
     after = await cloud.agent.Read(pb.ReadRequest(session="trip", device="phone"))
     assert after.tail == before.tail
+
+
+async def test_a_device_that_the_log_forgot_joins_again_by_itself(cloud: CloudRpc) -> None:
+    name = SessionName("default", "trip")
+    async with segue.Client(cloud.address, device="quiet") as client:
+        session = await client.session("trip")
+        for number in range(MAX_SESSION_DEVICES):
+            await cloud.log.open_session(name, device=f"d{number}")
+        with pytest.raises(UnknownDevice):
+            await cloud.log.check_device(name, "quiet")
+        assert (await session.state()).values == {}
+        await _forget(cloud, "quiet")
+        await session.set("city", "Paris")
+        await _forget(cloud, "quiet")
+        assert not await session.stop()
+
+
+async def _forget(cloud: CloudRpc, device: str) -> None:
+    keys = SessionKeys.of(SessionName("default", "trip"))
+    await cloud.log._store._wire.call(("ZREM", keys.devices, device))  # type: ignore[attr-defined]
 
 
 async def test_a_state_larger_than_a_message_comes_in_parts(cloud: CloudRpc) -> None:

@@ -32,7 +32,13 @@ from segue._log import LogView
 from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue._tails import Tails
 from segue.events import Entry, Lost, Snapshot
-from segue_contract.errors import CursorAhead, InvalidArgument, SegueError, Unreachable
+from segue_contract.errors import (
+    CursorAhead,
+    InvalidArgument,
+    SegueError,
+    UnknownDevice,
+    Unreachable,
+)
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BESIDE_MIN_S,
@@ -67,6 +73,7 @@ async def read_log(
     Raises:
         CursorAhead: the log ends before the view's cursor; with `restart`, the view starts over.
     """
+    joined = False
     while True:
         before = view.cursor
         request = pb.ReadRequest(
@@ -81,6 +88,12 @@ async def read_log(
             if not restart or not before.offset:
                 raise
             view.forget()  # what brought it there was not the log
+            continue
+        except UnknownDevice:
+            if joined:
+                raise
+            joined = True
+            await join_again(nodes, session, device)
             continue
         tail = Cursor(reply.tail.generation, reply.tail.offset)
         view.read_to(tail)
@@ -104,6 +117,16 @@ async def read_log(
             return
         if view.cursor == before:
             return
+
+
+async def join_again(nodes: Nodes, session: str, device: str) -> None:
+    """Of many devices the log forgets those that were quiet for longest: open the session anew.
+
+    Raises:
+        UnknownSession: it is gone.
+    """
+    request = pb.OpenSessionRequest(session=session, device=device, must_exist=True)
+    await nodes.unary("OpenSession", request)
 
 
 async def _whole_snapshot(nodes: Nodes, session: str, device: str) -> pb.Snapshot:

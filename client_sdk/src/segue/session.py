@@ -21,7 +21,7 @@ from segue.errors import (
     UnknownSession,
 )
 from segue.events import Entry, Snapshot
-from segue.follow import Follower, Where, read_log
+from segue.follow import Follower, Where, join_again, read_log
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import SessionName, check_id, new_id
@@ -136,7 +136,11 @@ class Session:
             Whether one was running.
         """
         request = pb.StopTurnRequest(session=self.name, device=self.device, turn=turn)
-        reply = await self._nodes.unary("StopTurn", request, patience_s=_PATIENCE_S)
+        try:
+            reply = await self._nodes.unary("StopTurn", request, patience_s=_PATIENCE_S)
+        except UnknownDevice:
+            await join_again(self._nodes, self.name, self.device)
+            reply = await self._nodes.unary("StopTurn", request, patience_s=_PATIENCE_S)
         return bool(reply.stopping)
 
     # -- the log ----------------------------------------------------------------------------------
