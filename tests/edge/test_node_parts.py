@@ -50,6 +50,25 @@ def test_a_turn_that_the_log_has_otherwise_counts_as_changed() -> None:
     assert history.merge(1, 1, [turn("b", [1, 3])])
 
 
+def test_what_no_prompt_holds_again_is_forgotten_and_never_sent_for() -> None:
+    history = SessionHistory()
+    history.merge(1, 0, [turn("a"), turn("b"), turn("c")])
+    history.forget("d", "c")
+    assert [t.turn for t in history.turns] == ["c"]
+    assert history.known_turns == 3
+    history.add(turn("d"))
+    assert not history.merge(1, 3, [turn("d")]), "the same conversation"
+    assert [t.turn for t in history.turns] == ["c", "d"]
+    assert history.merge(1, 7, [turn("h")]), "the turns between are before the cut"
+    assert [t.turn for t in history.turns] == ["h"]
+    assert history.known_turns == 8
+    history.forget("i", "i")
+    assert history.turns == []
+    assert history.known_turns == 8
+    history.merge(2, 0, [turn("a")])
+    assert history.known_turns == 1
+
+
 def test_what_waits_in_the_outbox_stays_in_the_conversation_until_it_is_delivered() -> None:
     history = SessionHistory()
     history.merge(1, 0, [turn("a")])

@@ -104,6 +104,32 @@ async def test_history_then_the_others_live() -> None:
         assert not room.live
 
 
+async def test_the_line_above_which_the_model_forgets_is_shown_when_it_moves() -> None:
+    log = FakeLog("trip")
+    for number in (1, 2):
+        write_turn(log, f"t{number}", "phone", f"Question {number}", "Yes")
+        end_turn(log, f"t{number}")
+
+    def begins(turn: str, context_from: str) -> None:
+        log.append(
+            ops.UserMessage(id=f"{turn}u", turn=turn, device="phone", text=f"Question {turn}"),
+            ops.TurnStarted(id=f"{turn}s", turn=turn, epoch=1, context_from=context_from),
+        )
+        end_turn(log, turn)
+
+    def notes(screen: Script) -> list[str]:
+        return [line for line in screen if line.startswith("note")]
+
+    begins("t3", "t2")
+    async with FakeAgent(log) as agent, room_of(agent, "laptop") as (_room, screen):
+        await screen.until(lambda: len(notes(screen)) == 1)
+        assert "before “Question 2”" in notes(screen)[0]
+        begins("t4", "t2")
+        begins("t5", "t5")
+        await screen.until(lambda: len(notes(screen)) == 2)
+        assert "before “Question t5”" in notes(screen)[1]
+
+
 async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:
     log = FakeLog("trip")
 

@@ -43,10 +43,11 @@ async def cloud_rpc(
     *,
     max_turns: int = 8,
     manifest: Manifest | None = None,
+    tokenizer: ChatTokenizer | None = None,
 ) -> AsyncIterator[CloudRpc]:
-    """`manifest`: in place of the one that lies in `model_dir`."""
+    """`manifest`, `tokenizer`: in place of those that lie in `model_dir`."""
     manifest = manifest or read_manifest(model_dir)
-    tokenizer = ChatTokenizer.load(model_dir, manifest)
+    tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
     async with SessionLog(store) as log:
         context = manifest.geometry.context

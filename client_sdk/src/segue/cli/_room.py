@@ -18,6 +18,8 @@ from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.sync.ops import Frame, UserMessage
 from segue_contract.sync.state import SessionState, TurnState, find_turn
 
+_QUOTED_CHARS = 60
+
 
 @dataclass(eq=False)
 class Talk:
@@ -85,6 +87,7 @@ class Room:
         self._screen = screen
         self._clock = clock
         self._done: set[str] = set()
+        self._context_from = ""
         self._follower: segue.Follower | None = None
 
     @property
@@ -133,6 +136,8 @@ class Room:
         if first:
             self._screen.history(history)
             self.arrived.set()
+        for known in state.turns[-1:]:
+            self._show_context(known, state)
         self._screen.changed()
 
     def _entry(self, entry: segue.Entry, state: SessionState) -> None:
@@ -140,6 +145,7 @@ class Room:
         known = find_turn(state, name)
         if known is None or name in self._done:
             return
+        self._show_context(known, state)
         talk = self._talk(known)
         if isinstance(entry.op, Frame) and not (talk.ours or talk.late):
             seconds = self._clock() - talk.begun_at
@@ -148,6 +154,20 @@ class Room:
             talk.prompt = entry.op.text
         self._update(known)
         self._screen.changed()
+
+    def _show_context(self, known: TurnState, state: SessionState) -> None:
+        """The line above which the model forgets, each time it moves."""
+        if known.context_from in ("", self._context_from):
+            return
+        self._context_from = known.context_from
+        first = find_turn(state, known.context_from)
+        if first is not None:
+            said = " ".join(first.prompt.split())
+            said = said if len(said) <= _QUOTED_CHARS else f"{said[:_QUOTED_CHARS]}…"
+            self._screen.note(
+                "── The conversation is longer than the model's context. It no longer sees what "
+                f"was said before “{said}” ──"
+            )
 
     def _talk(self, known: TurnState) -> Talk:
         talk = self.live.get(known.turn)

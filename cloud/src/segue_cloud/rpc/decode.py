@@ -27,6 +27,7 @@ from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
+from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn
 from segue_contract.transport.heartbeat import beating
 from segue_contract.v1 import agent_pb2 as pb
@@ -61,6 +62,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
         same_life = request.known_generation == state.cursor.generation
         first = min(request.known_turns, len(finished)) if same_life else 0
+        first = max(first, first_seen(finished, asked.turn, begun.context_from))
         return dpb.BeginReply(
             epoch=begun.epoch,
             tail=cursor_message(begun.cursor),
@@ -68,6 +70,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             first_turn=first,
             joined=begun.known,
             facts=self._facts.facts(),
+            context_from=begun.context_from,
         )
 
     def _check_weights(self, digest: str) -> None:

@@ -165,6 +165,7 @@ class TurnClaim:
     # BUSY: how much longer the holder holds the session; not positive: nobody renews its lease
     lease_left_s: float = 0.0
     nonce: str = ""  # OK, unless `begin_turn` found the turn `known`: what the owner appends with
+    opening: tuple[Op, ...] = ()  # the turn's first ops, where it began just now
 
     def hold(self, turn: str) -> TurnHold:
         return TurnHold(turn, self.epoch, self.nonce, self.cursor.generation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from segue_cloud.sessions.port import Status, TurnClaim, full_session
 from segue_cloud.turns.opening import TurnRequest, opening_ops
@@ -15,6 +16,7 @@ from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.patience import done_within
 from segue_cloud.turns.places import Places
 from segue_cloud.turns.ports import RunningTurns
+from segue_cloud.turns.prompts import prompt_begins
 from segue_contract.errors import (
     DeadlineExceeded,
     Overloaded,
@@ -33,6 +35,7 @@ from segue_contract.limits import (
     WAIT_POLL_LATER_S,
     WAIT_POLL_S,
 )
+from segue_contract.sync.ops import Op
 
 
 class SessionClaims:
@@ -110,19 +113,32 @@ class SessionClaims:
         begun = False
         try:
             await self._running.name([request.session], TURN_LEASE_S)
+            opening = await self._opening(request)
             claim = await self._deps.log.begin_turn(
                 request.session,
                 request.turn,
-                opening_ops(request, model=self._model, now_ms=self._deps.now_ms()),
+                opening,
                 TURN_LEASE_S,
                 digest=digest,
                 abandon_s=ORPHAN_PATIENCE_S,
             )
             begun = claim.status is Status.OK and not claim.known
-            return _checked(claim, request)
+            return _checked(replace(claim, opening=opening) if begun else claim, request)
         finally:
             if not begun:
                 self._places.give_back(name)
+
+    async def _opening(self, request: TurnRequest) -> tuple[Op, ...]:
+        """The turn's first ops, with what the model will see, by the log as it is now."""
+        state = await self._deps.log.state(request.session)
+        earlier = [turn for turn in state.turns if turn.turn != request.turn]
+        context_from = await prompt_begins(self._deps, earlier, request)
+        return opening_ops(
+            request,
+            model=self._model,
+            now_ms=self._deps.now_ms(),
+            context_from=context_from,
+        )
 
     async def _wait(self, request: TurnRequest) -> TurnClaim:
         session = request.session

@@ -13,10 +13,11 @@ import structlog
 
 from segue_cloud.sessions.port import TurnHold
 from segue_cloud.turns.claims import SessionClaims
-from segue_cloud.turns.opening import TurnRequest, opening_ops
+from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.places import Places
 from segue_cloud.turns.ports import RunningTurns
+from segue_cloud.turns.prompts import encode_prompt
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.takeover import Takeover
 from segue_cloud.turns.writer import TurnKey
@@ -36,8 +37,8 @@ from segue_contract.limits import (
     TURN_LEASE_S,
 )
 from segue_contract.plan import Shape
-from segue_contract.sync.ops import Op
-from segue_contract.sync.state import Cursor, heard
+from segue_contract.sync.ops import Op, TurnStarted
+from segue_contract.sync.state import Cursor
 
 log = structlog.get_logger("segue.turns")
 
@@ -55,6 +56,12 @@ class Begun:
     nonce: str = ""  # of the claim that began it
     opening: tuple[Op, ...] = ()
 
+    @property
+    def context_from(self) -> str:
+        """Id of the first turn that the model sees; empty: all."""
+        started = (op for op in self.opening if isinstance(op, TurnStarted))
+        return next((op.context_from for op in started), "")
+
 
 class TurnManager:
     """All turns that this process owns.
@@ -69,7 +76,6 @@ class TurnManager:
     ) -> None:
         self._deps = deps
         self._running = running
-        self._model = model
         self._places = Places(max_turns)
         self._takeover = Takeover(deps, self, self._places, running, model=model)
         self._claims = SessionClaims(
@@ -125,8 +131,9 @@ class TurnManager:
 
     async def _begin(self, request: TurnRequest, expect_open: bool) -> Begun:
         claim = await self._claims.claim(request)
-        opening = opening_ops(request, model=self._model, now_ms=self._deps.now_ms())
-        begun = Begun(claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce, opening)
+        begun = Begun(
+            claim.epoch, claim.cursor, claim.known, claim.ended, claim.nonce, claim.opening
+        )
         if not claim.known:
             self._begun[request.name] = begun
             if expect_open:
@@ -189,8 +196,8 @@ class TurnManager:
         try:
             state = await self._deps.log.state(request.session)
             earlier = [turn for turn in state.turns if turn.turn != request.turn]
-            prompt = await asyncio.to_thread(
-                self._deps.tokenizer.encode_conversation, heard(earlier), request.prompt
+            prompt = await encode_prompt(
+                self._deps, earlier, request.turn, request.prompt, begun.context_from
             )
         except BaseException:
             # Its lease runs out, and `recover` finds it.
@@ -203,7 +210,7 @@ class TurnManager:
                 key=TurnKey(
                     request.session, request.turn, begun.epoch, request.device, begun.nonce
                 ),
-                prompt=tuple(prompt),
+                prompt=prompt,
                 max_tokens=request.max_tokens,
                 sampling=request.sampling,
                 stop=request.stop,

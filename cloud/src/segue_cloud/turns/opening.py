@@ -35,7 +35,9 @@ class TurnRequest:
         return digest(msgspec.msgpack.encode(asked)).hex()
 
 
-def opening_ops(request: TurnRequest, *, model: str, now_ms: int) -> tuple[Op, ...]:
+def opening_ops(
+    request: TurnRequest, *, model: str, now_ms: int, context_from: str = ""
+) -> tuple[Op, ...]:
     """user_message and turn_started of a turn that begins now."""
     return (
         UserMessage(
@@ -55,6 +57,7 @@ def opening_ops(request: TurnRequest, *, model: str, now_ms: int) -> tuple[Op, .
             max_tokens=request.max_tokens,
             sampling=request.sampling,
             stop=request.stop,
+            context_from=context_from,
         ),
     )
 
@@ -70,4 +73,4 @@ def opening_of(session: SessionName, turn: TurnState, *, now_ms: int) -> tuple[O
         sampling=turn.sampling,
         stop=turn.stop,
     )
-    return opening_ops(request, model=turn.model, now_ms=now_ms)
+    return opening_ops(request, model=turn.model, now_ms=now_ms, context_from=turn.context_from)

@@ -14,13 +14,14 @@ from segue_cloud.turns.opening import opening_of
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.places import Places
 from segue_cloud.turns.ports import RunningTurns
+from segue_cloud.turns.prompts import encode_prompt
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import UnknownTurn
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import TURN_LEASE_S
 from segue_contract.plan import Shape
-from segue_contract.sync.state import TurnState, find_turn, heard
+from segue_contract.sync.state import TurnState, find_turn
 
 log = structlog.get_logger("segue.turns")
 
@@ -144,12 +145,10 @@ class Takeover:
         if turn is None:  # the log lost it
             return False
         earlier = state.turns[: state.turns.index(turn)]
-        prompt = await asyncio.to_thread(
-            self._deps.tokenizer.encode_conversation, heard(earlier), turn.prompt
-        )
+        prompt = await encode_prompt(self._deps, earlier, name.turn, turn.prompt, turn.context_from)
         spec = OwnedTurn(
             key=TurnKey(session, name.turn, claim.epoch, turn.device, claim.nonce),
-            prompt=tuple(prompt),
+            prompt=prompt,
             max_tokens=turn.max_tokens,
             sampling=turn.sampling,
             stop=turn.stop,

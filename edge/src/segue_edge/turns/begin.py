@@ -18,7 +18,8 @@ from segue_contract.errors import (
     Unreachable,
 )
 from segue_contract.limits import BEGIN_TIMEOUT_S
-from segue_contract.sync.state import TurnState, decode_turns, heard
+from segue_contract.sync.context import choose_context, seen
+from segue_contract.sync.state import TurnState, decode_turns
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked
@@ -37,7 +38,7 @@ class Begun:
     in the outbox.
 
     `prompt`: token ids of the whole conversation and this message. `joined`: the turn's id was
-    known to the cloud, so it is followed, not run.
+    known to the cloud, so it is followed, not run. `context_from`: id of the first turn in it.
     """
 
     cloud: Cloud | None
@@ -46,9 +47,11 @@ class Begun:
     offset: int = 0
     joined: bool = False
     room: Room | None = None
+    context_from: str = ""
 
 
 OnGuess = Callable[[Cloud, list[int]], None]
+Guess = tuple[list[int], str]  # the prompt, and the id of the first turn in it
 
 
 class TurnOpening:
@@ -88,35 +91,53 @@ class TurnOpening:
         guess = asyncio.create_task(self._guess(asked, history, on_guess))
         try:
             if self._may_not_fit(history, asked):
-                self.check_fits(await guess)
+                self.check_fits((await guess)[0])
             try:
                 if self._outbox.holds(asked.session):
                     await self._outbox.settle(asked.session)
                 cloud, reply = await self._begin_online(asked, history)
             except Unreachable:
                 return await self._begin_offline(asked, history, guess)
-            result = Begun(cloud, [], reply.epoch, reply.tail.offset, reply.joined)
+            cut = reply.context_from
+            result = Begun(
+                cloud, [], reply.epoch, reply.tail.offset, reply.joined, context_from=cut
+            )
             if reply.joined:
                 return result
             turns = decode_turns(reply.turns)
             changed = history.merge(reply.tail.generation, reply.first_turn, turns)
             history.seen = (reply.tail.generation, reply.tail.offset)
-            result.prompt = await (self._encode(history.turns, asked) if changed else guess)
+            result.prompt, guessed = await guess
+            history.forget(asked.request.turn, cut)
+            if changed or cut != guessed:
+                result.prompt = await self._encode(history.turns, asked, cut)
             return result
         finally:
             guess.cancel()
 
-    async def _guess(self, asked: Asked, history: SessionHistory, on_guess: OnGuess) -> list[int]:
-        known = history.known
-        prompt = await self._encode(history.turns, asked)
+    async def _guess(self, asked: Asked, history: SessionHistory, on_guess: OnGuess) -> Guess:
+        """The prompt by what this node knows."""
+        known, turns = history.known, history.turns
+        request = asked.request
+        context_from = await asyncio.to_thread(
+            choose_context,
+            turns,
+            request.turn,
+            self._tokenizer,
+            request.prompt,
+            max_tokens=request.max_tokens,
+            context=self._context,
+        )
+        prompt = await self._encode(turns, asked, context_from)
         ranked = self._clouds.ranked(asked.session)
         if known and ranked and ranked[0].healthy and not self._outbox.holds(asked.session):
             on_guess(ranked[0], prompt)
-        return prompt
+        return prompt, context_from
 
-    async def _encode(self, turns: list[TurnState], asked: Asked) -> list[int]:
+    async def _encode(self, turns: list[TurnState], asked: Asked, context_from: str) -> list[int]:
+        kept = seen(turns, asked.request.turn, context_from)
         encode = self._tokenizer.encode_conversation
-        return await asyncio.to_thread(encode, heard(turns), asked.request.prompt)
+        return await asyncio.to_thread(encode, kept, asked.request.prompt)
 
     def _may_not_fit(self, history: SessionHistory, asked: Asked) -> bool:
         """A token has at least a byte, so a small conversation needs no look before Begin."""
@@ -150,23 +171,23 @@ class TurnOpening:
         return await at_some_cloud(self._clouds, asked.session, call, final=_FINAL)
 
     async def _begin_offline(
-        self, asked: Asked, history: SessionHistory, guess: asyncio.Task[list[int]]
+        self, asked: Asked, history: SessionHistory, guess: asyncio.Task[Guess]
     ) -> Begun:
         if not history.known:
             raise Unreachable(
                 f"No cloud can be reached, and this edge does not know session {asked.session}.",
                 hint="Check the cloud (`segue doctor`), or go on in a session opened here before.",
             )
-        prompt = await guess
+        prompt, context_from = await guess
         self.check_fits(prompt)
-        return Begun(None, prompt, room=self._outbox.reserve())
+        return Begun(None, prompt, room=self._outbox.reserve(), context_from=context_from)
 
 
 async def call_begin(cloud: Cloud, asked: Asked, history: SessionHistory) -> dpb.BeginReply:
     """One `Decode.Begin`. Raises the cloud's typed error, or Unreachable."""
     request = dpb.BeginRequest(
         turn=asked.request,
-        known_turns=len(history.confirmed),
+        known_turns=history.known_turns,
         known_generation=history.generation,
         weights_digest=cloud.expected_weights,
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from segue_contract.limits import EDGE_SESSION_CACHE
+from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState
 
 
 class SessionHistory:
-    """One session's finished turns; as many as fit the model's context, for more are refused.
+    """One session's finished turns that the model sees: as many as fit its context.
 
     `confirmed` came from the log; `provisional` are turns this node served and the log may or may
     not have: they matter while the cloud is out of reach, and give way to the log's own.
     Those that wait in the outbox (`wait`) stay until they are delivered.
+    `forgotten` turns lie before them, which no prompt will hold again.
     `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
     `tenant`: the cloud's, as it said when the session was opened. `seen`: generation and offset of
     the log as far as this node knows it.
@@ -23,6 +25,7 @@ class SessionHistory:
         self.generation = 0
         self.confirmed: list[TurnState] = []
         self.provisional: list[TurnState] = []
+        self.forgotten = 0
         self.held: list[int] = []
         self.held_by = ""
         self.tenant = ""
@@ -33,6 +36,11 @@ class SessionHistory:
     def known(self) -> bool:
         """Whether the conversation's beginning is known, so that it can go on without the log."""
         return self.generation > 0
+
+    @property
+    def known_turns(self) -> int:
+        """How many finished turns of the log need not be sent to this node."""
+        return self.forgotten + len(self.confirmed)
 
     @property
     def turns(self) -> list[TurnState]:
@@ -47,9 +55,11 @@ class SessionHistory:
         """Take a Begin reply; returns whether it changed what `turns` was before."""
         before = [turn.turn for turn in self.turns]
         if generation != self.generation:
-            self.confirmed = []
+            self.confirmed, self.forgotten = [], 0
             self.generation = generation
-        self.confirmed = [*self.confirmed[:first_turn], *turns]
+        if not self.forgotten <= first_turn <= self.known_turns:
+            self.confirmed, self.forgotten = [], first_turn
+        self.confirmed = [*self.confirmed[: first_turn - self.forgotten], *turns]
         texts = {turn.turn: turn.tokens for turn in self.provisional}
         listed = {turn.turn for turn in self.confirmed}
         self.provisional = [
@@ -59,6 +69,12 @@ class SessionHistory:
         ]
         same = [turn.turn for turn in self.turns] == before
         return not (same and all(texts.get(t.turn, t.tokens) == t.tokens for t in turns))
+
+    def forget(self, turn: str, context_from: str) -> None:
+        """Drop what the model does not see from `turn` on."""
+        before = first_seen(self.confirmed, turn, context_from)
+        self.forgotten += before
+        del self.confirmed[:before]
 
     def add(self, turn: TurnState) -> None:
         """A turn that this node served to its end."""

@@ -200,6 +200,7 @@ class TurnRun:
             tokens=list(state.tokens),
             pieces=list(state.pieces),
             reason=ended.reason,
+            context_from=begun.context_from,
         )
         self._closing.remember(self.asked, begun.prompt, turn, ended, report)
         await self._closing.write_down(self.asked, ended, report, self._measure)

@@ -45,7 +45,10 @@ class UserMessage(_Op, frozen=True, kw_only=True, tag="user_message"):
 
 
 class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
-    """The turn's first op, and again with a higher epoch when another decoder takes it over."""
+    """The turn's first op, and again with a higher epoch when another decoder takes it over.
+
+    `context_from`: id of the first turn that the model sees (this one: no other); empty: all.
+    """
 
     turn: str
     epoch: int
@@ -53,6 +56,7 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
+    context_from: str = ""
 
 
 class Frame(_Op, frozen=True, kw_only=True, tag="frame"):

@@ -21,7 +21,8 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One turn as the log has it so far.
 
     `pieces[i]` is the text that token `i` completed; `reason` is empty while the turn runs.
-    `last_offset` is the offset of the last op that changed it.
+    `last_offset` is the offset of the last op that changed it. The model saw the conversation from
+    turn `context_from` on (this one: no other); empty: from its beginning.
     """
 
     turn: str
@@ -32,6 +33,7 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
+    context_from: str = ""
     tokens: list[int] = []
     pieces: list[str] = []
     reason: str = ""

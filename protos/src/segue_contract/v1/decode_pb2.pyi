@@ -60,6 +60,7 @@ class BeginReply(_message.Message):
     FIRST_TURN_FIELD_NUMBER: _builtins.int
     JOINED_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    CONTEXT_FROM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The turn's fencing number, to be sent with `open`."""
     turns: _builtins.bytes
@@ -67,6 +68,10 @@ class BeginReply(_message.Message):
     first_turn: _builtins.int
     joined: _builtins.bool
     """The turn id was known already: it runs or has ended; follow it, do not run it."""
+    context_from: _builtins.str
+    """Id of the first turn that the prompt holds; this turn's: it holds no other; empty: all. Turns
+    before it may be missing from `turns`.
+    """
     @_builtins.property
     def tail(self) -> _agent_pb2.Cursor: ...
     @_builtins.property
@@ -80,10 +85,11 @@ class BeginReply(_message.Message):
         first_turn: _builtins.int = ...,
         joined: _builtins.bool = ...,
         facts: Global___CloudFacts | None = ...,
+        context_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "facts", b"facts", "first_turn", b"first_turn", "joined", b"joined", "tail", b"tail", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_from", b"context_from", "epoch", b"epoch", "facts", b"facts", "first_turn", b"first_turn", "joined", b"joined", "tail", b"tail", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
