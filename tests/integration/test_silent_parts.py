@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
 import segue
 from segue.testing import LocalStack
-from tests.support.devices import WAIT_S, text_in_log, watching
+from tests.support.devices import WAIT_S, Pauses, text_in_log, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
-
-
-class Pauses:
-    """Reads a turn to its end; `longest_s` between two tokens is printed, never asserted."""
-
-    def __init__(self) -> None:
-        self.longest_s = 0.0
-        self.begun = asyncio.Event()
-
-    async def read(self, turn: segue.Turn) -> segue.Reply:
-        last = time.monotonic()
-        async for event in turn:
-            if isinstance(event, segue.Frame):
-                now = time.monotonic()
-                self.longest_s, last = max(self.longest_s, now - last), now
-                if turn.tokens and len(turn.tokens) > 10:
-                    self.begun.set()
-        return await turn.result()
 
 
 @pytest.mark.parametrize("plan", ["text", "ship"])

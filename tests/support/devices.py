@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -81,3 +82,23 @@ async def text_in_log(address: str, session: str, turn: str) -> str:
         known = next(t for t in state.turns if t.turn == turn)
         assert isinstance(state.cursor, Cursor)
         return known.text
+
+
+class Pauses:
+    """Reads a turn to its end; `longest_s` between two tokens is printed, never asserted."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self.begun = asyncio.Event()
+
+    async def read(self, turn: segue.Turn) -> segue.Reply:
+        last: float | None = None
+        async for event in turn:
+            if isinstance(event, segue.Frame):
+                now = time.monotonic()
+                if last is not None:
+                    self.longest_s = max(self.longest_s, now - last)
+                last = now
+                if len(turn.tokens) > 10:
+                    self.begun.set()
+        return await turn.result()

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from segue_contract.errors import SegueError, SessionBusy, Unreachable
+from segue_contract.limits import PROBE_TIMEOUT_S, SILENCE_S
+from segue_contract.transport.heartbeat import answered
 from segue_edge.uplink.clouds import Cloud, CloudSet
 
 T = TypeVar("T")
@@ -28,6 +30,8 @@ async def at_some_cloud(
         SegueError: a refusal for good, or the first one for now where all refuse.
         Unreachable: no cloud can be reached.
     """
+    # Where there is no other cloud, nothing is won by giving this one up early.
+    silence_s = SILENCE_S if len(clouds.clouds) > 1 else 2 * PROBE_TIMEOUT_S
     refused: SegueError | None = None
     lost: SegueError = Unreachable(
         "This edge has no cloud.", hint="Start it with --cloud HOST:PORT.", cloud=""
@@ -35,7 +39,7 @@ async def at_some_cloud(
     for cloud in clouds.ranked(session):
         try:
             await cloud.reach()
-            return await call(cloud)
+            return await answered(call(cloud), cloud.sign_of_life, silence_s=silence_s)
         except Unreachable as error:
             cloud.failed(error)
             lost = error

@@ -184,6 +184,15 @@ class Cloud:
             ) from error
         self.take_facts(reply.facts)
 
+    async def sign_of_life(self, timeout_s: float) -> None:
+        """Return where it answers anything; while KV is under way an answer may be late.
+
+        Raises:
+            Unreachable, DeadlineExceeded: it does not within `timeout_s`.
+        """
+        if not self.carries_kv:
+            await self._probe_call(b"", timeout_s)
+
     async def _probe_call(
         self, payload: bytes, timeout_s: float = PROBE_TIMEOUT_S, *, wait_for_ready: bool = False
     ) -> dpb.ProbeReply:
