@@ -12,6 +12,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tests.sim.cluster import CloudProgram
+    from tests.sim.edge import EdgeProgram
     from tests.sim.scenarios import Scene
 
 
@@ -54,10 +56,25 @@ def _cloud(scene: Scene, rng: Random) -> int:
 
 
 def kill_cloud(scene: Scene, rng: Random, fault: Fault) -> None:
-    cloud = scene.clouds[_cloud(scene, rng)]
-    if cloud.process.alive:
-        cloud.kill()
-        _later(scene, fault, cloud.start)
+    _kill(scene, scene.clouds[_cloud(scene, rng)], fault)
+
+
+def _kill(scene: Scene, program: CloudProgram | EdgeProgram, fault: Fault) -> None:
+    if program.process.alive:
+        program.kill()
+        _later(scene, fault, program.start)
+
+
+def kill_edge(scene: Scene, rng: Random, fault: Fault) -> None:
+    if scene.edges:
+        _kill(scene, rng.choice(scene.edges), fault)
+
+
+def pause_edge(scene: Scene, rng: Random, fault: Fault) -> None:
+    if scene.edges:
+        process = rng.choice(scene.edges).process
+        process.pause()
+        _later(scene, fault, process.resume)
 
 
 def pause_cloud(scene: Scene, rng: Random, fault: Fault) -> None:
@@ -105,6 +122,9 @@ def refuse_writes(scene: Scene, rng: Random, fault: Fault) -> None:
 
 def _pair(scene: Scene, rng: Random) -> tuple[str, str]:
     cloud = scene.clouds[_cloud(scene, rng)].name
+    if scene.edges and rng.random() < 0.5:
+        near = rng.choice(scene.edges).name
+        return near, rng.choice([cloud, cloud, rng.choice(scene.devices).name])
     others = ["store", "store", "broker", *(device.name for device in scene.devices)]
     if rng.random() < 0.1 and scene.devices:
         return rng.choice(scene.devices).name, "broker"
@@ -173,6 +193,8 @@ def refuse_publishes(scene: Scene, rng: Random, fault: Fault) -> None:
 KINDS: dict[str, tuple[float, Begin]] = {
     "kill cloud": (2.0, kill_cloud),
     "pause cloud": (1.5, pause_cloud),
+    "kill edge": (1.0, kill_edge),
+    "pause edge": (1.0, pause_edge),
     "restart store": (1.0, restart_store),
     "lose tail": (2.0, lose_tail),
     "stall store": (1.0, stall_store),

@@ -67,6 +67,9 @@ MUTATIONS: dict[str, Mutation] = {
         "request.from_index = self._view.resume_index",
         "request.from_index = self._view.resume_index + 1",
     ),
+    "previews that changed are not taken back": Mutation(
+        "segue_contract.turn.merge", "            events.append(Rewound(self._epoch, changed))\n", ""
+    ),
     "the hub queues an entry behind a gap": Mutation(
         "segue_cloud.hub.state",
         "                    and entry.cursor == Cursor(end.generation, end.offset + 1)\n",

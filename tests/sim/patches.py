@@ -26,6 +26,7 @@ import aiomqtt
 import grpc
 
 from tests.sim import broker, rpc, store
+from tests.sim.edge import SimCompute
 from tests.sim.engine import SimEngine
 from tests.sim.world import World
 from tests.support.tiny_edge import MANIFEST, tiny_tokenizer
@@ -115,6 +116,7 @@ def patched(world: World) -> Iterator[None]:
     """While inside, the product's programs run in `world`."""
     prepare()
     app: Any = importlib.import_module("segue_cloud.app")
+    node: Any = importlib.import_module("segue_edge.node")
     hub: Any = importlib.import_module("segue_cloud.hub.hub")
     mqtt_client: Any = importlib.import_module("segue_contract.transport.mqtt_client")
     wire: Any = importlib.import_module("segue_cloud.sessions.wire")
@@ -128,6 +130,9 @@ def patched(world: World) -> Iterator[None]:
     def server(*_: Any, interceptors: Any = (), **__: Any) -> rpc.Server:
         return rpc.Server(world, interceptors)
 
+    def compute(*_: Any, **__: Any) -> SimCompute:
+        return SimCompute(world.rng(f"compute {world.loop.steps}"))
+
     async def engine(*_: Any, **__: Any) -> SimEngine:
         return SimEngine(world)
 
@@ -139,6 +144,7 @@ def patched(world: World) -> Iterator[None]:
             (socket, "getaddrinfo", _no_network),
             (grpc.aio, "insecure_channel", channel),
             (grpc.aio, "server", server),
+            (node, "ComputeThread", compute),
             (app, "_load_engine", engine),
             (app, "model_directory", lambda name: Path(name)),
             (app, "read_manifest", lambda directory: MANIFEST),

@@ -15,6 +15,7 @@ from tests.sim import faults as faults_of
 from tests.sim.broker import Broker
 from tests.sim.cluster import CloudProgram
 from tests.sim.devices import Device
+from tests.sim.edge import EdgeProgram
 from tests.sim.faults import Fault
 from tests.sim.invariants import History
 from tests.sim.store import Store
@@ -23,6 +24,7 @@ from tests.sim.world import Violation, World
 BUSY_S = 6.0  # faults begin within it
 CALM_S = 60.0  # after the last fault
 _LOOK_S = 0.25
+EDGES_EVERY = 3  # one seed in so many has edges, too
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Scene:
     broker: Broker
     history: History
     clouds: list[CloudProgram] = field(default_factory=list)
+    edges: list[EdgeProgram] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
 
 
@@ -46,8 +49,14 @@ async def clouds_and_devices(world: World, faults: list[Fault]) -> Scene:
     world.network.jitter_s = world.network.latency_s * rng.choice([0.5, 2.0])
     scene.clouds = [CloudProgram(world, number) for number in (1, 2)]
     addresses = [cloud.address for cloud in scene.clouds]
+    if world.seed % EDGES_EVERY == EDGES_EVERY - 1:
+        plan = rng.choice(["auto", "auto", "edge", "ship", "text"])
+        scene.edges = [EdgeProgram(world, number, addresses, plan) for number in (1, 2)]
     for name in ("phone", "laptop", "tablet")[: rng.choice([2, 2, 3])]:
         order = rng.sample(addresses, 2)
+        if scene.edges:
+            near = [edge.address for edge in rng.sample(scene.edges, 2)]
+            order = near + order * rng.choice([0, 1])
         scene.devices.append(Device(world, scene.history, name, "trip", order))
     for fault in faults:
         world.loop.call_later(
@@ -100,8 +109,8 @@ def _heal(scene: Scene) -> None:
     scene.broker.process.resume()
     scene.broker.drops = scene.broker.doubles = 0.0
     scene.broker.refuses = False
-    for cloud in scene.clouds:
-        cloud.process.resume()
+    for program in (*scene.clouds, *scene.edges):
+        program.process.resume()
 
 
 async def _converge(scene: Scene, lives: list[asyncio.Task[None]]) -> None:

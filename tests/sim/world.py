@@ -42,6 +42,8 @@ class World:
         self.trace: list[tuple[Any, ...]] = []
         self.structures: list[Any] = []  # with a check_integrity
         self.failures: list[str] = []
+        self.files = 0  # made so far
+        self._measured = 0
         self._bytes = self.rng("os.urandom")
         self.loop = SimLoop(
             self.rng("loop"),
@@ -68,6 +70,11 @@ class World:
 
     def random_bytes(self, size: int) -> bytes:
         return self._bytes.randbytes(size)
+
+    def _measured_s(self) -> float:
+        """What is measured within one step of the loop takes a while, too."""
+        self._measured += 1
+        return self.loop.time() + self._measured * 0.004
 
     def say(self, *what: Any) -> None:
         process = current()
@@ -118,7 +125,8 @@ class World:
             patch.object(time, "time", self.wall_s),
             patch.object(time, "time_ns", lambda: int(self.wall_s() * 1e9)),
             patch.object(time, "monotonic", monotonic),
-            patch.object(time, "perf_counter", monotonic),
+            patch.object(time, "perf_counter", self._measured_s),
+            patch.object(os, "fsync", lambda file: None),
             patch.object(os, "urandom", self.random_bytes),
         ):
             configured = structlog.get_config()
