@@ -127,3 +127,13 @@ def test_a_reply_over_any_broken_streams_is_whole(data: st.DataObject) -> None:
     take(ended(len(WORDS), epoch=epoch))
     assert view.ended is not None
     assert "".join(shown).split() == WORDS
+
+
+def test_a_log_that_lost_entries_and_grew_to_the_same_offset_again_is_news() -> None:
+    view = LogView(1)
+    list(view.offer([raw(1), raw(2)]))
+    state = SessionState(cursor=Cursor(2, 2), values={"other": b"1"})
+    view.read_to(Cursor(2, 2), follows=False)
+    snapshot = view.load(state)
+    assert snapshot is not None
+    assert (snapshot.generation, view.state.values) == (2, {"other": b"1"})

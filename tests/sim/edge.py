@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import itertools
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,6 +96,7 @@ class EdgeModel(TinyModel):
 
 
 _TOKENIZER = tiny_tokenizer()
+_FILES = itertools.count()
 _FOLDER = tempfile.TemporaryDirectory(prefix="segue-sim-")
 
 
@@ -124,8 +127,7 @@ class EdgeProgram:
         node: Any = importlib.import_module("segue_edge.node")
         # Of each life its own file: an operating system frees the lock of a dead process, which
         # here is the same one.
-        self.world.files += 1
-        outbox = Path(_FOLDER.name) / f"{id(self.world)}-{self.world.files}.outbox"
+        outbox = Path(_FOLDER.name) / f"{os.getpid()}-{next(_FILES)}.outbox"
         config = node.EdgeConfig(
             port=7100 + self._number, cloud=self._clouds, plan=self._plan, outbox=outbox
         )

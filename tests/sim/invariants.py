@@ -25,6 +25,7 @@ class Entry:
     place: Place
     data: bytes
     op: Op
+    client: Process  # who appended it
 
 
 @dataclass
@@ -108,7 +109,7 @@ class History:
             f"{session} {op.id}: {history.ids.get(op.id)} and {place}",
         )
         history.ids[op.id] = place
-        history.lineage.append(Entry(place, data, op))
+        history.lineage.append(Entry(place, data, op, client))
         self._check_turn(client, session, history, op)
 
     def _check_turn(self, client: Process, session: str, history: SessionHistory, op: Op) -> None:
@@ -153,10 +154,19 @@ class History:
                 history.lineage = kept
                 history.ids = {entry.op.id: entry.place for entry in kept}
                 history.turns.clear()
+                self._forget_owners(session)
                 for entry in kept:
-                    self._replay(history, entry.op)
+                    self._replay(session, history, entry)
 
-    def _replay(self, history: SessionHistory, op: Op) -> None:
+    def _forget_owners(self, session: str) -> None:
+        """An epoch whose claim was lost is given again, in another generation."""
+        for key in [key for key in self.owners if key[0] == session]:
+            del self.owners[key]
+
+    def _replay(self, session: str, history: SessionHistory, entry: Entry) -> None:
+        op = entry.op
+        if isinstance(op, Frame | TurnEnded):
+            self.owners[session, op.turn, op.epoch] = entry.client
         if isinstance(op, TurnStarted | Frame | TurnEnded):
             turn = history.turns.setdefault(op.turn, _Turn())
             if isinstance(op, Frame):

@@ -67,8 +67,8 @@ MUTATIONS: dict[str, Mutation] = {
         "request.from_index = self._view.resume_index",
         "request.from_index = self._view.resume_index + 1",
     ),
-    "previews that changed are not taken back": Mutation(
-        "segue_contract.turn.merge", "            events.append(Rewound(self._epoch, changed))\n", ""
+    "a store's new life goes unnoticed": Mutation(
+        LOG[0], "  if life ~= before then\n", "  if false then\n", LOG[1]
     ),
     "the hub queues an entry behind a gap": Mutation(
         "segue_cloud.hub.state",

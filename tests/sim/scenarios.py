@@ -158,7 +158,7 @@ def _behind(scene: Scene) -> str | None:
                 at = found.cursor.offset if found is not None else None
                 return f"{device.name} is at {at}, the log at {len(history.lineage)}"
             if _content(found) != _content(state):
-                return f"{device.name} has another state than the log"
+                return f"{device.name} has another state than the log: {_differs(found, state)}"
     return None
 
 
@@ -167,6 +167,14 @@ def _content(state: SessionState) -> tuple[object, ...]:
         return one.turn, one.prompt, one.tokens, one.pieces, one.reason, one.epoch
 
     return [turn(one) for one in state.turns], state.values, state.claims, state.results
+
+
+def _differs(one: SessionState, other: SessionState) -> str:
+    return next(
+        f"{left} instead of {right}"
+        for left, right in zip(_content(one), _content(other), strict=True)
+        if left != right
+    )
 
 
 def _check_shown(scene: Scene, device: Device) -> None:

@@ -42,7 +42,6 @@ class World:
         self.trace: list[tuple[Any, ...]] = []
         self.structures: list[Any] = []  # with a check_integrity
         self.failures: list[str] = []
-        self.files = 0  # made so far
         self._measured = 0
         self._bytes = self.rng("os.urandom")
         self.loop = SimLoop(

@@ -51,10 +51,14 @@ class LogView:
         if cursor.generation != self.head.generation or cursor.offset > self.head.offset:
             self.head = cursor
 
-    def read_to(self, tail: Cursor) -> None:
-        """The log says that it ends at `tail`: what was said of entries beyond it was not so."""
+    def read_to(self, tail: Cursor, *, follows: bool = True) -> None:
+        """The log says that it ends at `tail`: what was said of entries beyond it was not so.
+
+        `follows`: it goes on from what is known here. Otherwise some of that was lost, and the log
+        may have grown to the same offset again.
+        """
         self.head = tail
-        if self.cursor.offset == tail.offset:
+        if follows and self.cursor.offset == tail.offset:
             self._replica.adopt_generation(tail.generation)
         self._early = {
             offset: entry for offset, entry in self._early.items() if offset <= tail.offset

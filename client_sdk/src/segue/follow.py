@@ -96,7 +96,7 @@ async def read_log(
             await join_again(nodes, session, device)
             continue
         tail = Cursor(reply.tail.generation, reply.tail.offset)
-        view.read_to(tail)
+        view.read_to(tail, follows=not reply.HasField("snapshot"))
         if reply.HasField("snapshot"):
             found = reply.snapshot
             if found.more:
