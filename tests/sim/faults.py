@@ -93,8 +93,10 @@ def restart_store(scene: Scene, rng: Random, fault: Fault) -> None:
 
 def lose_tail(scene: Scene, rng: Random, fault: Fault) -> None:
     """A crash, or a fail-over to a replica that lagged."""
-    if scene.store.process.alive:
-        scene.store.restart(fault.lasts_s, lose=rng.choice([1, 1, 2, 3, 5, 10]), why="fail-over")
+    store = scene.store
+    lose = min(rng.choice([1, 1, 2, 3, 5, 10]), store.writes - _KEPT)
+    if store.process.alive and lose > 0:
+        store.restart(fault.lasts_s, lose=lose, why="fail-over")
 
 
 def stall_store(scene: Scene, rng: Random, fault: Fault) -> None:
@@ -116,6 +118,8 @@ def refuse_writes(scene: Scene, rng: Random, fault: Fault) -> None:
 
     _later(scene, fault, take)
 
+
+_KEPT = 12  # first writes that are never lost: the session itself, and who opened it
 
 # -- links ------------------------------------------------------------------------------------
 

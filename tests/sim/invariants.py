@@ -42,6 +42,7 @@ class SessionHistory:
     lineage: list[Entry] = field(default_factory=list)
     ids: dict[str, Place] = field(default_factory=dict)  # of the lineage's ops
     turns: dict[str, _Turn] = field(default_factory=dict)
+    lost: set[Place] = field(default_factory=set)  # entries that the store lost
     lost_at_s: float = -1.0  # when the store last lost entries
 
     def fold(self) -> SessionState:
@@ -60,7 +61,6 @@ class Ack:
     session: str
     place: Place
     op_id: str
-    at_s: float
 
 
 class History:
@@ -151,6 +151,7 @@ class History:
             if len(kept) < len(history.lineage):
                 self._world.say("lost", session, len(history.lineage) - len(kept))
                 history.lost_at_s = self._world.now_s
+                history.lost |= {entry.place for entry in history.lineage[len(kept) :]}
                 history.lineage = kept
                 history.ids = {entry.op.id: entry.place for entry in kept}
                 history.turns.clear()
@@ -185,13 +186,16 @@ class History:
     def acknowledged(self, device: str, session: str, place: Place, op_id: str) -> None:
         """An append came back as a success."""
         self._world.say("ack", session, place, op_id)
-        data = self.of(session).ever.get(place)
+        history = self.of(session)
+        data = history.ever.get(place)
+        kept = history.ids.get(op_id)  # its entry may be of a generation before the answer's
         self._world.require(
-            data is not None and decode_op(data).id == op_id,
+            (data is not None and decode_op(data).id == op_id)
+            or (kept is not None and kept[1] == place[1] and kept[0] < place[0]),
             "An acknowledged op is not where its device was told.",
             f"{device} {session} {op_id} at {place}; there is {_shown(data)}",
         )
-        self.acks.append(Ack(device, session, place, op_id, self._world.now_s))
+        self.acks.append(Ack(device, session, place, op_id))
 
     def saw(self, device: str, session: str, place: Place, op: Op) -> None:
         """A follower was given an entry."""
@@ -222,12 +226,14 @@ class History:
             there = history.ids.get(ack.op_id)
             if there is not None:
                 self._world.require(
-                    there == ack.place, "An acknowledged op moved.", f"{ack}: now at {there}"
+                    there[1] == ack.place[1] and there[0] <= ack.place[0],
+                    "An acknowledged op moved.",
+                    f"{ack}: now at {there}",
                 )
                 continue
             told = history.lineage[-1].place[0] if history.lineage else 0
             self._world.require(
-                history.lost_at_s >= ack.at_s and told != ack.place[0],
+                ack.place in history.lost and told != ack.place[0],
                 "An acknowledged op is gone, and nobody was told.",
                 f"{ack}; the log is at generation {told}",
             )

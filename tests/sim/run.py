@@ -9,6 +9,8 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from tests.sim import faults, scenarios
 from tests.sim.faults import Fault
 from tests.sim.patches import patched
@@ -87,6 +89,8 @@ def run(seed: int, given: list[Fault] | None = None) -> Outcome:
 def _tidy(world: World) -> None:
     """End what a run left behind: the tasks of killed processes, whose last words do not count."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    configured = structlog.get_config()
+    structlog.configure(processors=[_silent])
     try:
         for task in world.loop.tasks:
             coroutine: Any = task.get_coro()
@@ -97,6 +101,11 @@ def _tidy(world: World) -> None:
         gc.collect()
     finally:
         sys.unraisablehook = hook
+        structlog.configure(**configured)
+
+
+def _silent(logger: Any, method: str, event: Any) -> Any:
+    raise structlog.DropEvent
 
 
 def _words(error: BaseException) -> str:
