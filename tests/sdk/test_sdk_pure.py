@@ -137,3 +137,14 @@ def test_a_log_that_lost_entries_and_grew_to_the_same_offset_again_is_news() -> 
     snapshot = view.load(state)
     assert snapshot is not None
     assert (snapshot.generation, view.state.values) == (2, {"other": b"1"})
+
+
+def test_an_entry_kept_under_a_lost_generation_is_not_taken_for_the_next_one() -> None:
+    view = LogView(1)
+    list(view.offer([raw(1), raw(3)]))
+    following = RawEntry(2, 2, raw(2).op)  # read from the log, which lost what was kept
+    view.follow_on(following)
+    assert [entry.offset for entry in view.offer([following])] == [2]
+    assert view.cursor == Cursor(2, 2)
+    replaced = RawEntry(2, 3, encode_op(Set(id="o3b", name="other", value=b"b")))
+    assert [entry.op.id for entry in view.offer([replaced])] == ["o3b"]

@@ -23,12 +23,16 @@ SEEDS = 500  # within which each must be found
 
 @dataclass(frozen=True)
 class Mutation:
-    """`file`: the module's own source, or a file beside it that it reads when it is loaded."""
+    """`file`: the module's own source, or a file beside it that it reads when it is loaded.
+
+    `needs`: a kind of fault without which it does not show, drawn here though runs leave it out.
+    """
 
     module: str
     old: str
     new: str
     file: str = ""
+    needs: str = ""
 
 
 LOG = ("segue_cloud.sessions.store", "log.lua")
@@ -68,7 +72,7 @@ MUTATIONS: dict[str, Mutation] = {
         "request.from_index = self._view.resume_index + 1",
     ),
     "a store's new life goes unnoticed": Mutation(
-        LOG[0], "  if life ~= before then\n", "  if false then\n", LOG[1]
+        LOG[0], "  if life ~= before then\n", "  if false then\n", LOG[1], needs="lose tail"
     ),
     "the hub queues an entry behind a gap": Mutation(
         "segue_cloud.hub.state",
@@ -150,8 +154,9 @@ def plant(mutation: Mutation) -> None:
 
 def main(name: str) -> int:
     plant(MUTATIONS[name])
-    from tests.sim.run import run
+    from tests.sim.run import KNOWN, run
 
+    KNOWN.pop(MUTATIONS[name].needs, None)
     for seed in range(SEEDS):
         outcome = run(seed)
         if outcome.failure:

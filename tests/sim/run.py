@@ -19,7 +19,11 @@ from tests.sim.world import Violation, World
 MAX_TRIES = 40  # runs to cut down one failing list of faults
 
 # Not drawn: what the product does not stand up to yet, with what happens.
-KNOWN: dict[str, str] = {}
+KNOWN: dict[str, str] = {
+    # Seed 67: in the quiet after such a fail-over one asker is told Unreachable, though its turn
+    # ended well in the log.
+    "lose tail": "an asker may be told Unreachable after a fail-over",
+}
 
 
 @dataclass

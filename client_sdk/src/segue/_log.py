@@ -102,11 +102,19 @@ class LogView:
         for entry in entries:
             if self._is_next(entry):
                 yield self._apply(entry)
-                while (early := self._early.pop(self.cursor.offset + 1, None)) is not None:
+                while (early := self._next_early()) is not None:
                     yield self._apply(early)
             elif self._is_later(entry) and len(self._early) < FOLLOWER_QUEUE_ENTRIES:
                 # beyond the bound nothing is kept: `behind` stays true and Read brings it
                 self._early[entry.offset] = entry
+
+    def _next_early(self) -> RawEntry | None:
+        """The kept entry that is next. One of another generation may have been lost: it is dropped,
+        and Read brings what the log has in its place."""
+        early = self._early.pop(self.cursor.offset + 1, None)
+        if early is None or early.generation != self.cursor.generation:
+            return None
+        return early
 
     def _is_next(self, entry: RawEntry) -> bool:
         known = self.cursor
