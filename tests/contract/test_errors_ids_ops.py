@@ -161,6 +161,7 @@ all_ops = st.one_of(
     st.builds(
         ops.TurnStarted, **common, turn=names, epoch=numbers, model=names, max_tokens=numbers,
         sampling=samplings, stop=st.lists(texts, max_size=3).map(tuple), context_from=names,
+        offline=st.booleans(), follows=names,
     ),
     st.builds(
         ops.Frame, **common, turn=names, epoch=numbers, index=numbers, tokens=tokens,

@@ -315,6 +315,9 @@ async def test_what_was_said_offline_comes_first_and_is_in_the_next_prompt() -> 
             told = await device.run("t3", "What is my name?", plan="text")
             assert [turn.turn for turn in back.sessions["trip"]] == ["t1", "t2", "t3"]
             prompt = next(spec.prompt for spec in back.seen.specs if spec.turn == "t3")
+            begins = {begin.turn.turn: begin for begin in back.seen.begins}
+    assert (begins["t2"].offline, begins["t2"].follows) == (True, "t1")
+    assert (begins["t3"].offline, begins["t3"].follows) == (False, "")
     assert b"My name is Ada." in bytes(token for token in prompt if token < 256)
     assert told.ended.durable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import OUTBOX_TURNS
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.servers import Valkey
+from segue_contract.sync.branches import Branch, branches
 from segue_contract.turn.events import Reason
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
@@ -139,6 +140,31 @@ async def test_a_device_and_a_session_that_the_log_does_not_know_are_opened_ther
     assert await in_log(cloud) == (SHOWN, "stop")
     assert await in_log(cloud, "lost") == (SHOWN, "stop")
     assert deliver.told == [("t2", True), ("t3", True)]
+
+
+async def test_what_was_said_offline_beside_others_is_a_branch_and_the_model_sees_both(
+    cloud: CloudRpc, deliver: Delivering
+) -> None:
+    async def ask(turn: str) -> None:
+        asked = pb.RunTurnRequest()
+        asked.CopyFrom(REQUEST)
+        asked.turn, asked.prompt = turn, f"I am {turn}"
+        async for _ in cloud.agent.RunTurn(asked):
+            pass
+
+    await ask("t0")
+    await deliver(replace(said("t1"), follows="t0"))
+    await ask("elsewhere")
+    await deliver(replace(said("t2"), follows="t1"))
+    await deliver(replace(said("t3"), follows="t2"))
+    await ask("t4")
+    state = await cloud.log.state(SessionName("default", "trip"))
+    assert [turn.turn for turn in state.turns] == ["t0", "t1", "elsewhere", "t2", "t3", "t4"]
+    assert [turn.offline for turn in state.turns] == [False, True, False, True, True, False]
+    assert branches(state.turns) == [Branch("t1", ("elsewhere",), ("t2", "t3"))]
+    prompt = cloud.tokenizer.decode(cloud.engine.turns[-1].prompt)
+    assert prompt.count("Hello") == 3
+    assert "I am elsewhere" in prompt
 
 
 async def test_a_turn_that_differs_in_the_log_is_told(cloud: CloudRpc, deliver: Delivering) -> None:

@@ -31,8 +31,10 @@ class Script(list[str]):
         self.woken = asyncio.Event()
         self.room: Room | None = None
         self.live: list[str] = []
+        self.footers: dict[str, str] = {}
 
     def history(self, talks: Sequence[Talk]) -> None:
+        self.footers.update({talk.turn: footer(talk) for talk in talks})
         self.extend(f"history {talk.device}: {talk.prompt} -> {talk.text}" for talk in talks)
         self.woken.set()
 
@@ -42,6 +44,7 @@ class Script(list[str]):
         self.woken.set()
 
     def finished(self, talk: Talk) -> None:
+        self.footers[talk.turn] = footer(talk)
         self.append(f"finished {talk.device}: {talk.prompt} -> {talk.text} ({talk.reason})")
         self.woken.set()
 
@@ -128,6 +131,43 @@ async def test_the_line_above_which_the_model_forgets_is_shown_when_it_moves() -
         begins("t5", "t5")
         await screen.until(lambda: len(notes(screen)) == 2)
         assert "before “Question t5”" in notes(screen)[1]
+
+
+async def test_what_was_said_offline_beside_others_is_shown_as_a_branch() -> None:
+    log = FakeLog("trip")
+
+    def says(turn: str, device: str, prompt: str, follows: str | None = None) -> None:
+        log.append(
+            ops.UserMessage(id=f"{turn}u", turn=turn, device=device, text=prompt),
+            ops.TurnStarted(
+                id=f"{turn}s",
+                turn=turn,
+                epoch=1,
+                offline=follows is not None,
+                follows=follows or "",
+            ),
+        )
+        end_turn(log, turn)
+
+    says("t1", "phone", "Hello?")
+    says("t2", "laptop", "To Rome?")
+    says("t3", "phone", "To Paris?", follows="t1")
+    async with FakeAgent(log) as agent, room_of(agent, "laptop") as (_room, screen):
+        says("t4", "laptop", "And then?")
+        says("t5", "phone", "By train?", follows="t3")
+        says("t6", "phone", "Or by bus?", follows="t5")
+        await screen.until(lambda: any("Or by bus" in line for line in screen))
+    notes = [line for line in screen if line.startswith("note")]
+    (note,) = notes
+    assert "phone said “By train?” offline, while laptop said “And then?”: a branch" in note
+    assert screen.footers == {
+        "t1": "",
+        "t2": "",
+        "t3": "a branch, said offline beside 1 of others",
+        "t4": "",
+        "t5": "a branch, said offline beside 1 of others",
+        "t6": "a branch, said offline beside 1 of others",
+    }
 
 
 async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:

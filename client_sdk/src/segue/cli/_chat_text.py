@@ -48,6 +48,10 @@ def footer(talk: Talk) -> str:
     """Who made the first token, how soon, how fast, how many, by which plan."""
     timing = talk.timing
     parts = []
+    if talk.beside:
+        parts.append(f"a branch, said offline beside {talk.beside} of others")
+    elif talk.offline:
+        parts.append("said offline")
     if talk.reason == "cancelled":
         parts.append("stopped")
     elif talk.reason == "length":

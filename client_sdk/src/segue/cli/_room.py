@@ -15,10 +15,16 @@ import segue
 from segue.errors import SegueError, Unreachable
 from segue_contract.limits import RETRY_PAUSE_MAX_S
 from segue_contract.plan import PlanReport, decode_plan
-from segue_contract.sync.ops import Frame, UserMessage
+from segue_contract.sync.branches import branch_of, branches
+from segue_contract.sync.ops import Frame, TurnStarted, UserMessage
 from segue_contract.sync.state import SessionState, TurnState, find_turn
 
 _QUOTED_CHARS = 60
+
+
+def _quoted(text: str) -> str:
+    said = " ".join(text.split())
+    return f"“{said if len(said) <= _QUOTED_CHARS else said[:_QUOTED_CHARS] + '…'}”"
 
 
 @dataclass(eq=False)
@@ -26,7 +32,8 @@ class Talk:
     """One turn as it is shown.
 
     `ours`: its frames come from our own run stream. `late`: it ran already when we came, so its
-    times are not known here.
+    times are not known here. `offline`: it was said out of reach of the log; `beside`: and so many
+    turns of others were there meanwhile.
     """
 
     turn: str
@@ -41,6 +48,8 @@ class Talk:
     timing: segue.Timing = field(default_factory=segue.Timing)
     plan: PlanReport | None = None
     cached_tokens: int = 0
+    offline: bool = False
+    beside: int = 0
 
     @property
     def text(self) -> str:
@@ -88,6 +97,7 @@ class Room:
         self._clock = clock
         self._done: set[str] = set()
         self._context_from = ""
+        self._branched: set[str] = set()  # first turns of branches that were shown
         self._follower: segue.Follower | None = None
 
     @property
@@ -126,16 +136,17 @@ class Room:
                 continue
             if first and known.ended:
                 talk = self._talk(known)
-                self._fill(talk, known)
+                self._fill(talk, known, state)
                 self.live.pop(talk.turn)
                 self._done.add(talk.turn)
                 history.append(talk)
             else:
                 self._talk(known).late = first
-                self._update(known)
+                self._update(known, state)
         if first:
             self._screen.history(history)
             self.arrived.set()
+        self._show_branches(state, known=first)
         for known in state.turns[-1:]:
             self._show_context(known, state)
         self._screen.changed()
@@ -143,6 +154,8 @@ class Room:
     def _entry(self, entry: segue.Entry, state: SessionState) -> None:
         name = getattr(entry.op, "turn", "")
         known = find_turn(state, name)
+        if isinstance(entry.op, TurnStarted):
+            self._show_branches(state, known=False)
         if known is None or name in self._done:
             return
         self._show_context(known, state)
@@ -152,7 +165,7 @@ class Room:
             talk.timing.saw(seconds, len(known.tokens), entry.op.made_by)
         elif isinstance(entry.op, UserMessage):
             talk.prompt = entry.op.text
-        self._update(known)
+        self._update(known, state)
         self._screen.changed()
 
     def _show_context(self, known: TurnState, state: SessionState) -> None:
@@ -162,12 +175,24 @@ class Room:
         self._context_from = known.context_from
         first = find_turn(state, known.context_from)
         if first is not None:
-            said = " ".join(first.prompt.split())
-            said = said if len(said) <= _QUOTED_CHARS else f"{said[:_QUOTED_CHARS]}…"
             self._screen.note(
                 "── The conversation is longer than the model's context. It no longer sees what "
-                f"was said before “{said}” ──"
+                f"was said before {_quoted(first.prompt)} ──"
             )
+
+    def _show_branches(self, state: SessionState, *, known: bool) -> None:
+        """The line that says that a branch begins, once; `known`: its turns were shown as such."""
+        for branch in branches(state.turns):
+            first = branch.turns[0]
+            said, other = find_turn(state, first), find_turn(state, branch.beside[0])
+            told = known or first in self._branched
+            self._branched.add(first)
+            if not told and said is not None and other is not None:
+                self._screen.note(
+                    f"── {said.device or '?'} said {_quoted(said.prompt)} offline, while "
+                    f"{other.device or '?'} said {_quoted(other.prompt)}: a branch, made without "
+                    "the other. The next reply sees both ──"
+                )
 
     def _talk(self, known: TurnState) -> Talk:
         talk = self.live.get(known.turn)
@@ -176,16 +201,19 @@ class Room:
             self.live[known.turn] = talk
         return talk
 
-    def _update(self, known: TurnState) -> None:
+    def _update(self, known: TurnState, state: SessionState) -> None:
         talk = self._talk(known)
         if talk.ours:
             return
-        self._fill(talk, known)
+        self._fill(talk, known, state)
         if known.ended:
             self._finish(talk)
 
-    def _fill(self, talk: Talk, known: TurnState) -> None:
+    def _fill(self, talk: Talk, known: TurnState, state: SessionState) -> None:
         talk.pieces = known.pieces
+        talk.offline = known.offline
+        branch = branch_of(state.turns, known.turn) if known.offline else None
+        talk.beside = len(branch.beside) if branch is not None else 0
         if not known.ended:
             return
         talk.reason, talk.error = known.reason, known.error_message
@@ -247,7 +275,7 @@ class Room:
         if known is None:
             self.live.pop(talk.turn, None)
         else:
-            self._update(known)
+            self._update(known, state)
         self._screen.changed()
 
     async def stop(self) -> None:

@@ -16,7 +16,10 @@ from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
 from segue.errors import SegueError
 from segue_contract.plan import decode_plan
-from segue_contract.sync.state import TurnState
+from segue_contract.sync.branches import branch_of
+from segue_contract.sync.ops import TurnStarted
+from segue_contract.sync.replica import Replica
+from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 app = typer.Typer(add_completion=False)
 log_app = typer.Typer(add_completion=False)
@@ -95,19 +98,20 @@ async def _log(
     async with segue.Client(addresses, device=device) as client:
         session = await client.session(name, must_exist=True)
         after = from_offset
+        log = Replica(SessionState(cursor=Cursor(session.tail.generation, after)))
         for item in await session.read(from_offset):
-            _show(item, output)
+            _show(item, log, output)
             after = item.offset
         if not follow:
             return
         async for item in session.follow(after):
             if item.offset > after:
-                _show(item, output)
+                _show(item, log, output)
                 after = item.offset
 
 
-def _show(item: Any, output: Output) -> None:
-    rows = list(rows_of(item))
+def _show(item: Any, log: Replica, output: Output) -> None:
+    rows = list(rows_of(item, log))
     if output is Output.JSON:
         for row in rows:
             typer.echo(msgspec.json.encode(row))
@@ -116,11 +120,16 @@ def _show(item: Any, output: Output) -> None:
         out().print(line_of(row), soft_wrap=True)
 
 
-def rows_of(item: Any) -> list[dict[str, Any]]:
-    """One mapping for an entry; for a snapshot, one for each thing it stands for."""
+def rows_of(item: Any, log: Replica) -> list[dict[str, Any]]:
+    """One mapping for an entry; for a snapshot, one for each thing it stands for.
+
+    Args:
+        log: the entries so far, to which this one is added: it knows what a branch is beside.
+    """
     from segue.events import Snapshot
 
     if not isinstance(item, Snapshot):
+        log.apply(item)
         fields = msgspec.to_builtins(item.op)
         fields.pop("tokens", None)
         pieces = fields.pop("pieces", None)
@@ -129,9 +138,13 @@ def rows_of(item: Any) -> list[dict[str, Any]]:
         if fields.get("plan"):
             with contextlib.suppress(SegueError):
                 fields["plan"] = msgspec.to_builtins(decode_plan(item.op.plan))
+        if isinstance(item.op, TurnStarted):
+            fields.update(_beside(log.state.turns, item.op.turn))
         return [{"offset": item.offset, "generation": item.generation, **fields}]
+    log.load(item.state)
     where = {"offset": item.offset, "generation": item.generation}
-    rows = [{**where, "kind": "turn", **_turn_fields(turn)} for turn in item.state.turns]
+    turns = item.state.turns
+    rows = [{**where, "kind": "turn", **_turn_fields(turns, turn)} for turn in turns]
     rows += [
         {**where, "kind": "value", "name": name, "value": value}
         for name, value in item.state.values.items()
@@ -139,11 +152,20 @@ def rows_of(item: Any) -> list[dict[str, Any]]:
     return rows or [{**where, "kind": "snapshot"}]
 
 
-def _turn_fields(turn: TurnState) -> dict[str, Any]:
-    return {
+def _turn_fields(turns: list[TurnState], turn: TurnState) -> dict[str, Any]:
+    fields = {
         "turn": turn.turn, "device": turn.device, "prompt": turn.prompt, "text": turn.text,
         "tokens": len(turn.tokens), "reason": turn.reason or "running",
     }  # fmt: skip
+    if turn.offline:
+        fields.update(offline=True, follows=turn.follows, **_beside(turns, turn.turn))
+    return fields
+
+
+def _beside(turns: list[TurnState], turn: str) -> dict[str, list[str]]:
+    """Of a turn in a branch: the turns that the branch is beside."""
+    branch = branch_of(turns, turn)
+    return {"branch_beside": list(branch.beside)} if branch is not None else {}
 
 
 def line_of(row: dict[str, Any]) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from segue_cloud.engine.port import Engine
@@ -23,6 +24,7 @@ from segue_contract.errors import (
     InvalidArgument,
     ModelMismatch,
 )
+from segue_contract.ids import check_id
 from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.model.manifest import Manifest
@@ -55,6 +57,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
         asked = turn_request(request.turn, self._tenant)
+        if request.offline:
+            follows = check_id(request.follows, "turn") if request.follows else ""
+            asked = replace(asked, offline=True, follows=follows)
         self._check_weights(request.weights_digest)
         await self._log.check_device(asked.session, asked.device)
         begun = await self._manager.begin(asked, expect_open=True)

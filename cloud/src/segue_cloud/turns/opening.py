@@ -23,6 +23,8 @@ class TurnRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     wait: bool = True
+    offline: bool = False  # served already, out of reach of the log
+    follows: str = ""  # and then: the last turn that its node knew
 
     @property
     def name(self) -> TurnName:
@@ -58,6 +60,8 @@ def opening_ops(
             sampling=request.sampling,
             stop=request.stop,
             context_from=context_from,
+            offline=request.offline,
+            follows=request.follows,
         ),
     )
 
@@ -72,5 +76,7 @@ def opening_of(session: SessionName, turn: TurnState, *, now_ms: int) -> tuple[O
         max_tokens=turn.max_tokens,
         sampling=turn.sampling,
         stop=turn.stop,
+        offline=turn.offline,
+        follows=turn.follows,
     )
     return opening_ops(request, model=turn.model, now_ms=now_ms, context_from=turn.context_from)

@@ -106,7 +106,6 @@ class TurnOpening:
                 return result
             turns = decode_turns(reply.turns)
             changed = history.merge(reply.tail.generation, reply.first_turn, turns)
-            history.seen = (reply.tail.generation, reply.tail.offset)
             result.prompt, guessed = await guess
             history.forget(asked.request.turn, cut)
             if changed or cut != guessed:
@@ -183,13 +182,21 @@ class TurnOpening:
         return Begun(None, prompt, room=self._outbox.reserve(), context_from=context_from)
 
 
-async def call_begin(cloud: Cloud, asked: Asked, history: SessionHistory) -> dpb.BeginReply:
-    """One `Decode.Begin`. Raises the cloud's typed error, or Unreachable."""
+async def call_begin(
+    cloud: Cloud, asked: Asked, history: SessionHistory, *, follows: str | None = None
+) -> dpb.BeginReply:
+    """One `Decode.Begin`. `follows`: for a turn that was served offline, the one known before it.
+
+    Raises:
+        SegueError: the cloud's typed error, or Unreachable.
+    """
     request = dpb.BeginRequest(
         turn=asked.request,
         known_turns=history.known_turns,
         known_generation=history.generation,
         weights_digest=cloud.expected_weights,
+        offline=follows is not None,
+        follows=follows or "",
     )
     started = time.monotonic()
     try:

@@ -42,6 +42,7 @@ class TurnExecutor:
     Args:
         part: a prefill of this prompt that has begun, if any; it is this executor's from now on.
         planned: None for a turn that is only followed.
+        follows: the session's turn before this one, as far as this node knows; "" for none.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TurnExecutor:
         outbox: Outbox,
         feed: TurnFeed,
         measure: Measure,
-        after: tuple[int, int] = (0, 0),
+        follows: str = "",
     ) -> None:
         self.cloud = begun.cloud
         self.ended: Ended | None = None
@@ -73,7 +74,7 @@ class TurnExecutor:
         self._outbox = outbox
         self._feed = feed
         self._measure = measure
-        self._after = after
+        self._follows = follows
         self._room = begun.room
         self._link: CloudLink | None = None
         self._round: Iterator[Cloud] = iter(())
@@ -382,7 +383,7 @@ class TurnExecutor:
                 reason,
                 plan,
                 begun=state.in_log,
-                after=self._after,
+                follows=self._follows,
             )
         )
         usage = Usage(

@@ -17,8 +17,7 @@ class SessionHistory:
     Those that wait in the outbox (`wait`) stay until they are delivered.
     `forgotten` turns lie before them, which no prompt will hold again.
     `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
-    `tenant`: the cloud's, as it said when the session was opened. `seen`: generation and offset of
-    the log as far as this node knows it.
+    `tenant`: the cloud's, as it said when the session was opened.
     """
 
     def __init__(self) -> None:
@@ -29,7 +28,7 @@ class SessionHistory:
         self.held: list[int] = []
         self.held_by = ""
         self.tenant = ""
-        self.seen = (0, 0)
+        self._forgotten_last = ""
         self._waiting: set[str] = set()
 
     @property
@@ -46,6 +45,12 @@ class SessionHistory:
     def turns(self) -> list[TurnState]:
         return [*self.confirmed, *self.provisional]
 
+    @property
+    def newest(self) -> str:
+        """Id of the last turn that this node knows of; "" for none."""
+        turns = self.turns
+        return turns[-1].turn if turns else self._forgotten_last
+
     def created(self, generation: int) -> None:
         """The session was created just now: its history is known to be empty."""
         if not self.known:
@@ -55,7 +60,7 @@ class SessionHistory:
         """Take a Begin reply; returns whether it changed what `turns` was before."""
         before = [turn.turn for turn in self.turns]
         if generation != self.generation:
-            self.confirmed, self.forgotten = [], 0
+            self.confirmed, self.forgotten, self._forgotten_last = [], 0, ""
             self.generation = generation
         if not self.forgotten <= first_turn <= self.known_turns:
             self.confirmed, self.forgotten = [], first_turn
@@ -73,6 +78,8 @@ class SessionHistory:
     def forget(self, turn: str, context_from: str) -> None:
         """Drop what the model does not see from `turn` on."""
         before = first_seen(self.confirmed, turn, context_from)
+        if before:
+            self._forgotten_last = self.confirmed[before - 1].turn
         self.forgotten += before
         del self.confirmed[:before]
 

@@ -177,7 +177,7 @@ class TurnRun:
             outbox=self._outbox,
             feed=self.feed,
             measure=self._measure,
-            after=self._histories.of(self.asked.session).seen,
+            follows=self._histories.of(self.asked.session).newest,
         )
         now = time.monotonic()
         if begun.cloud is None:

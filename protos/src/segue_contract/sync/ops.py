@@ -48,6 +48,8 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     """The turn's first op, and again with a higher epoch when another decoder takes it over.
 
     `context_from`: id of the first turn that the model sees (this one: no other); empty: all.
+    `offline`: it was served out of reach of the log, by a node that knew the session up to the
+    turn `follows` (empty: nothing of it).
     """
 
     turn: str
@@ -57,6 +59,8 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     context_from: str = ""
+    offline: bool = False
+    follows: str = ""
 
 
 class Frame(_Op, frozen=True, kw_only=True, tag="frame"):

@@ -142,6 +142,7 @@ class Replica:
                 turn.model, turn.max_tokens = op.model, op.max_tokens
                 turn.sampling, turn.stop = op.sampling, op.stop
                 turn.context_from = op.context_from
+                turn.offline, turn.follows = op.offline, op.follows
             case ops.Frame():
                 have = len(turn.tokens)
                 # A frame that begins beyond what the log has would leave a hole for ever.

@@ -22,7 +22,8 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     `pieces[i]` is the text that token `i` completed; `reason` is empty while the turn runs.
     `last_offset` is the offset of the last op that changed it. The model saw the conversation from
-    turn `context_from` on (this one: no other); empty: from its beginning.
+    turn `context_from` on (this one: no other); empty: from its beginning. `offline`: it was served
+    out of reach of the log, after the turn `follows` (`segue_contract.sync.branches`).
     """
 
     turn: str
@@ -34,6 +35,8 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     context_from: str = ""
+    offline: bool = False
+    follows: str = ""
     tokens: list[int] = []
     pieces: list[str] = []
     reason: str = ""

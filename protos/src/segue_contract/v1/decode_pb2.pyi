@@ -27,11 +27,18 @@ class BeginRequest(_message.Message):
     KNOWN_TURNS_FIELD_NUMBER: _builtins.int
     KNOWN_GENERATION_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    OFFLINE_FIELD_NUMBER: _builtins.int
+    FOLLOWS_FIELD_NUMBER: _builtins.int
     known_turns: _builtins.int
     """How many finished turns of this session the edge knows, and at which generation."""
     known_generation: _builtins.int
     weights_digest: _builtins.str
     """Of the edge's model; the cloud refuses others before anything is written. "": not compared."""
+    offline: _builtins.bool
+    """The turn was served out of reach of the log, by a node that knew the session up to the turn
+    `follows` ("": nothing of it). Where the log has others since, it is a branch beside them.
+    """
+    follows: _builtins.str
     @_builtins.property
     def turn(self) -> _agent_pb2.RunTurnRequest: ...
     def __init__(
@@ -41,10 +48,12 @@ class BeginRequest(_message.Message):
         known_turns: _builtins.int = ...,
         known_generation: _builtins.int = ...,
         weights_digest: _builtins.str = ...,
+        offline: _builtins.bool = ...,
+        follows: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_generation", b"known_generation", "known_turns", b"known_turns", "turn", b"turn", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "known_generation", b"known_generation", "known_turns", b"known_turns", "offline", b"offline", "turn", b"turn", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

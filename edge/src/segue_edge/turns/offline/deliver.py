@@ -99,7 +99,7 @@ class Delivery:
 
     async def _begin(self, cloud: Cloud, offline: OfflineTurn) -> dpb.BeginReply:
         history = self._histories.of(offline.asked.session)
-        reply = await call_begin(cloud, offline.asked, history)
+        reply = await call_begin(cloud, offline.asked, history, follows=offline.follows)
         if not reply.joined:
             history.merge(reply.tail.generation, reply.first_turn, decode_turns(reply.turns))
         return reply

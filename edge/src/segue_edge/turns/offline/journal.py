@@ -40,7 +40,7 @@ class StoredTurn(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     plan: bytes
     begun: bool = False
-    after: tuple[int, int] = (0, 0)
+    follows: str = ""
 
 
 class _Added(msgspec.Struct, frozen=True, tag="added"):

@@ -28,7 +28,7 @@ class OfflineTurn:
     Attributes:
         prompt: its token ids as they were then.
         begun: it began in the log, and has no end there that this edge knows of.
-        after: generation and offset of the last turn of the log that its device could see.
+        follows: the last turn that this node knew of the session before it; "" for none.
         number: its place in the file, 0 without one.
     """
 
@@ -39,7 +39,7 @@ class OfflineTurn:
     reason: Reason
     plan: bytes
     begun: bool = False
-    after: tuple[int, int] = (0, 0)
+    follows: str = ""
     number: int = 0
 
     def stored(self) -> StoredTurn:
@@ -51,7 +51,7 @@ class OfflineTurn:
             reason=self.reason,
             plan=self.plan,
             begun=self.begun,
-            after=self.after,
+            follows=self.follows,
         )
 
     @classmethod
@@ -65,7 +65,7 @@ class OfflineTurn:
             Reason(stored.reason),
             stored.plan,
             stored.begun,
-            stored.after,
+            stored.follows,
             number,
         )
 
