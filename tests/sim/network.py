@@ -17,6 +17,7 @@ from tests.sim.loop import SimLoop
 from tests.sim.process import Process
 
 _STEP_S = 1e-6  # between messages of one connection
+_MOST_EXTRA_S = 0.5  # what is slower than this is a fault: silence is taken for death in 1.5 s
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Link:
         # Mostly a little, seldom much: as on a busy machine.
         rng = self.rng
         extra = rng.random() ** 4 * 20 * self.jitter_s if rng.random() < 0.1 else 0.0
-        return self.latency_s + rng.random() * self.jitter_s + extra
+        return self.latency_s + rng.random() * self.jitter_s + min(extra, _MOST_EXTRA_S)
 
 
 class End:

@@ -33,6 +33,11 @@ def failure(code: Code, details: str, trailing: tuple[Any, ...] = ()) -> grpc.ai
     )
 
 
+def _as_it_is(message: Any) -> Any:
+    """What gRPC does where it is given no serializer."""
+    return message
+
+
 class Call:
     """One call as its caller holds it: awaitable where the reply is one message, else readable."""
 
@@ -51,7 +56,7 @@ class Call:
         self.id = channel.next_id()
         self._channel = channel
         self._path = path
-        self._serialise, self._parse = codec
+        self._serialise, self._parse = (one or _as_it_is for one in codec)
         self._single = single
         self._out: list[tuple[Any, ...]] = []  # until there is a connection
         self._end: End | None = None
