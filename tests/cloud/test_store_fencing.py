@@ -252,7 +252,7 @@ async def test_an_expired_lease_gives_way_and_the_old_owner_is_fenced(store: Red
 async def test_take_over_raises_the_epoch(store: RedisStore) -> None:
     t1 = await begin(store, "t1", 30.0)
     await store.append_turn(S, t1, 1, [op("a")])
-    held = await store.take_over(S, "t1", 30.0, only_expired=True)
+    held = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
     assert (held.status, held.holder) == (Status.BUSY, "t1")
     taken = await store.take_over(S, "t1", 0.0)
     assert (taken.status, taken.epoch) == (Status.OK, 2)
@@ -264,10 +264,22 @@ async def test_take_over_raises_the_epoch(store: RedisStore) -> None:
 
 async def test_an_expired_lease_may_be_taken_over(store: RedisStore) -> None:
     await begin(store, "t1", 0.0)
-    taken = await store.take_over(S, "t1", 30.0, only_expired=True)
+    taken = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
     assert (taken.status, taken.epoch) == (Status.OK, 2)
-    again = await store.take_over(S, "t1", 30.0, only_expired=True)
+    again = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
     assert again.status is Status.BUSY
+
+
+async def test_a_lease_that_nobody_renewed_for_a_while_may_be_taken_over(
+    store: RedisStore,
+) -> None:
+    t1 = await begin(store, "t1", 30.0)
+    assert (await store.take_over(S, "t1", 30.0, quiet_s=20.0)).status is Status.BUSY
+    assert (await store.renew_turn(S, t1, 15.0)).status is Status.OK  # as if 15 s ago
+    assert (await store.take_over(S, "t1", 30.0, quiet_s=20.0)).status is Status.BUSY
+    taken = await store.take_over(S, "t1", 30.0, quiet_s=10.0)
+    assert (taken.status, taken.epoch) == (Status.OK, 2)
+    assert (await store.take_over(S, "t1", 30.0, quiet_s=10.0)).status is Status.BUSY
 
 
 async def test_a_stop_reaches_the_owner_with_its_next_call(store: RedisStore) -> None:

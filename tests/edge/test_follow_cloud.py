@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from segue_contract.errors import Overloaded, SegueError, UnknownTurn, Unreachable
+from segue_contract.limits import TURN_SILENCE_S
 from segue_contract.plan import Shape
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, TurnEvent
@@ -20,7 +22,7 @@ from segue_edge.turns.measure import Measure
 from segue_edge.turns.turn import TurnLimits, TurnState
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
-from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, ended, frame, started
+from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
 ASKED = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Where?", max_tokens=20, plan="ship"
@@ -28,12 +30,13 @@ ASKED = pb.RunTurnRequest(
 
 
 async def followed(
-    script: Callable[[pb.RunTurnRequest], Any], retry_s: float = 10.0
+    script: Callable[[pb.RunTurnRequest], Any], retry_s: float = 10.0, *, mute_runs: int = 0
 ) -> tuple[FakeAgent, list[TurnEvent]]:
     """Follow the turn at one cloud that plays `script`. Raises the error that readers get."""
     feed, nothing = TurnFeed(), None
     state = TurnState("t1", 0, 0, Shape.TEXT, TurnLimits(retry_s, pause_s=0.01, pause_max_s=0.02))
     async with FakeAgent(FakeLog("trip"), script, role="cloud") as agent:
+        agent.mute_runs = mute_runs
         clouds = CloudSet([agent.address], Pacer())
         tools: Any = nothing
         outbox: Any = nothing
@@ -73,6 +76,20 @@ async def test_after_a_hiccup_it_goes_on_at_the_first_missing_token() -> None:
         yield ended(2)
 
     agent, events = await followed(script)
+    assert [run.from_index for run in agent.runs] == [0, 1]
+    assert [event.text for event in events if isinstance(event, Frame)] == ["Paris ", "is "]
+
+
+async def test_a_cloud_that_falls_silent_is_left() -> None:
+    """Its connection stands, but nothing comes over it, heartbeats included."""
+    scripts: Iterator[list[Step]] = iter(
+        [
+            [started("t1"), frame(0, "Paris"), Wait(asyncio.Event())],
+            [frame(1, "is"), ended(2)],
+        ]
+    )
+    async with asyncio.timeout(10 * TURN_SILENCE_S):
+        agent, events = await followed(lambda _: next(scripts), mute_runs=1)
     assert [run.from_index for run in agent.runs] == [0, 1]
     assert [event.text for event in events if isinstance(event, Frame)] == ["Paris ", "is "]
 

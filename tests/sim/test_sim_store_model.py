@@ -241,7 +241,7 @@ async def _verb(store: product.RedisStore, rng: Random, memory: dict[str, Any]) 
             if claim.nonce:
                 memory[f"{session}{turn}"] = claim.hold(turn)
         case 7:
-            claim = await store.take_over(session, turn, 2.0, only_expired=rng.random() < 0.5)
+            claim = await store.take_over(session, turn, 2.0, quiet_s=rng.choice((0.0, 0.5, 2.0)))
             if claim.nonce and rng.random() < 0.8:
                 memory[f"{session}{turn}"] = claim.hold(turn)
         case 8 | 9:

@@ -15,6 +15,7 @@ import grpc
 
 from segue_contract.errors import SegueError, UnknownSession
 from segue_contract.ids import DEFAULT_TENANT
+from segue_contract.limits import TURN_HEARTBEAT_S
 from segue_contract.sync.ops import Op, decode_op, encode_op
 from segue_contract.sync.replica import Replica
 from segue_contract.sync.state import SessionState, encode_state
@@ -161,6 +162,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.attaches = 0
         self.tail_calls = 0
         self.publishing = True
+        self.mute_runs = 0  # so many of the next runs send no heartbeats
         self.calls = 0
         self.epochs = 0  # of producers, given so far
         self.run_closed = asyncio.Event()
@@ -221,7 +223,11 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
         events = self._run_turn(request, context)
-        return beating(events, lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+        if self.mute_runs:
+            self.mute_runs -= 1
+            return events
+        beat = pb.TurnEvent(heartbeat=pb.Heartbeat())
+        return beating(events, lambda: beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(
         self, request: pb.RunTurnRequest, context: Any

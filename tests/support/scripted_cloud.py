@@ -16,6 +16,7 @@ import grpc
 from segue_contract.errors import ModelMismatch, SegueError, UnknownSession
 from segue_contract.kv.assembler import Assembler
 from segue_contract.kv.layout import KvBlock
+from segue_contract.limits import TURN_HEARTBEAT_S
 from segue_contract.sync.state import TurnState, encode_turns
 from segue_contract.transport.heartbeat import beating
 from segue_contract.transport.server import RunningServer, start_server
@@ -177,7 +178,8 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
         replies = self._run(aiter(request_iterator), context)
-        return beating(replies, lambda: dpb.RunReply(heartbeat=pb.Heartbeat()))
+        beat = dpb.RunReply(heartbeat=pb.Heartbeat())
+        return beating(replies, lambda: beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run(
         self, requests: AsyncIterator[dpb.RunRequest], context: Any

@@ -17,6 +17,7 @@ from segue_contract.errors import InvalidArgument, SegueError, TurnFailed, Unrea
 from segue_contract.limits import (
     RESUME_TIMEOUT_S,
     RPC_TIMEOUT_S,
+    TURN_SILENCE_S,
     TURN_TIMEOUT_S,
     TURN_WAIT_TIMEOUT_S,
 )
@@ -60,6 +61,7 @@ class Turn:
         self._lost_since: float | None = None
         self._next_pause = pauses()
         self._refused: set[str] = set()
+        self._lost = False  # the node that served the turn died or fell silent
 
     # -- what is known ----------------------------------------------------------------------------
     @property
@@ -175,6 +177,7 @@ class Turn:
                 self.timing.saw(now, event.next_index, event.made_by)
             self._ready.append(event)
         if self._view.merger.next_index > known:
+            self._lost = False
             self._lost_since = None  # only tokens are progress: resuming has an end
             self._next_pause = pauses()
         if self._view.incomplete:
@@ -192,8 +195,10 @@ class Turn:
             request = pb.RunTurnRequest()
             request.CopyFrom(self._request)
             request.from_index = self._view.resume_index
+            request.lost = self._lost
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
-        return Listening(stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S))
+        call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
+        return Listening(call, silence_s=TURN_SILENCE_S)
 
     def _drop(self) -> None:
         """Leave the stream; the turn goes on."""
@@ -208,6 +213,7 @@ class Turn:
         if not is_link_loss(error) and not (accepted and failure.retryable):
             await self._try_next_or_raise(failure)
             return
+        self._lost = True
         if self._node is not None:
             await (self._nodes.silent if silent else self._nodes.failed)(self._node)
         now = self._clock()

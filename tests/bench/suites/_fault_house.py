@@ -27,10 +27,18 @@ class Kind:
 
     how: str  # "killed" (SIGKILL), "silent" (SIGSTOP, later SIGCONT) or "planned" (SIGTERM)
     part: str  # "edge", "cloud", "store" or "broker"
+    plan: str = "ship"
+    direct: bool = False  # the device asks a cloud, and no edge takes part
 
     @property
     def name(self) -> str:
-        return f"{self.how}_{self.part}"
+        variant = "_direct" if self.direct else "_text" if self.plan == "text" else ""
+        return f"{self.how}_{self.part}{variant}"
+
+    @property
+    def asked_plan(self) -> str:
+        """A cloud alone forces no plan that needs an edge."""
+        return "auto" if self.direct else self.plan
 
     @property
     def others_go_on(self) -> bool:
@@ -50,19 +58,21 @@ class House:
     def edges(self) -> list[Program]:
         return self.stack.edges
 
-    @property
-    def addresses(self) -> list[str]:
-        return [edge.address for edge in self.edges]
+    def addresses(self, kind: Kind) -> list[str]:
+        """Where the asking device asks, in this order."""
+        return [one.address for one in (self.clouds if kind.direct else self.edges)]
 
     def cpu_s(self) -> list[float]:
         """Processor time that each cloud has used: who decodes uses it."""
         times = [psutil.Process(cloud.pid).cpu_times() for cloud in self.clouds]
         return [one.user + one.system for one in times]
 
-    def victim(self, kind: Kind, before: list[float]) -> Part:
-        """The part to break: of two clouds the one that worked since `before`."""
+    def victim(self, kind: Kind, before: list[float], serving: str) -> Part:
+        """The part to break: of two clouds the one at `serving`, or which worked since `before`."""
         if kind.part == "edge":
             return self.edges[0]
+        if kind.direct and kind.part == "cloud":
+            return next(cloud for cloud in self.clouds if cloud.address == serving)
         if kind.part == "cloud":
             used = [now - then for now, then in zip(self.cpu_s(), before, strict=True)]
             return self.clouds[used.index(max(used))]

@@ -53,11 +53,12 @@ class Reader:
     in_log: list[tuple[float, int]] = field(default_factory=list)
     told: tuple[int, ...] = ()  # tokens that it was told to be durable
     turn: str = ""
+    serving: str = ""  # the address that served it when the fault happened
     broken: str = ""
     struck: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def read(self, session: segue.Session, prompt: str) -> None:
-        turn = session.run(prompt, max_tokens=REPLY_TOKENS, plan="ship")
+    async def read(self, session: segue.Session, prompt: str, plan: str) -> None:
+        turn = session.run(prompt, max_tokens=REPLY_TOKENS, plan=plan)
         self.turn = turn.id
         tokens = 0
         try:
@@ -70,7 +71,8 @@ class Reader:
                     if isinstance(event, segue.Frame):
                         self.arrivals.append(now)
                         tokens = event.next_index
-                    if tokens >= STRIKE_AT:
+                    if tokens >= STRIKE_AT and not self.struck.is_set():
+                        self.serving = turn.address
                         self.struck.set()
         except TimeoutError:
             self.broken = "no end"
@@ -145,20 +147,22 @@ async def one_fault(
     """
     name = f"{kind.name.replace('_', '-')}-{number}"
     reader, follower, acknowledged = Reader(), Follower(), list[str]()
+    addresses = house.addresses(kind)
     async with (
-        segue.Client(house.addresses, device="phone") as phone,
-        segue.Client(house.addresses[::-1], device="laptop") as laptop,
+        segue.Client(addresses, device="phone") as phone,
+        segue.Client(addresses[::-1], device="laptop") as laptop,
     ):
         session = await phone.session(name)
         other = await laptop.session(name)
         following = asyncio.create_task(follower.follow(other))
         writing = asyncio.create_task(write_values(session, acknowledged))
         before = house.cpu_s()
-        reading = asyncio.create_task(reader.read(session, STORY.format(number=number)))
+        prompt = STORY.format(number=number)
+        reading = asyncio.create_task(reader.read(session, prompt, kind.asked_plan))
         victim: Part | None = None
         try:
             await reader.struck.wait()
-            victim = house.victim(kind, before)
+            victim = house.victim(kind, before, reader.serving)
             at = time.monotonic()
             await strike(victim, kind)
             held_out = await _hold(kind, reading, reader, hold_s, at)

@@ -211,9 +211,9 @@ class SessionLog:
         turn: str,
         lease_s: float = TURN_LEASE_S,
         *,
-        only_expired: bool = False,
+        quiet_s: float = 0.0,
     ) -> TurnClaim:
-        return await self._store.take_over(session, turn, lease_s, only_expired=only_expired)
+        return await self._store.take_over(session, turn, lease_s, quiet_s=quiet_s)
 
     async def renew_turn(
         self, session: SessionName, hold: TurnHold, lease_s: float = TURN_LEASE_S

@@ -32,6 +32,7 @@ from segue_contract.limits import (
     MAX_READ_ENTRIES,
     MAX_SESSIONS_LISTED,
     MAX_TAILS,
+    TURN_HEARTBEAT_S,
 )
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
@@ -99,7 +100,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         )
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
-        return beating(self._run_turn(request), lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+        return beating(
+            self._run_turn(request),
+            lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()),
+            every_s=TURN_HEARTBEAT_S,
+        )
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         if request.plan not in ("", Shape.TEXT.value):
@@ -114,6 +119,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             async for event in owner.feed.read(request.from_index):
                 yield event
             return
+        if request.lost:
+            self._manager.succeed(asked.session, asked.turn)
         async for event in self._join(asked.session, asked.turn, request.from_index):
             yield event
 

@@ -26,7 +26,7 @@ from segue_contract.errors import (
 )
 from segue_contract.ids import check_id
 from segue_contract.kv.layout import block_ids
-from segue_contract.limits import RPC_TIMEOUT_S
+from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
@@ -90,7 +90,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
         return beating(
-            self._run(aiter(request_iterator)), lambda: dpb.RunReply(heartbeat=pb.Heartbeat())
+            self._run(aiter(request_iterator)),
+            lambda: dpb.RunReply(heartbeat=pb.Heartbeat()),
+            every_s=TURN_HEARTBEAT_S,
         )
 
     async def _run(self, requests: AsyncIterator[dpb.RunRequest]) -> AsyncIterator[dpb.RunReply]:

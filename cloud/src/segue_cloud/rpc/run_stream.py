@@ -17,14 +17,14 @@ from segue_contract.limits import (
     KV_STALL_TIMEOUT_S,
     READY_POLL_S,
     SILENCE_LOOKS,
-    SILENCE_S,
     TURN_EVENT_QUEUE,
+    TURN_SILENCE_S,
 )
 from segue_contract.liveness import Silence
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 
-_LOOK_S = SILENCE_S / SILENCE_LOOKS
+_LOOK_S = TURN_SILENCE_S / SILENCE_LOOKS
 
 
 class RunStream:

@@ -460,9 +460,9 @@ function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms)
   return said
 end
 
--- turn, lease ms, mode ("now", "expired": only where no lease holds, "fence": without claiming
--- the session), nonce -> as begin
-function verbs.take(turn, lease_ms, mode, nonce)
+-- turn, lease ms, mode ("now", "quiet": only where the turn holds its session and nobody renewed its
+-- lease for quiet ms, "fence": without claiming the session), nonce, quiet ms -> as begin
+function verbs.take(turn, lease_ms, mode, nonce, quiet_ms)
   local known = meta('cur', 'lease', 't:' .. turn)
   if not known or not known[5] then return {'missing', 0, 0, 0, 0, 0, '', 0} end
   local generation, tail, current = known[1], known[2], known[3]
@@ -472,11 +472,14 @@ function verbs.take(turn, lease_ms, mode, nonce)
   if before == nonce then return {'ok', epoch, generation, tail, 1, 0, '', 0} end
   local now = now_ms()
   -- A turn that lost its session to another one is not gone on with.
-  if mode == 'expired' and current ~= turn then
+  if mode == 'quiet' and current ~= turn then
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
   local busy = held(current, known[4], now)
-  if busy and mode ~= 'fence' and (current ~= turn or mode == 'expired') then
+  if mode == 'quiet' then
+    busy = busy and now < tonumber(known[4]) - tonumber(lease_ms) + tonumber(quiet_ms)
+  end
+  if busy and mode ~= 'fence' and (current ~= turn or mode == 'quiet') then
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
   if mode ~= 'fence' and current ~= '' and current ~= turn then fence(current) end

@@ -262,10 +262,10 @@ class RedisStore:
         return RunningTurns(self._wire, model)
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
+        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
     ) -> TurnClaim:
-        mode = "expired" if only_expired else "now"
-        return await self._take(session, turn, lease_s, mode)
+        mode = "quiet" if quiet_s else "now"
+        return await self._take(session, turn, lease_s, mode, quiet_s)
 
     async def fence_turn(self, session: SessionName, turn: str) -> TurnClaim:
         """Raise the epoch of a turn whose owner is gone, without claiming the session for it."""
@@ -401,9 +401,12 @@ class RedisStore:
             PRODUCER_MEMORY, MAX_SESSION_BYTES, *ops,
         )  # fmt: skip
 
-    async def _take(self, session: SessionName, turn: str, lease_s: float, mode: str) -> TurnClaim:
+    async def _take(
+        self, session: SessionName, turn: str, lease_s: float, mode: str, quiet_s: float = 0.0
+    ) -> TurnClaim:
         nonce = self._nonce()
-        verb = self._log(session, "take", turn, int(lease_s * 1000), mode, nonce)
+        lease_ms, quiet_ms = int(lease_s * 1000), int(quiet_s * 1000)
+        verb = self._log(session, "take", turn, lease_ms, mode, nonce, quiet_ms)
         return rows.claim(await self._write(session, verb), nonce)
 
     async def _write(self, session: SessionName, *commands: Command) -> Any:

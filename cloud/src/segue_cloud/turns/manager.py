@@ -31,6 +31,9 @@ from segue_contract.errors import (
 )
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
+    LOST_OWNER_LOOKS,
+    LOST_OWNER_PAUSE_S,
+    LOST_OWNER_QUIET_S,
     OPEN_TURN_TIMEOUT_S,
     RELEASE_TIMEOUT_S,
     SHUTDOWN_GRACE_S,
@@ -163,7 +166,7 @@ class TurnManager:
     async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:
         """Hold a turn for the edge that began it, for a while."""
         hold = TurnHold(request.turn, begun.epoch, begun.nonce)
-        looks = max(1, math.ceil(OPEN_TURN_TIMEOUT_S / (TURN_LEASE_S / 3)))
+        looks = max(1, math.ceil(OPEN_TURN_TIMEOUT_S / (TURN_LEASE_S / 4)))
         for _ in range(looks):
             await asyncio.sleep(OPEN_TURN_TIMEOUT_S / looks)
             if request.name not in self._begun:
@@ -293,6 +296,18 @@ class TurnManager:
         if self._closing:
             return False
         return await self._takeover.recover(session)
+
+    def succeed(self, session: SessionName, turn: str) -> None:
+        """A reader of the turn lost its owner: look whether this one is silent to the log as well,
+        and go on here then, before its lease has run out."""
+        self._spawn(self._succeed(session, turn), f"succeed {turn}")
+
+    async def _succeed(self, session: SessionName, turn: str) -> None:
+        for _ in range(LOST_OWNER_LOOKS):
+            if self._closing or self.knows(session, turn):
+                return
+            await self._takeover.recover(session, LOST_OWNER_QUIET_S)
+            await asyncio.sleep(LOST_OWNER_PAUSE_S)
 
     # -- ending --------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class TurnLog(Protocol):
     async def end_abandoned(self, session: SessionName, turn: str) -> None: ...
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, only_expired: bool = False
+        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
     ) -> TurnClaim: ...
 
     async def append_turn(

@@ -105,11 +105,12 @@ class Takeover:
         each other and leave the turn to nobody."""
         return self._hands.setdefault(turn, asyncio.Lock())
 
-    async def recover(self, session: SessionName) -> bool:
+    async def recover(self, session: SessionName, quiet_s: float | None = None) -> bool:
         """Finish a turn whose decoder and edge are both gone; True where one was found.
 
-        Its lease must have run out, and there must be room: others may have some. Turns that lost
-        their session to a later one, and have no end, get theirs.
+        Its lease must have run out, or nobody have renewed it for `quiet_s`, and there must be
+        room: others may have some. Turns that lost their session to a later one, and have no end,
+        get theirs.
         """
         if self._deps.engine.died.is_set():
             return False
@@ -128,16 +129,18 @@ class Takeover:
                 return False
             started = False
             try:
-                started = await self._finish_orphan(name)
+                started = await self._finish_orphan(
+                    name, TURN_LEASE_S if quiet_s is None else quiet_s
+                )
             finally:
                 if not started:
                     self._places.give_back(name)
             return started
 
-    async def _finish_orphan(self, name: TurnName) -> bool:
+    async def _finish_orphan(self, name: TurnName, quiet_s: float) -> bool:
         session = name.session
         await self._running.name([session], TURN_LEASE_S)
-        claim = await self._deps.log.take_over(session, name.turn, TURN_LEASE_S, only_expired=True)
+        claim = await self._deps.log.take_over(session, name.turn, TURN_LEASE_S, quiet_s=quiet_s)
         if claim.status is not Status.OK:
             return False
         state = await self._deps.log.state(session)  # with all that the old owner wrote

@@ -134,7 +134,7 @@ class TurnWriter:
 
     async def _wait_or_renew(self) -> None:
         try:
-            async with asyncio.timeout(TURN_LEASE_S / 3):
+            async with asyncio.timeout(TURN_LEASE_S / 4):
                 await self._wake.wait()
             self._wake.clear()
         except TimeoutError:

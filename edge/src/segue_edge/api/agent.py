@@ -10,7 +10,7 @@ import grpc
 
 from segue_contract.errors import Unreachable
 from segue_contract.ids import check_id
-from segue_contract.limits import RPC_TIMEOUT_S
+from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -53,7 +53,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     # -- turns ---------------------------------------------------------------------------------
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
-        return beating(self._run_turn(request), lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()))
+        return beating(
+            self._run_turn(request),
+            lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()),
+            every_s=TURN_HEARTBEAT_S,
+        )
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         run = self._registry.run_or_join(Asked.of(request))

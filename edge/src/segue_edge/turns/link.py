@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from segue_contract.errors import SegueError, Unreachable
-from segue_contract.limits import RPC_TIMEOUT_S, TURN_TIMEOUT_S
+from segue_contract.limits import RPC_TIMEOUT_S, TURN_SILENCE_S, TURN_TIMEOUT_S
+from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import durable_of, ended_of, frame_of, from_wire
 from segue_contract.v1 import agent_pb2 as pb
@@ -125,19 +126,27 @@ async def _soon(replies: AsyncIterator[dpb.RunReply]) -> dpb.RunReply:
 async def follow(
     number: int, cloud: Cloud, request: pb.RunTurnRequest, from_index: int, emit: Emit
 ) -> None:
-    """The turn as the log has it, read through `cloud`: signals, and at last how it broke."""
+    """The turn as the log has it, read through `cloud`: signals, and at last how it broke.
+
+    A further attempt (`number` 2 and beyond) says that the cloud before was lost.
+    """
     again = pb.RunTurnRequest()
     again.CopyFrom(request)
     again.from_index = from_index
+    again.lost = again.lost or number > 1
     again.plan = ""  # the turn was planned where it began; a cloud could not force a plan
     try:
+        call = cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S)
+        heard = Listening(call, silence_s=TURN_SILENCE_S, patient=lambda: cloud.carries_kv)
         try:
-            async for message in cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S):
+            async for message in heard:
                 event = from_wire(message)
                 if event is not None:
                     emit(s.Logged(number, event))
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
+        finally:
+            heard.cancel()
         raise Unreachable("The cloud ended the stream of a turn early.")
     except SegueError as error:
         if isinstance(error, Unreachable):

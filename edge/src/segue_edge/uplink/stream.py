@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from segue_contract.errors import SegueError, Unreachable
-from segue_contract.limits import HEARTBEAT_S, KV_PART_BYTES, MAX_NEW_TOKENS
+from segue_contract.limits import KV_PART_BYTES, MAX_NEW_TOKENS, TURN_HEARTBEAT_S, TURN_SILENCE_S
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
@@ -110,7 +110,9 @@ class TurnStream:
         """
         try:
             # what is sent first may wait behind KV of other turns on its way up
-            heard = Listening(self._call, patient=lambda: self.cloud.carries_kv)
+            heard = Listening(
+                self._call, silence_s=TURN_SILENCE_S, patient=lambda: self.cloud.carries_kv
+            )
             async for reply in heard:
                 yield reply
         except grpc.aio.AioRpcError as error:
@@ -146,9 +148,9 @@ class TurnStream:
             self._drain()
 
     async def _wait_for_work(self) -> bool:
-        """False where there was none for `HEARTBEAT_S`."""
+        """False where there was none for `TURN_HEARTBEAT_S`."""
         try:
-            async with asyncio.timeout(HEARTBEAT_S):
+            async with asyncio.timeout(TURN_HEARTBEAT_S):
                 await self._work.wait()
         except TimeoutError:
             return False

@@ -4,7 +4,8 @@ takes silence for the loss of the peer.
 A dead process breaks its connections at once. One that was stopped, a machine without power, a
 cable that was pulled do not: gRPC notices them after seconds at best. So every long stream carries
 a `Heartbeat` each `HEARTBEAT_S` where nothing else was sent, from the event loop that serves it,
-and its reader gives up after `SILENCE_S` without anything.
+and its reader gives up after `SILENCE_S` without anything; for a turn's streams it is
+`TURN_HEARTBEAT_S` and `TURN_SILENCE_S`.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Listening:
             waits on its way, behind what else this link carries.
 
     Attributes:
-        silent: the peer said nothing for `SILENCE_S`: the call was cancelled for that.
+        silent: the peer said nothing for `silence_s`: the call was cancelled for that.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Listening:
         self._patient = patient
         self._begun = False  # the peer said something
         self._silence = Silence()
+        self._silence_s = silence_s
         self._pause_s = silence_s / SILENCE_LOOKS
         self._waiting = False
         self._loop = asyncio.get_running_loop()
@@ -175,7 +177,7 @@ class Listening:
 
     def _lost(self) -> Unreachable:
         return Unreachable(
-            f"The other side said nothing for {SILENCE_S:g} s.",
+            f"The other side said nothing for {self._silence_s:g} s.",
             hint="Its process hangs, or the network between lost it.",
         )
 

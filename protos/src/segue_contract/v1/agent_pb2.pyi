@@ -228,6 +228,7 @@ class RunTurnRequest(_message.Message):
     WHEN_BUSY_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     FROM_INDEX_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     turn: _builtins.str
@@ -239,6 +240,10 @@ class RunTurnRequest(_message.Message):
     """Forces a plan shape ("edge", "ship", "text"); empty: the planner decides."""
     from_index: _builtins.int
     """Replayed frames before this token index are left out (a device that comes back)."""
+    lost: _builtins.bool
+    """The node that served this turn to the caller died or fell silent: where its owner has not
+    renewed its lease for a second, another one need not wait until that has run out.
+    """
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
@@ -256,10 +261,11 @@ class RunTurnRequest(_message.Message):
         when_busy: Global___WhenBusy.ValueType = ...,
         plan: _builtins.str = ...,
         from_index: _builtins.int = ...,
+        lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "from_index", b"from_index", "max_tokens", b"max_tokens", "plan", b"plan", "prompt", b"prompt", "sampling", b"sampling", "session", b"session", "stop", b"stop", "turn", b"turn", "when_busy", b"when_busy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "from_index", b"from_index", "lost", b"lost", "max_tokens", b"max_tokens", "plan", b"plan", "prompt", b"prompt", "sampling", b"sampling", "session", b"session", "stop", b"stop", "turn", b"turn", "when_busy", b"when_busy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

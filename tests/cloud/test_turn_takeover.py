@@ -1,0 +1,292 @@
+"""Turns that lose their owner: taken over, found as orphans, given back at a planned stop."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from segue_cloud.turns.recovery import recovering
+from segue_contract.errors import (
+    EngineGone,
+    StaleEpoch,
+    Unreachable,
+)
+from segue_contract.ids import SessionName
+from segue_contract.limits import (
+    LOST_OWNER_LOOKS,
+    TURN_ENGINES,
+)
+from segue_contract.plan import Shape
+from segue_contract.servers import Valkey
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.turn_bench import SESSION, WAIT_S, bench_on, shown_tokens
+
+
+async def test_two_take_overs_at_once_leave_one_owner(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as old,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new,
+    ):
+        begun = await old.begin()
+        old.manager.start(old.spec(begun, has_edge=False))
+        spec = new.spec(begun, shape=Shape.TEXT)
+        (one, first), (two, second) = await asyncio.gather(
+            new.manager.take_over(spec, ()), new.manager.take_over(spec, ())
+        )
+        assert one is two
+        assert [first, second] == [False, True]
+        turn = await new.ended(one)
+        assert (turn.tokens, turn.reason) == (words, "stop")
+
+
+async def test_a_turn_of_a_dead_engine_stays_open_and_goes_on_elsewhere(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    broken = ScriptedEngine(words)
+    broken.fail_at = (3, EngineGone("The engine died."))
+    async with bench_on(valkey.url, model_dir, broken) as old:
+        begun = await old.begin()
+        owner = old.manager.start(old.spec(begun, has_edge=False))
+        async with asyncio.timeout(WAIT_S):
+            kinds = [event.WhichOneof("kind") async for event in owner.feed.read()]
+        assert "ended" not in kinds
+        turn = await old.turn()
+        assert not turn.ended
+        assert turn.tokens == words[:3], "what it made is durable"
+        async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new:
+            second, attached = await new.manager.take_over(new.spec(begun), ())
+            assert not attached
+            second.edge_lost()
+            assert (await new.ended(second)).tokens == words
+
+
+async def test_a_dead_engine_takes_no_turns(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words)
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        begun = await bench.begin()
+        engine.died.set()
+        with pytest.raises(EngineGone):
+            await bench.begin("t2")
+        async with bench_on(valkey.url, model_dir, engine) as again:
+            assert not await again.manager.recover(SESSION)
+            with pytest.raises(EngineGone):
+                await again.manager.take_over(again.spec(begun), ())
+        assert (await bench.turn()).epoch == begun.epoch
+
+
+async def test_a_turn_under_which_engine_after_engine_dies_is_ended(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    broken = ScriptedEngine(words)
+    broken.fail_at = (0, EngineGone("The engine died."))
+    async with bench_on(valkey.url, model_dir, broken) as bench:
+        begun = await bench.begin()
+        owner = bench.manager.start(bench.spec(begun, has_edge=False))
+        for epoch in range(2, TURN_ENGINES + 1):
+            async with asyncio.timeout(WAIT_S):
+                await owner.ended.wait()
+            assert not (await bench.turn()).ended
+            owner, _ = await bench.manager.take_over(bench.spec(begun), ())
+            assert owner.spec.key.epoch == epoch
+            owner.edge_lost()
+        turn = await bench.ended(owner)
+        assert turn.reason == "error"
+        assert turn.error_code == "engine_gone"
+
+
+async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    stuck, free = ScriptedEngine(words, free=False), ScriptedEngine(words)
+    async with (
+        bench_on(valkey.url, model_dir, stuck) as old,
+        bench_on(valkey.url, model_dir, free) as new,
+    ):
+        begun = await old.begin()
+        first = old.manager.start(old.spec(begun, has_edge=False))
+        stuck.allow(3)
+        async with asyncio.timeout(WAIT_S):
+            async for event in first.feed.read():
+                if event.frame.index + len(event.frame.tokens) >= 3:
+                    break
+        spec = new.spec(begun)
+        second, attached = await new.manager.take_over(spec, tuple(words[:4]))
+        assert not attached
+        assert second.spec.key.epoch == begun.epoch + 1
+        assert second.next_index == 3 or second.next_index == 4
+        second.edge_lost()
+        turn = await new.ended(second)
+        assert turn.tokens == words
+        stuck.allow(2)  # the old one's next append is refused, and it stops
+        async with asyncio.timeout(WAIT_S):
+            await first.ended.wait()
+        assert (await new.turn()).tokens == words
+
+
+def lease(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in ("claims", "takeover", "writer", "manager", "recovery"):
+        monkeypatch.setattr(f"segue_cloud.turns.{module}.TURN_LEASE_S", seconds)
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    lease(monkeypatch, 0.3)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_an_orphan_is_finished_though_nobody_asks(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        async with recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0):
+            async with asyncio.timeout(WAIT_S):
+                while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert turn.tokens == words
+        assert turn.epoch == 2
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        async with asyncio.timeout(WAIT_S):
+            _, owner = await bench.manager.run(bench.request("t2"))
+        assert owner is not None
+        assert (await bench.ended(owner)).tokens == words
+        orphan = await bench.turn("t1")
+        assert (orphan.tokens, orphan.reason) == (words, "stop")
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_orphans_go_to_those_with_room_and_none_ends_for_want_of_it(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    names = [SessionName("default", f"s{at}") for at in range(5)]
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        for name in names:
+            await dead.log.open_session(name, device="phone")
+            await dead.begin(session=name)
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine, max_turns=2) as bench,
+        recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0),
+    ):
+        async with asyncio.timeout(WAIT_S):
+            while bench.manager.running < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert bench.manager.room == 0
+        engine.allow(len(names) * len(words))
+        async with asyncio.timeout(WAIT_S):
+            for name in names:
+                while not (turn := (await bench.log.state(name)).turns[0]).ended:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                assert (turn.tokens, turn.reason) == (words, "stop")
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_an_instance_leaves_orphans_of_another_model_alone(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), model="n") as bench:
+        assert not await bench.running.due(8)
+        assert not await bench.manager.recover(SESSION)
+        assert (await bench.turn()).epoch == 1
+
+
+async def test_a_planned_stop_gives_the_lease_back(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.manager.SHUTDOWN_GRACE_S", 0.1)
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new:
+        async with bench_on(valkey.url, model_dir, engine) as old:
+            owner = old.manager.start(old.spec(await old.begin(), has_edge=False))
+            engine.allow(3)
+            await shown_tokens(owner, 3)
+            assert not await new.manager.recover(SESSION), "its lease holds"
+            await old.manager.close()
+            with pytest.raises(Unreachable):
+                await old.begin("t2")
+            kinds = [event.WhichOneof("kind") async for event in owner.feed.read()]
+            assert "ended" not in kinds
+            assert await new.manager.recover(SESSION)
+        second = new.manager.owned(SESSION, "t1")
+        assert second is not None
+        turn = await new.ended(second)
+        assert (turn.tokens, turn.epoch) == (words, 2)
+
+
+async def test_a_turn_is_opened_only_where_it_began(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine) as one,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words[::-1])) as two,
+    ):
+        begun = await one.begin()
+        owner = one.manager.start(one.spec(begun, has_edge=False))
+        with pytest.raises(StaleEpoch):
+            two.manager.open(two.spec(begun))
+        engine.allow(len(words))
+        assert (await one.ended(owner)).tokens == words
+
+
+async def test_a_lost_owner_s_turn_goes_on_before_its_lease_has_run_out(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease(monkeypatch, 300.0)
+    monkeypatch.setattr("segue_cloud.turns.manager.LOST_OWNER_QUIET_S", 0.1)
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as silent,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench,
+    ):
+        await silent.begin()
+        assert not await bench.manager.recover(SESSION), "its lease holds"
+        bench.manager.succeed(SESSION, "t1")
+        async with asyncio.timeout(WAIT_S):
+            while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert (turn.tokens, turn.epoch) == (words, 2)
+
+
+async def test_a_living_owner_keeps_a_turn_whose_reader_lost_it(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader's own network may be what was lost."""
+    looked: list[bool] = []
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine) as living,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench,
+    ):
+        owner = living.manager.start(living.spec(await living.begin(), has_edge=False))
+        recover = bench.manager._takeover.recover
+
+        async def look(session: SessionName, quiet_s: float) -> bool:
+            looked.append(await recover(session, quiet_s))
+            return looked[-1]
+
+        monkeypatch.setattr(bench.manager._takeover, "recover", look)
+        bench.manager.succeed(SESSION, "t1")
+        async with asyncio.timeout(WAIT_S):
+            while len(looked) < LOST_OWNER_LOOKS:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        engine.allow(len(words))
+        turn = await living.ended(owner)
+    assert not any(looked)
+    assert (turn.tokens, turn.epoch) == (words, 1)
