@@ -12,9 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segue_contract.errors import InvalidArgument, Overloaded
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    ModelMismatch,
+    Overloaded,
+    QuotaExceeded,
+    StaleEpoch,
+)
 from segue_contract.ids import SessionName
-from segue_contract.limits import OUTBOX_TURNS
+from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.servers import Valkey
 from segue_contract.sync.branches import Branch, branches
@@ -25,7 +32,8 @@ from segue_edge.turns.asked import Asked
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.offline.deliver import Delivery
 from segue_edge.turns.offline.journal import Journal, StoredTurn
-from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
+from segue_edge.turns.offline.outbox import Outbox
+from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
@@ -204,6 +212,77 @@ async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
     assert len(outbox) == 1
     assert await outbox.flush()
     assert len(outbox) == 0
+
+
+async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> None:
+    passing = (Internal("A fault."), StaleEpoch("Not here."), ModelMismatch("Other weights."))
+    errors = iter([*passing, QuotaExceeded("The session is full."), None])
+    refused: list[str] = []
+
+    async def fail(_: OfflineTurn) -> None:
+        error = next(errors)
+        if error is not None:
+            raise error
+
+    outbox = Outbox(fail, refused=lambda turn: refused.append(turn.asked.turn))
+    await keep(outbox, said("t1"), replace(said("t2"), follows="t1"))
+    for _ in passing:
+        with pytest.raises(Overloaded):
+            await outbox.settle("trip")
+    waiting = asyncio.create_task(outbox.settled("trip", "t1"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await outbox.settle("trip")
+    await asyncio.wait_for(waiting, 10)
+    assert (refused, len(outbox)) == (["t1"], 0)
+    found = outbox.find("trip", "t1")
+    assert found is not None
+    assert isinstance(found.refused, QuotaExceeded)
+    assert outbox.find("trip", "t2") is None
+
+
+async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+
+    async def refuse(_: OfflineTurn) -> None:
+        raise QuotaExceeded("The session is full.", hint="Begin another.")
+
+    outbox = Outbox(refuse, Journal(path))
+    names = [f"t{number}" for number in range(OUTBOX_REFUSED_KEPT + 3)]
+    await keep(outbox, *(said(name) for name in names))
+    assert await outbox.flush()
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    assert len(again) == 0
+    assert [turn.asked.turn for turn in again.refused] == names[3:]
+    (first, *_) = again.refused
+    assert first.refused is not None
+    assert (first.refused.code, str(first.refused)) == (
+        "quota_exceeded",
+        "The session is full. Begin another.",
+    )
+    assert first.tokens == SHOWN
+    await again.close()
+
+
+async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+
+    async def refuse(turn: OfflineTurn) -> None:
+        if turn.asked.turn != "t1":
+            raise Overloaded("Full.")
+        raise QuotaExceeded("The session is full.")
+
+    outbox = Outbox(refuse, Journal(path))
+    await keep(outbox, replace(said("t1"), follows="t0"), replace(said("t2"), follows="t1"))
+    assert not await outbox.flush()
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    for box in (outbox, again):
+        kept = box.find("trip", "t2")
+        assert kept is not None
+        assert (kept.follows, kept.refused) == ("t0", None)
+    await again.close()
 
 
 async def test_what_could_not_be_delivered_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from segue.cli._chat_text import body, clean, footer
 from segue.cli._room import Room, Talk
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.sync import ops
+from segue_contract.v1.agent_pb2 import RunTurnRequest
 from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
 WAIT_S = 20.0
@@ -168,6 +169,37 @@ async def test_what_was_said_offline_beside_others_is_shown_as_a_branch() -> Non
         "t5": "a branch, said offline beside 1 of others",
         "t6": "a branch, said offline beside 1 of others",
     }
+
+
+async def test_what_the_log_made_of_an_offline_message_is_shown_where_it_is_another() -> None:
+    log = FakeLog("trip")
+    back = asyncio.Event()
+    outcomes = {
+        "kept": [frame(0, "Hi you"), ended(2)],
+        "other": [frame(0, "Good day to you"), ended(4)],
+        "refused": [ended(2, reason="error", durable=False, error_message="No room.")],
+    }
+
+    def script(request: RunTurnRequest) -> Sequence[Step]:
+        said = [started(request.turn, 0), frame(0, "Hi you", epoch=0, durable=False)]
+        if not request.must_exist:
+            return [*said, ended(2, durable=False)]
+        return [Wait(back), *said, *outcomes[request.prompt]]
+
+    async with FakeAgent(log, script) as agent, room_of(agent, "laptop") as (room, screen):
+        for prompt in outcomes:
+            await room.say(prompt)
+        assert list(screen) == [
+            f"finished laptop: {prompt} -> Hi you  (stop)" for prompt in outcomes
+        ]
+        assert all("said offline" in line for line in screen.footers.values())
+        del screen[:]
+        back.set()
+        await screen.until(lambda: len(screen) == 3)
+    assert screen.index("note The log keeps another reply to “other”:") + 1 == screen.index(
+        "finished laptop: other -> Good day to you  (stop)"
+    )
+    assert "note The log refused “refused” for good. No room." in screen
 
 
 async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:

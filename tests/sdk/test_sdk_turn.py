@@ -319,3 +319,89 @@ async def test_bad_input_never_leaves_the_device(
         assert isinstance(caught.value, errors.SegueError)
         assert caught.value.hint
         assert not agent.runs
+
+
+# -- what becomes of a reply that was made offline ------------------------------------------------
+
+
+def offline_reply(request: pb.RunTurnRequest) -> list[Step]:
+    return [
+        started(request.turn, 0),
+        frame(0, "Paris is fine", epoch=0, durable=False, made_by="edge"),
+    ]
+
+
+async def settled(*scripts: Sequence[Step]) -> tuple[list[object], segue.Turn, list[bool]]:
+    """What a device is told after an offline end; one script per attempt to learn more."""
+    attempts = by_attempt(*scripts)
+
+    def script(request: pb.RunTurnRequest) -> Sequence[Step]:
+        if request.must_exist:
+            return attempts(request)
+        return [*offline_reply(request), ended(3, epoch=0, durable=False)]
+
+    async with (
+        FakeAgent(FakeLog("trip"), script) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where to?") as turn:
+            await collect(turn)
+            assert turn.ended is not None
+            assert turn.ended.pending
+            told = [event async for event in turn.settled()]
+            assert [event async for event in turn.settled()] == []
+        return told, turn, [run.must_exist for run in agent.runs]
+
+
+async def test_a_log_that_keeps_an_offline_reply_makes_it_durable() -> None:
+    said = [started("x"), frame(0, "Paris is fine", made_by="edge"), ended(3)]
+    told, turn, asked = await settled(said)
+    assert [type(event) for event in told] == [segue.Durable, segue.Ended]
+    assert turn.text == "Paris is fine "
+    assert turn.ended is not None
+    assert turn.ended.durable
+    assert asked == [False, True]
+
+
+async def test_a_log_that_went_another_way_takes_an_offline_reply_back() -> None:
+    told, turn, _ = await settled([started("x"), frame(0, "Paris was full"), ended(3)])
+    assert [type(event) for event in told[:2]] == [segue.Rewound, segue.Frame]
+    assert isinstance(told[0], segue.Rewound)
+    assert told[0].index == 1
+    assert turn.text == "Paris was full "
+
+
+async def test_a_log_with_a_shorter_reply_takes_the_rest_back() -> None:
+    told, turn, _ = await settled([started("x"), frame(0, "Paris is"), ended(2)])
+    assert [type(event) for event in told] == [segue.Durable, segue.Rewound, segue.Ended]
+    assert turn.text == "Paris is "
+
+
+async def test_a_log_that_refuses_an_offline_turn_for_good_says_so() -> None:
+    request = pb.RunTurnRequest(turn="x")
+    end = ended(
+        3,
+        epoch=0,
+        reason="error",
+        durable=False,
+        error_code="quota_exceeded",
+        error_message="The session is full.",
+    )
+    told, turn, _ = await settled([*offline_reply(request), end])
+    (event,) = told
+    assert isinstance(event, segue.Ended)
+    assert event.error is not None
+    assert event.error.fields["code"] == "quota_exceeded"
+    assert turn.text == "Paris is fine "
+
+
+async def test_it_is_waited_for_where_a_node_does_not_know_the_turn_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("segue.turn.RETRY_PAUSE_MAX_S", 0.01)
+    unknown = errors.UnknownTurn("Session trip has no turn x.")
+    said = [started("x"), frame(0, "Paris is fine"), ended(3)]
+    told, _, asked = await settled([unknown], [Break()], said)
+    assert isinstance(told[-1], segue.Ended)
+    assert asked == [False, True, True, True]

@@ -32,6 +32,11 @@ class ReplyView:
         """Where a further stream must begin: tokens before it are known and in the log."""
         return self.merger.durable_index
 
+    def reopen(self) -> None:
+        """The end was not the log's; the log's own is to come."""
+        self.ended = None
+        self.merger.reopen()
+
     def take(self, wire: pb.TurnEvent) -> list[events.TurnEvent]:
         """The events that `wire` brings; [] where it says what is known.
 

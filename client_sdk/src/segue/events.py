@@ -80,7 +80,11 @@ class Rewound:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The turn's last event. `reason`: "stop", "length", "cancelled" or "error" (see `error`)."""
+    """The turn's last event. `reason`: "stop", "length", "cancelled" or "error" (see `error`).
+
+    `durable` is False where the reply was made out of the log's reach: `Turn.settled` tells what
+    becomes of it.
+    """
 
     reason: str
     usage: Usage
@@ -93,6 +97,11 @@ class Ended:
     @property
     def text(self) -> str:
         return ""
+
+    @property
+    def pending(self) -> bool:
+        """The log has yet to take the turn."""
+        return not self.durable and self.error is None
 
 
 TurnEvent: TypeAlias = Started | Frame | Durable | Rewound | Ended

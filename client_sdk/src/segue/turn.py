@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 
 import grpc
@@ -13,9 +13,10 @@ import grpc
 from segue._nodes import Node, Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
-from segue_contract.errors import InvalidArgument, SegueError, TurnFailed, Unreachable
+from segue_contract.errors import InvalidArgument, NotFound, SegueError, TurnFailed, Unreachable
 from segue_contract.limits import (
     RESUME_TIMEOUT_S,
+    RETRY_PAUSE_MAX_S,
     RPC_TIMEOUT_S,
     TURN_SILENCE_S,
     TURN_TIMEOUT_S,
@@ -62,6 +63,7 @@ class Turn:
         self._next_pause = pauses()
         self._refused: set[str] = set()
         self._lost = False  # the node that served the turn died or fell silent
+        self._offline_end: Ended | None = None  # while its settling is awaited
 
     # -- what is known ----------------------------------------------------------------------------
     @property
@@ -80,7 +82,7 @@ class Turn:
 
     @property
     def ended(self) -> Ended | None:
-        return self._view.ended
+        return self._view.ended or self._offline_end
 
     @property
     def address(self) -> str:
@@ -129,6 +131,36 @@ class Turn:
                 raise StopAsyncIteration
             await self._receive()
         return self._ready.popleft()
+
+    async def settled(self) -> AsyncIterator[TurnEvent]:
+        """What the log makes of a reply that ended out of its reach; for after its end.
+
+        Where the log keeps what was shown: `Durable`, and an `Ended` that is durable. Where it has
+        other tokens: `Rewound` and these first. Where it refused the message for good: `Ended` with
+        the error. Nothing where the end was durable. It waits until the edge that served the turn
+        has a cloud again, however long that takes: bound it with `asyncio.timeout`.
+        """
+        while (ended := self.ended) is not None and ended.pending:
+            self._offline_end, self._lost_since = ended, None
+            self._view.reopen()
+            try:
+                while self._view.ended is None or self._ready:
+                    if not self._ready:
+                        await self._receive()
+                    event = self._ready.popleft()
+                    if not (isinstance(event, Ended) and event.pending):
+                        yield event
+                        continue
+                    # That node's own run of it has only just ended.
+                    await asyncio.sleep(RETRY_PAUSE_MAX_S)
+            except SegueError as error:
+                if not (error.retryable or isinstance(error, NotFound)):
+                    raise
+                if self._node is not None:  # another one may be the edge that keeps it
+                    await self._nodes.failed(self._node)
+                await asyncio.sleep(RETRY_PAUSE_MAX_S)
+            finally:
+                self._drop()
 
     async def result(self) -> Reply:
         """Wait for the end and return the whole reply.
@@ -196,6 +228,7 @@ class Turn:
             request.CopyFrom(self._request)
             request.from_index = self._view.resume_index
             request.lost = self._lost
+            request.must_exist = self._offline_end is not None
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
         call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
         return Listening(call, silence_s=TURN_SILENCE_S)

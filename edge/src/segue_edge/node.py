@@ -45,7 +45,8 @@ from segue_edge.turns.ledger_file import LedgerFile
 from segue_edge.turns.model_port import EdgeModelPort
 from segue_edge.turns.offline.deliver import Delivery
 from segue_edge.turns.offline.journal import Journal
-from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
+from segue_edge.turns.offline.outbox import Outbox
+from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.turns.planning import TurnPlanner
 from segue_edge.turns.prefill_job import DecodeJob, NoCache, PrefillJob
 from segue_edge.turns.registry import TurnRegistry
@@ -102,6 +103,7 @@ class EdgeNode:
         self.outbox: Outbox
         self.warmer: Warmer
         self.registry: TurnRegistry
+        self.histories: HistoryCache
         self.server: RunningServer
         self._stack = AsyncExitStack()
 
@@ -161,11 +163,12 @@ class EdgeNode:
         await self._serve()
 
     async def _serve(self) -> None:
-        tools, clouds, histories = self.tools, self.clouds, HistoryCache()
+        tools, clouds = self.tools, self.clouds
+        histories = self.histories = HistoryCache()
         delivery = Delivery(clouds, histories, tools.recipe, self._on_delivered)
         path = self.config.outbox_path
         journal = await asyncio.to_thread(Journal, path) if path is not None else None
-        outbox = self.outbox = Outbox(delivery.deliver, journal)
+        outbox = self.outbox = Outbox(delivery.deliver, journal, self._on_refused)
         self._stack.push_async_callback(outbox.close)
         context = tools.manifest.geometry.context
         opening = TurnOpening(clouds, histories, tools.tokenizer, outbox, context=context)
@@ -188,6 +191,7 @@ class EdgeNode:
 
         self.registry = TurnRegistry(
             make_run,
+            outbox,
             retry_after_s=self._retry_after_s,
             on_busy=self.warmer.busy,
             on_idle=self.warmer.idle,
@@ -198,6 +202,7 @@ class EdgeNode:
             self.registry,
             clouds,
             histories,
+            outbox,
             instance=self.instance,
             model=tools.manifest.name,
             context=context,
@@ -224,6 +229,12 @@ class EdgeNode:
     def _on_delivered(self, offline: OfflineTurn, as_shown: bool) -> None:
         """The log has a turn that was served offline: whoever asks for it reads it there."""
         self.registry.forget(offline.asked.session, offline.asked.turn)
+
+    def _on_refused(self, offline: OfflineTurn) -> None:
+        """The log will never have it: it is told from the outbox, and in no prompt to come."""
+        session, turn = offline.asked.key
+        self.histories.of(session).delivered(turn, as_shown=False)
+        self.registry.forget(session, turn)
 
     def _retry_after_s(self) -> float:
         """Until the prompts that wait are prefilled, at least a moment."""

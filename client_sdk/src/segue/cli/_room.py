@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import segue
@@ -97,6 +97,7 @@ class Room:
         self._clock = clock
         self._done: set[str] = set()
         self._context_from = ""
+        self._settling: set[asyncio.Task[None]] = set()
         self._branched: set[str] = set()  # first turns of branches that were shown
         self._follower: segue.Follower | None = None
 
@@ -109,6 +110,13 @@ class Room:
     # -- the others -------------------------------------------------------------------------------
     async def follow(self) -> None:
         """Show the session until cancelled; come back when a node comes back."""
+        try:
+            await self._follow()
+        finally:
+            for task in self._settling:
+                task.cancel()
+
+    async def _follow(self) -> None:
         told = False
         while True:
             self._follower = self.session.follow()
@@ -244,6 +252,10 @@ class Room:
             async with turn:
                 async for event in turn:
                     self._own(talk, event)
+            if turn.ended is not None and turn.ended.pending:
+                settling = asyncio.create_task(self._settle(turn, talk), name=f"settle {turn.id}")
+                self._settling.add(settling)
+                settling.add_done_callback(self._settling.discard)
         except Unreachable as error:
             self._screen.note(str(error))
             if talk is not None:
@@ -261,11 +273,29 @@ class Room:
             del talk.pieces[event.index :]
         elif isinstance(event, segue.Ended):
             talk.reason, talk.plan = event.reason, event.plan
+            talk.offline = event.pending
             talk.error = event.error.message if event.error is not None else ""
             usage = event.usage
             talk.cached_tokens = usage.edge_cached_tokens or usage.cloud_cached_tokens
             self._finish(talk)
         self._screen.changed()
+
+    async def _settle(self, turn: segue.Turn, talk: Talk) -> None:
+        """A message that was said offline: show what the log made of it, where that is another."""
+        shown = talk.text
+        try:
+            async for event in turn.settled():
+                if not isinstance(event, segue.Ended):
+                    continue
+                said = _quoted(talk.prompt)
+                if event.error is not None:
+                    self._screen.note(f"The log refused {said} for good. {event.error}")
+                elif turn.text != shown:
+                    self._screen.note(f"The log keeps another reply to {said}:")
+                    kept = replace(talk, pieces=[turn.text], reason=event.reason, plan=event.plan)
+                    self._screen.finished(kept)
+        except SegueError as error:
+            self._screen.note(str(error))
 
     def _hand_to_log(self, talk: Talk) -> None:
         """Our stream is gone for good; if the turn ever began, the log shows its rest."""

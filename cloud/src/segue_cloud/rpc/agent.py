@@ -24,6 +24,7 @@ from segue_contract.errors import (
     StaleEpoch,
     UnknownModel,
     UnknownSession,
+    UnknownTurn,
 )
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import (
@@ -114,6 +115,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             )
         asked = turn_request(request, self._identity.tenant)
         await self._log.check_device(asked.session, asked.device)
+        if request.must_exist:
+            await self._check_known(asked.session, asked.turn)
         _, owner = await self._manager.run(asked)
         if owner is not None:
             async for event in owner.feed.read(request.from_index):
@@ -123,6 +126,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             self._manager.succeed(asked.session, asked.turn)
         async for event in self._join(asked.session, asked.turn, request.from_index):
             yield event
+
+    async def _check_known(self, session: SessionName, turn: str) -> None:
+        if find_turn(await self._log.state(session), turn) is None:
+            raise UnknownTurn(
+                f"Session {session.session} has no turn {turn}.",
+                hint="The edge that served it may still have to deliver it.",
+                turn=turn,
+            )
 
     async def _join(
         self, session: SessionName, turn: str, from_index: int

@@ -18,6 +18,7 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.history import HistoryCache
+from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
@@ -32,6 +33,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         registry: TurnRegistry,
         clouds: CloudSet,
         histories: HistoryCache,
+        outbox: Outbox,
         *,
         instance: str,
         model: str,
@@ -40,6 +42,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._registry = registry
         self._clouds = clouds
         self._histories = histories
+        self._outbox = outbox
         self._instance = instance
         self._model = model
         self._context = context
@@ -60,8 +63,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         )
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
-        run = self._registry.run_or_join(Asked.of(request))
-        async for event in run.feed.read(request.from_index):
+        asked = Asked.of(request)
+        if request.must_exist:
+            await self._outbox.settled(asked.session, asked.turn)
+        feed = self._registry.run_or_join(asked)
+        async for event in feed.read(request.from_index):
             yield to_wire(event)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segue_contract.checks import check_run
+from segue_contract.errors import TurnConflict
 from segue_contract.ids import check_id
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
@@ -32,6 +34,22 @@ class Asked:
     @property
     def key(self) -> tuple[str, str]:
         return self.request.session, self.request.turn
+
+    def check_same(
+        self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str]
+    ) -> None:
+        """Raises TurnConflict: the turn of this id, asked for so, is another question."""
+        mine = (self.request.prompt, self.request.max_tokens, self.sampling, self.stop)
+        if mine != (prompt, max_tokens, sampling, tuple(stop)):
+            raise TurnConflict(
+                f"Turn {self.turn} of session {self.session} was asked for something else.",
+                hint="Give each question an id of its own; the same id joins the same turn.",
+                turn=self.turn,
+            )
+
+    def check_joins(self, known: Asked) -> None:
+        """Raises TurnConflict: `known` has this turn's id and is another question."""
+        self.check_same(known.request.prompt, known.request.max_tokens, known.sampling, known.stop)
 
     @classmethod
     def of(cls, request: pb.RunTurnRequest) -> Asked:

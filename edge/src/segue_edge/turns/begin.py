@@ -39,6 +39,7 @@ class Begun:
 
     `prompt`: token ids of the whole conversation and this message. `joined`: the turn's id was
     known to the cloud, so it is followed, not run. `context_from`: id of the first turn in it.
+    `ended`: no cloud is there, and the log was known to have the whole turn before.
     """
 
     cloud: Cloud | None
@@ -48,6 +49,7 @@ class Begun:
     joined: bool = False
     room: Room | None = None
     context_from: str = ""
+    ended: TurnState | None = None
 
 
 OnGuess = Callable[[Cloud, list[int]], None]
@@ -86,6 +88,7 @@ class TurnOpening:
             PromptTooLong: before the log was touched, where this node knows the conversation.
             SegueError: what the cloud said of the request, typed.
             Unreachable: no cloud answers, and this node does not know the conversation.
+            TurnConflict: nor then may an id name two questions.
         """
         history = self._histories.of(asked.session)
         guess = asyncio.create_task(self._guess(asked, history, on_guess))
@@ -177,6 +180,10 @@ class TurnOpening:
                 f"No cloud can be reached, and this edge does not know session {asked.session}.",
                 hint="Check the cloud (`segue doctor`), or go on in a session opened here before.",
             )
+        known = next((turn for turn in history.turns if turn.turn == asked.turn), None)
+        if known is not None:
+            asked.check_same(known.prompt, known.max_tokens, known.sampling, known.stop)
+            return Begun(None, [], joined=True, ended=known)
         prompt, context_from = await guess
         self.check_fits(prompt)
         return Begun(None, prompt, room=self._outbox.reserve(), context_from=context_from)

@@ -24,7 +24,8 @@ from segue_edge.turns.begin import Begun
 from segue_edge.turns.edge_part import EdgePart
 from segue_edge.turns.link import CloudLink, follow
 from segue_edge.turns.measure import Measure
-from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
+from segue_edge.turns.offline.outbox import Outbox
+from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.turns.planning import Planned
 from segue_edge.turns.prefill_job import Prefill
 from segue_edge.turns.tools import EdgeTools

@@ -10,7 +10,9 @@ import structlog
 
 from segue_contract.errors import Overloaded, Unreachable
 from segue_contract.limits import ENDED_TURNS_KEPT, MAX_TURNS_PER_EDGE, SHUTDOWN_GRACE_S
+from segue_contract.transport.turn_feed import TurnFeed
 from segue_edge.turns.asked import Asked
+from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.run import TurnRun
 
 log = structlog.get_logger("segue.turns")
@@ -23,6 +25,7 @@ class TurnRegistry:
 
     Args:
         make: a run for what was asked.
+        outbox: has the turns that ended here and that the log has not.
         retry_after_s: how long until a place should be free, for refusals.
         on_busy, on_idle: told when the first turn starts and the last one ends.
     """
@@ -30,6 +33,7 @@ class TurnRegistry:
     def __init__(
         self,
         make: Callable[[Asked], TurnRun],
+        outbox: Outbox,
         *,
         retry_after_s: Callable[[], float],
         on_busy: Callable[[], None],
@@ -37,6 +41,7 @@ class TurnRegistry:
         max_turns: int = MAX_TURNS_PER_EDGE,
     ) -> None:
         self._make = make
+        self._outbox = outbox
         self._retry_after_s = retry_after_s
         self._on_busy = on_busy
         self._on_idle = on_idle
@@ -48,18 +53,23 @@ class TurnRegistry:
     def __len__(self) -> int:
         return len(self._running)
 
-    def run_or_join(self, asked: Asked) -> TurnRun:
-        """The run of this session and turn id: the one there is, or a new one.
+    def run_or_join(self, asked: Asked) -> TurnFeed:
+        """The events of this session and turn id: of the run there is or was, or of a new one.
 
         Raises:
+            TurnConflict: the id is known here, for another question.
             Overloaded: as many turns run as this node takes; at once, with a retry hint.
             Unreachable: the node is shutting down.
         """
-        known = self._running.get(asked.key)
+        running = self._running.get(asked.key)
+        known = running[0] if running is not None else self._ended.get(asked.key)
         if known is not None:
-            return known[0]
-        if asked.key in self._ended:
-            return self._ended[asked.key]
+            asked.check_joins(known.asked)
+            return known.feed
+        kept = self._outbox.find(asked.session, asked.turn)
+        if kept is not None:
+            asked.check_joins(kept.asked)
+            return kept.replay()
         if self._closing:
             raise Unreachable("This edge is shutting down.", hint="Use another node.")
         if len(self._running) >= self._max_turns:
@@ -74,7 +84,7 @@ class TurnRegistry:
         if len(self._running) == 1:
             self._on_busy()
         task.add_done_callback(lambda _: self._done(asked.key))
-        return run
+        return run.feed
 
     def offline_turn(self, session: str, turn: str) -> TurnRun | None:
         """A running turn that only this node knows of; `turn` may be empty."""

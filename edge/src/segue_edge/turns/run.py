@@ -17,6 +17,7 @@ from segue_contract.errors import Internal, PromptTooLong, SegueError, Unreachab
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState as LoggedTurn
 from segue_contract.transport.turn_feed import TurnFeed
+from segue_contract.turn.from_log import turn_events
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.begin import Begun, TurnOpening
 from segue_edge.turns.closing import TurnClosing
@@ -101,10 +102,16 @@ class TurnRun:
             self.feed.close()
 
     async def _run(self) -> None:
+        if self.asked.request.must_exist:
+            await self._follow(Begun(None, [], joined=True))
+            return
         try:
             begun = await self._opening.begin(self.asked, self._start_early)
             self._measure.mark("begun")
-            if begun.joined:
+            if begun.ended is not None:
+                for event in turn_events(begun.ended):
+                    self.feed.publish(event)
+            elif begun.joined:
                 await self._follow(begun)
             else:
                 await self._serve(begun)
@@ -199,6 +206,9 @@ class TurnRun:
             epoch=state.epoch,
             tokens=list(state.tokens),
             pieces=list(state.pieces),
+            max_tokens=request.max_tokens,
+            sampling=self.asked.sampling,
+            stop=self.asked.stop,
             reason=ended.reason,
             context_from=begun.context_from,
         )

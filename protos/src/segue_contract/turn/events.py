@@ -82,7 +82,7 @@ class Rewound(msgspec.Struct, frozen=True):
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """The end of the turn with `next_index` tokens. `durable` is False only for a turn served
-    while the cloud was out of reach; the log gets it later."""
+    while the cloud was out of reach: the log gets it later, or refused it for good (ERROR)."""
 
     reason: Reason
     next_index: int

@@ -143,6 +143,10 @@ class Merger:
             changed = min(changed, at)
         return self._settle(changed)
 
+    def reopen(self) -> None:
+        """The end was not the log's: what the log says of the turn may go on otherwise."""
+        self._end = None
+
     def check_integrity(self) -> None:
         """Assert what must always hold."""
         assert 0 <= self._durable <= self._shown

@@ -229,6 +229,7 @@ class RunTurnRequest(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     FROM_INDEX_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    MUST_EXIST_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     turn: _builtins.str
@@ -243,6 +244,10 @@ class RunTurnRequest(_message.Message):
     lost: _builtins.bool
     """The node that served this turn to the caller died or fell silent: where its owner has not
     renewed its lease for a second, another one need not wait until that has run out.
+    """
+    must_exist: _builtins.bool
+    """NOT_FOUND instead of beginning the turn. An edge that served it offline answers once the log has
+    it, or has refused it for good: a device asks so after an end that was not durable.
     """
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
@@ -262,10 +267,11 @@ class RunTurnRequest(_message.Message):
         plan: _builtins.str = ...,
         from_index: _builtins.int = ...,
         lost: _builtins.bool = ...,
+        must_exist: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "from_index", b"from_index", "lost", b"lost", "max_tokens", b"max_tokens", "plan", b"plan", "prompt", b"prompt", "sampling", b"sampling", "session", b"session", "stop", b"stop", "turn", b"turn", "when_busy", b"when_busy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "from_index", b"from_index", "lost", b"lost", "max_tokens", b"max_tokens", "must_exist", b"must_exist", "plan", b"plan", "prompt", b"prompt", "sampling", b"sampling", "session", b"session", "stop", b"stop", "turn", b"turn", "when_busy", b"when_busy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,7 +449,9 @@ class TurnEnded(_message.Message):
     next_index: _builtins.int
     """The number of tokens of the whole reply."""
     durable: _builtins.bool
-    """False only for a turn served while the cloud was out of reach; the log gets it later."""
+    """False only for a turn served while the cloud was out of reach: the log gets it later, unless
+    the reason is "error": then the log refused it for good.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     def __init__(

@@ -29,7 +29,7 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.begin import call_begin
 from segue_edge.turns.history import HistoryCache
-from segue_edge.turns.offline.outbox import OfflineTurn
+from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
 from segue_edge.uplink.stream import TurnStream

@@ -20,7 +20,12 @@ import msgspec
 import structlog
 
 from segue_contract.errors import UNREADABLE, InvalidArgument
-from segue_contract.limits import MAX_OUTBOX_RECORD_BYTES, OUTBOX_REWRITE_BYTES, OUTBOX_TURNS
+from segue_contract.limits import (
+    MAX_OUTBOX_RECORD_BYTES,
+    OUTBOX_REFUSED_KEPT,
+    OUTBOX_REWRITE_BYTES,
+    OUTBOX_TURNS,
+)
 
 log = structlog.get_logger("segue.outbox")
 
@@ -31,7 +36,8 @@ _RECORD = struct.Struct("<II")
 
 
 class StoredTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole turn as the device saw it; `request` is the RunTurnRequest's bytes."""
+    """A whole turn as the device saw it; `request` is the RunTurnRequest's bytes. With a
+    `refused_code` the log refused it for good."""
 
     request: bytes
     prompt: tuple[int, ...]
@@ -41,6 +47,8 @@ class StoredTurn(msgspec.Struct, frozen=True, kw_only=True):
     plan: bytes
     begun: bool = False
     follows: str = ""
+    refused_code: str = ""
+    refused_message: str = ""
 
 
 class _Added(msgspec.Struct, frozen=True, tag="added"):
@@ -52,6 +60,7 @@ class _Gone(msgspec.Struct, frozen=True, tag="gone"):
     number: int
 
 
+_MOST_TURNS = OUTBOX_TURNS + OUTBOX_REFUSED_KEPT
 _decoder = msgspec.msgpack.Decoder(_Added | _Gone)
 
 
@@ -92,6 +101,11 @@ class Journal:
         self._next += 1
         self._live[number] = turn
         return number
+
+    def replace(self, number: int, turn: StoredTurn) -> None:
+        """The turn of that number is `turn` from now on. Raises OSError."""
+        self._append(self._file, _Added(number, turn))
+        self._live[number] = turn
 
     def remove(self, number: int) -> None:
         """Raises OSError."""
@@ -158,7 +172,7 @@ class Journal:
         self._next = max(self._next, record.number + 1)
         if isinstance(record, _Gone):
             self._live.pop(record.number, None)
-        elif len(self._live) < OUTBOX_TURNS:
+        elif record.number in self._live or len(self._live) < _MOST_TURNS:
             self._live[record.number] = record.turn
 
     def _rewrite(self) -> BinaryIO:

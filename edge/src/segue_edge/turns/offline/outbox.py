@@ -7,70 +7,36 @@ import asyncio
 import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
+from google.protobuf.message import DecodeError
 
-from segue_contract.errors import Overloaded, SegueError
-from segue_contract.limits import OUTBOX_SESSIONS_AT_ONCE, OUTBOX_TURNS, PROBE_INTERVAL_S
-from segue_contract.turn.events import Reason
-from segue_contract.v1 import agent_pb2 as pb
-from segue_edge.turns.asked import Asked
-from segue_edge.turns.offline.journal import Journal, StoredTurn
+from segue_contract.errors import (
+    InvalidArgument,
+    Overloaded,
+    QuotaExceeded,
+    SegueError,
+    TurnCancelled,
+    TurnConflict,
+)
+from segue_contract.limits import (
+    OUTBOX_REFUSED_KEPT,
+    OUTBOX_SESSIONS_AT_ONCE,
+    OUTBOX_TURNS,
+    PROBE_INTERVAL_S,
+)
+from segue_edge.turns.offline.journal import Journal
+from segue_edge.turns.offline.turn import OfflineTurn
 
 log = structlog.get_logger("segue.outbox")
 
 
-@dataclass(frozen=True)
-class OfflineTurn:
-    """A whole turn as the device saw it.
-
-    Attributes:
-        prompt: its token ids as they were then.
-        begun: it began in the log, and has no end there that this edge knows of.
-        follows: the last turn that this node knew of the session before it; "" for none.
-        number: its place in the file, 0 without one.
-    """
-
-    asked: Asked
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    pieces: tuple[str, ...]
-    reason: Reason
-    plan: bytes
-    begun: bool = False
-    follows: str = ""
-    number: int = 0
-
-    def stored(self) -> StoredTurn:
-        return StoredTurn(
-            request=self.asked.request.SerializeToString(),
-            prompt=self.prompt,
-            tokens=self.tokens,
-            pieces=self.pieces,
-            reason=self.reason,
-            plan=self.plan,
-            begun=self.begun,
-            follows=self.follows,
-        )
-
-    @classmethod
-    def of(cls, number: int, stored: StoredTurn) -> OfflineTurn:
-        """Raises SegueError or ValueError where the request was none."""
-        return cls(
-            Asked.of(pb.RunTurnRequest.FromString(stored.request)),
-            stored.prompt,
-            stored.tokens,
-            stored.pieces,
-            Reason(stored.reason),
-            stored.plan,
-            stored.begun,
-            stored.follows,
-            number,
-        )
-
-
 Deliver = Callable[[OfflineTurn], Awaitable[None]]
+Refused = Callable[[OfflineTurn], None]
+
+# What a log says of the turn itself, and will say again. Any other error may pass.
+_FOR_GOOD = (InvalidArgument, QuotaExceeded, TurnCancelled, TurnConflict)
 
 
 class Room:
@@ -99,12 +65,22 @@ class Outbox:
     """First in, first out within a session; sessions do not wait for each other.
 
     Args:
-        deliver: puts one turn into the log; retryable errors leave it here.
+        deliver: puts one turn into the log; errors that may pass leave it here.
         journal: the file; without one a restart loses what waits.
+        refused: told of a turn that the log refused for good. It is kept apart from those that
+            wait, the newest `OUTBOX_REFUSED_KEPT`, so that its device can be told.
     """
 
-    def __init__(self, deliver: Deliver, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        deliver: Deliver,
+        journal: Journal | None = None,
+        refused: Refused = lambda _: None,
+    ) -> None:
         self.reserved = 0
+        self.refused: deque[OfflineTurn] = deque()
+        self._on_refused = refused
+        self._changed = asyncio.Event()
         self._deliver = deliver
         self._journal = journal
         self._disk = asyncio.Lock()
@@ -113,9 +89,14 @@ class Outbox:
         self._task: asyncio.Task[None] | None = None
         for number, stored in journal.turns if journal is not None else []:
             try:
-                self._queue(OfflineTurn.of(number, stored))
-            except (SegueError, ValueError) as error:
+                turn = OfflineTurn.of(number, stored)
+            except (SegueError, ValueError, DecodeError) as error:
                 log.error("offline_turn_unreadable", number=number, error=str(error))
+                continue
+            if turn.refused is None:
+                self._queue(turn)
+            else:
+                self.refused.append(turn)
         if len(self):
             log.info("offline_turns_found", turns=len(self))
 
@@ -124,6 +105,19 @@ class Outbox:
 
     def holds(self, session: str) -> bool:
         return session in self._sessions
+
+    def find(self, session: str, turn: str) -> OfflineTurn | None:
+        """The turn of that id that the log has not: it waits here, or was refused."""
+        return next((one for one in self._of(session) if one.asked.turn == turn), None)
+
+    def _of(self, session: str) -> list[OfflineTurn]:
+        refused = [turn for turn in self.refused if turn.asked.session == session]
+        return [*self._sessions.get(session, ()), *refused]
+
+    async def settled(self, session: str, turn: str) -> None:
+        """Wait until the turn does not wait here for the log: for as long as the caller likes."""
+        while (known := self.find(session, turn)) is not None and known.refused is None:
+            await self._changed.wait()
 
     def reserve(self) -> Room:
         """Room for one more turn. Raises Overloaded where there is none."""
@@ -183,29 +177,60 @@ class Outbox:
         lock = self._locks.setdefault(session, asyncio.Lock())
         async with lock:
             while turns := self._sessions.get(session):
-                await self._deliver_one(turns[0])
-                await self._forget(turns.popleft())
+                refused = await self._deliver_one(turns[0])
+                if refused is None:
+                    await self._forget(turns.popleft())
+                else:
+                    await self._refuse(turns, refused)
                 if not turns:
                     del self._sessions[session]
+                self._wake()
         if session not in self._sessions and not lock.locked():
             self._locks.pop(session, None)
 
-    async def _deliver_one(self, turn: OfflineTurn) -> None:
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _deliver_one(self, turn: OfflineTurn) -> SegueError | None:
+        """Returns why the log refuses the turn for good; None where it has it."""
         name = turn.asked.turn
         try:
             await self._deliver(turn)
-        except SegueError as error:
-            if error.retryable:
-                log.info("outbox_waits", turn=name, error=str(error))
-                raise
+        except _FOR_GOOD as error:
             log.error("offline_turn_refused", turn=name, error=str(error))
+            return error
+        except SegueError as error:
+            log.info("outbox_waits", turn=name, error=str(error))
+            if error.retryable:
+                raise
+            raise _waiting() from error
         except Exception as error:  # a fault of ours is no reason to lose what was said
             log.error("outbox_failed", turn=name, exc_info=error)
-            raise Overloaded(
-                "An earlier message of this session could not be delivered yet.",
-                hint="See the edge's log; it is tried again.",
-                retry_after_s=PROBE_INTERVAL_S,
-            ) from error
+            raise _waiting() from error
+        return None
+
+    async def _refuse(self, turns: deque[OfflineTurn], error: SegueError) -> None:
+        """Out of the queue; what was said after it follows the turn before it."""
+        turn = replace(turns.popleft(), refused=error)
+        self.refused.append(turn)
+        for place, later in enumerate(turns):
+            if later.follows == turn.asked.turn:
+                turns[place] = replace(later, follows=turn.follows)
+                await self._rewrite(turns[place])
+        await self._rewrite(turn)
+        while len(self.refused) > OUTBOX_REFUSED_KEPT:
+            await self._forget(self.refused.popleft())
+        self._on_refused(turn)
+
+    async def _rewrite(self, turn: OfflineTurn) -> None:
+        if self._journal is None or not turn.number:
+            return
+        try:
+            async with self._disk:
+                await asyncio.to_thread(self._journal.replace, turn.number, turn.stored())
+        except OSError as error:  # it would be delivered, and refused, again after a restart
+            log.error("outbox_not_written", turn=turn.asked.turn, error=str(error))
 
     async def _forget(self, turn: OfflineTurn) -> None:
         if self._journal is None or not turn.number:
@@ -227,3 +252,11 @@ class Outbox:
         if self._journal is not None:
             async with self._disk:
                 await asyncio.to_thread(self._journal.close)
+
+
+def _waiting() -> Overloaded:
+    return Overloaded(
+        "An earlier message of this session could not be delivered yet.",
+        hint="See the edge's log; it is tried again.",
+        retry_after_s=PROBE_INTERVAL_S,
+    )
