@@ -83,6 +83,7 @@ class Keyspace:
         self.info: dict[str, str] = {}
         self.replicas = 0
         self.config: dict[str, str] = {"maxmemory-policy": "noeviction", "maxmemory": "0"}
+        self.published: Callable[[bytes, bytes], int] = lambda channel, message: 0
         self._now = now
         self._wrote = wrote
 
@@ -178,6 +179,10 @@ def _info(space: Keyspace, args: Args) -> Reply:
 
 def _wait(space: Keyspace, args: Args) -> Reply:
     return space.replicas
+
+
+def _publish(space: Keyspace, args: Args) -> Reply:
+    return space.published(*args)
 
 
 def _config(space: Keyspace, args: Args) -> Reply:
@@ -604,6 +609,7 @@ _COMMANDS: dict[bytes, _Handler] = {
     b"PING": (_ping, 0, 1, False),
     b"INFO": (_info, 0, 8, False),
     b"WAIT": (_wait, 2, 2, False),
+    b"PUBLISH": (_publish, 2, 2, False),
     b"CONFIG": (_config, 2, _ANY, False),
     b"GET": (_get, 1, 1, False),
     b"SET": (_set, 2, _ANY, True),

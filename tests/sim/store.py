@@ -47,6 +47,7 @@ class Store:
         self._unit: Unit = []
         self._sources: dict[bytes, str] = {}
         self._client: Process | None = None
+        self._listening: dict[bytes, dict[End, None]] = {}  # by channel
         self.space = self._new_space()
         self.process: Process
         self._begin_life()
@@ -96,11 +97,13 @@ class Store:
     def _new_space(self) -> Keyspace:
         space = Keyspace(lambda: EPOCH_S + self.world.now_s + self.skew_s, self._note)
         space.info = dict(getattr(self, "_info", {}))
+        space.published = self._publish
         return space
 
     def _begin_life(self) -> None:
         self.life += 1
         self.refusal = ""
+        self._listening.clear()
         self._info = {
             "redis_version": "7.2.4",
             "role": "master",
@@ -116,19 +119,36 @@ class Store:
         self.world.network.listen(self.process, ADDRESS, self._accept)
 
     def _accept(self, end: End) -> None:
-        client = end.peer.process
-        end.on_message = lambda batch: end.send(self._serve(client, batch))
+        end.on_message = lambda batch: end.send(self._serve(end, batch))
 
-    def _serve(self, client: Process, batch: Sequence[tuple[bytes, ...]]) -> list[Any]:
-        self._client = client
+    def _serve(self, end: End, batch: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        self._client = end.peer.process
         replies: list[Any] = []
         for command in batch:
+            if command[0] in (b"SUBSCRIBE", b"UNSUBSCRIBE"):
+                replies += [self._subscribe(end, command[0], channel) for channel in command[1:]]
+                continue
             try:
                 replies.append(self._execute(command))
             except ReplyError as error:
                 replies.append(error)
         self._client = None
         return replies
+
+    def _subscribe(self, end: End, how: bytes, channel: bytes) -> list[Any]:
+        listening = self._listening.setdefault(channel, {})
+        if how == b"SUBSCRIBE":
+            listening[end] = None
+        else:
+            listening.pop(end, None)
+        return [how.lower(), channel, 1]
+
+    def _publish(self, channel: bytes, message: bytes) -> int:
+        listening = [end for end in self._listening.get(channel, ()) if end.open]
+        self._listening[channel] = dict.fromkeys(listening)
+        for end in listening:
+            end.send([[b"message", channel, message]])
+        return len(listening)
 
     def _execute(self, command: tuple[bytes, ...]) -> Reply:
         """One command, or one script with all that it writes, as one unit."""

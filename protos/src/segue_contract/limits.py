@@ -173,7 +173,14 @@ PRODUCER_RUNS: Final = 64  # runs of (seq, offset) kept per producer to answer d
 PRODUCER_MEMORY: Final = 256  # devices of one session whose sequence numbers are remembered
 ACTIVE_SHARDS: Final = 16  # keys that list active sessions; each lies in one Cluster slot
 ACTIVE_REFRESH_S: Final = 10.0  # a writer names its session again after this long
-HUB_POLL_S: Final = 0.05  # tails of followed sessions are looked up at this pace
+HUB_POLL_S: Final = 0.05  # the next HUB_POLL_SESSIONS are looked up, where the store tells nothing
+TAIL_BEAT_S: Final = 0.25  # a listener to the store's changes hears itself at this pace
+TAIL_FRESH_S: Final = 0.5  # what is known of tails is told others while it is no older than this
+TAIL_IDLE_S: Final = 10.0  # a tail that nobody asked for so long is not watched any more
+MAX_WATCHED_TAILS: Final = 65_536  # of one instance; the store is asked for any others
+TAIL_NEWS_DELAY_S: Final = (
+    0.005  # news of what this process appends come here with the append itself
+)
 HEAD_DELAY_S: Final = 0.1  # a head goes out once its session was quiet for this long
 HEAD_MAX_DELAY_S: Final = 1.0  # or after this long while it is not; below DIRTY_AFTER_S
 PUBLISH_INFLIGHT: Final = 128  # unacknowledged MQTT messages of one publisher

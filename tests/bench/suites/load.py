@@ -1,7 +1,8 @@
 """Many turns at once over real processes: nothing lost, refusals at once, memory flat.
 
 Rows: 128 turns through one edge, each in a session of its own, checked against the log token by
-token; what a caller beyond the bound waits for its refusal; memory of edge and cloud over turns.
+token; what a caller beyond the bound waits for its refusal; memory of edge and cloud over turns;
+what 10,000 followed sessions cost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from segue.testing import LocalStack
 from segue_contract.errors import Overloaded
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home
 from tests.bench.harness import Report
+from tests.bench.suites._followed import followed_rows
 from tests.bench.suites._mixed import mixed_rows
 
 CONCURRENT = 128
@@ -185,3 +187,4 @@ async def _run(report: Report, quick: bool) -> None:
 def run(report: Report, quick: bool) -> None:
     asyncio.run(mixed_rows(report, model_home() / DEFAULT_MODEL, quick))
     asyncio.run(_run(report, quick))
+    asyncio.run(followed_rows(report, quick))

@@ -1,7 +1,7 @@
 """Live followers in this process: a snapshot first, then every entry, in order, once.
 
-Entries that this process appends come at once; those of other instances are found by looking up
-the tails of the followed sessions every `HUB_POLL_S`, all in one round trip.
+Entries that this process appends come at once; of those of other instances the store tells. Where
+it does not, tails of followed sessions are looked up every `HUB_POLL_S`, some in one round trip.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import TracebackType
 
 import structlog
 
+from segue_cloud.hub.feed import TailFeed
 from segue_cloud.hub.state import HubState
 from segue_cloud.sessions.port import Reading, StoredEntry
 from segue_cloud.sessions.reader import LogReader, Page
@@ -40,7 +41,7 @@ class Following:
 
 
 class Hub:
-    """`async with Hub(store, reader) as hub:` runs the look-up of tails in the background."""
+    """`async with Hub(store, reader) as hub:` learns of tails in the background."""
 
     def __init__(
         self,
@@ -54,11 +55,14 @@ class Hub:
         self._store = store
         self._poll_s = poll_s
         self._state = state or HubState()
+        self._feed = TailFeed(store, self)
+        self._polled = 0  # where the next look at the followed sessions begins
         self._wakes: dict[int, asyncio.Event] = {}
         self._someone = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Hub:
+        await self._feed.__aenter__()
         self._poller = asyncio.create_task(self._poll(), name="hub poll")
         return self
 
@@ -71,6 +75,7 @@ class Hub:
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
+        await self._feed.__aexit__(kind, error, trace)
 
     @property
     def followers(self) -> int:
@@ -78,7 +83,30 @@ class Hub:
 
     def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Entries that were just appended here."""
+        if entries:
+            self._feed.appended(session, entries[-1].cursor)
         self._wake(self._state.offer(session, entries))
+
+    # -- of tails, by the feed ----------------------------------------------------------------
+
+    def tail(self, session: SessionName) -> Cursor:
+        return self._state.tail(session)
+
+    def told(self, session: SessionName, tail: Cursor) -> None:
+        self._wake(self._state.told(session, tail))
+
+    def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> None:
+        self._wake(self._state.announce(session, tail, asked_at))
+
+    # -- followers ----------------------------------------------------------------------------
+
+    @property
+    def tails_fresh(self) -> bool:
+        return self._feed.fresh
+
+    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+        """See `TailFeed.tails`."""
+        return await self._feed.tails(sessions)
 
     @contextlib.asynccontextmanager
     async def follow(
@@ -95,6 +123,7 @@ class Hub:
         number = self._state.join(session)
         self._wakes[number] = asyncio.Event()
         self._someone.set()
+        self._feed.hold(session)
         steps = self._steps(number, session)
         try:
             yield steps
@@ -102,11 +131,13 @@ class Hub:
             await steps.aclose()
             del self._wakes[number]
             self._state.leave(number)
+            self._feed.release(session)
             if not self._wakes:
                 self._someone.clear()
 
     def check_integrity(self) -> None:
         self._state.check_integrity()
+        self._feed.check_integrity()
         assert self._someone.is_set() == bool(self._wakes)
 
     # -- inside -------------------------------------------------------------------------------
@@ -144,24 +175,28 @@ class Hub:
             self._wakes[number].set()
 
     async def _poll(self) -> None:
+        """Look tails up where the store does not tell of them."""
         healthy = True
         while True:
             await self._someone.wait()
             await asyncio.sleep(self._poll_s)
+            if self._feed.fresh:
+                continue
             try:
-                await self._poll_once()
+                await self._poll_some()
                 healthy = True
             except SegueError as error:
                 if healthy:
                     log.warning("tails_unknown", error=str(error))
                 healthy = False
 
-    async def _poll_once(self) -> None:
+    async def _poll_some(self) -> None:
         followed = self._state.followed
-        for start in range(0, len(followed), HUB_POLL_SESSIONS):
-            some = followed[start : start + HUB_POLL_SESSIONS]
-            asked = [self._state.tail(session) for session in some]
-            tails = await self._store.tails(some)
-            for session, tail, at in zip(some, tails, asked, strict=True):
-                if tail is not None:
-                    self._wake(self._state.announce(session, tail, at))
+        start = self._polled if self._polled < len(followed) else 0
+        some = followed[start : start + HUB_POLL_SESSIONS]
+        self._polled = start + len(some)
+        asked = [self._state.tail(session) for session in some]
+        tails = await self._store.tails(some)
+        for session, tail, at in zip(some, tails, asked, strict=True):
+            if tail is not None:
+                self.announce(session, tail, at)

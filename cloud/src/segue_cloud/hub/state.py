@@ -102,6 +102,19 @@ class HubState:
         channel = self._channels.get(session)
         return channel.tail if channel is not None else _NOTHING
 
+    def told(self, session: SessionName, tail: Cursor) -> Iterable[int]:
+        """The log's tail, as the store told of it: what was appended here since is ahead of it.
+
+        Returns who has to be woken.
+        """
+        channel = self._channels.get(session)
+        if channel is None:
+            return ()
+        if tail.generation == channel.tail.generation and tail.offset <= channel.tail.offset:
+            return ()
+        channel.tail = tail
+        return channel.followers
+
     def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> Iterable[int]:
         """The log's tail, seen elsewhere, as asked for when this side knew `asked_at`.
 

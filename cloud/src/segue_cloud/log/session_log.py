@@ -138,8 +138,13 @@ class SessionLog:
         return await self._reader.read(session, after, max_entries)
 
     async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
-        """How far each log goes; None where there is no such session."""
-        return await self._store.tails(sessions)
+        """How far each log goes; None where there is no such session. See `TailFeed.tails`."""
+        return await self._hub.tails(sessions)
+
+    @property
+    def tails_fresh(self) -> bool:
+        """The store tells of changes, and no older ones than `TAIL_FRESH_S` are on their way."""
+        return self._hub.tails_fresh
 
     def follow(
         self, session: SessionName, after: Cursor | None = None

@@ -37,6 +37,16 @@ class SessionKeys:
     def all(self) -> tuple[str, ...]:
         return (self.log, self.meta, self.producers, self.turns, self.devices, self.snapshot)
 
+    @property
+    def tail_channel(self) -> str:
+        """Where the log's script publishes each new tail: a channel named as its meta."""
+        return self.meta
+
+    @staticmethod
+    def session_of(key: str) -> SessionName:
+        """Whose `key` it is."""
+        return SessionName.parse(key[key.index("{") + 1 : key.index("}")])
+
 
 def index_key(tenant: str) -> str:
     """Sorted set: a tenant's sessions by the time of their last turn, ms."""
@@ -51,6 +61,11 @@ def active_key(shard: int) -> str:
 def running_key(shard: int, model: str) -> str:
     """Sorted set: sessions in which a turn of `model` runs, by when to look at its lease, ms."""
     return f"segue:running:{{{shard}}}:{model}"
+
+
+def beat_channel(name: str) -> str:
+    """Where a listener named so hears what it publishes itself."""
+    return f"segue:beat:{name}"
 
 
 def active_shard(session: SessionName) -> int:

@@ -28,7 +28,7 @@
 -- any remembered op is that of its run's first one plus the distance.
 --
 -- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
--- ZCARD ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM.
+-- ZCARD ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
@@ -59,6 +59,12 @@ local function generations(text)
   return known
 end
 
+-- Tell whoever watches the session (see changes.py) where its log ends now: "<generation> <offset>".
+-- A store that lets nobody publish is looked at instead.
+local function tell(generation, tail)
+  redis.pcall('PUBLISH', META, int(generation) .. ' ' .. int(tail))
+end
+
 -- Go on under another generation, whose first offset is `start`: what was acknowledged from there
 -- on may be lost. Nothing of it counts as published.
 local function new_generation(generation, start, life, now)
@@ -81,6 +87,7 @@ local function meta(...)
   if life ~= before then
     generation = generation + 1
     new_generation(generation, tail + 1, life, now_ms())
+    tell(generation, tail)
   end
   values[1], values[2] = generation, tail
   return values
@@ -160,6 +167,7 @@ local function write(generation, tail, from, to, now)
   redis.call('HSET', META, 'tail', int(tail), 'u', int(now),
     'mx', int(math.max(largest, tonumber(known[2] or '0'))))
   redis.call('HINCRBY', META, 'wb', int(size))
+  tell(generation, tail)
   if clean then redis.call('HSET', META, 'da', int(now)) end
   return tail
 end
@@ -317,6 +325,7 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
     recover_generations()
     new_generation(generation, tail + 1, alive(), now)
     if tail == 0 then redis.call('HSET', META, 'da', 0, 'mx', 0) end
+    tell(generation, tail)
     known, created = {generation, tail}, tail == 0 and 1 or 0
   end
   if device ~= '' then
@@ -616,6 +625,7 @@ function verbs.mend(generation, state)
   local missing = hole(known[2])
   if tonumber(generation) ~= known[1] or not missing then return {'stale'} end
   new_generation(known[1] + 1, missing, alive(), now_ms())
+  tell(known[1] + 1, known[2])
   redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)
   redis.call('HSET', META, 'so', int(known[2]), 'wo', known[3] or '0', 'sb', #state)
   redis.call('XTRIM', LOG, 'MAXLEN', 0)

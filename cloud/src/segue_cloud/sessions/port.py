@@ -2,7 +2,7 @@
 
     Sessions   open, list, append       what devices do
     Turns      begin, take over, append what the owner of a turn does
-    Reading    read, tails, snapshot    what the reader and the hub need
+    Reading    read, tails, changes     what the reader and the hub need
     Fanout     dirty, idle, published   what the publisher needs
     Store      all of it                what `segue_cloud.log` stands on
 
@@ -13,6 +13,7 @@ raised may be repeated with the same arguments: every write is idempotent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -181,6 +182,50 @@ class SessionSummary:
     running_turn: str
 
 
+@dataclass(frozen=True)
+class TailTold:
+    """The session's log goes up to `tail` now."""
+
+    session: SessionName
+    tail: Cursor
+
+
+@dataclass(frozen=True)
+class Watched:
+    """From here on every change of the session's tail is told."""
+
+    session: SessionName
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What was told before `number` was sent has been heard."""
+
+    number: int
+
+
+class Changes(Protocol):
+    """A link over which the store tells of tails as they change, each after the one before.
+
+    It does not heal: whoever had it connects anew, and looks up
+    what changed meanwhile. All methods raise StoreUnavailable where it is lost.
+    """
+
+    async def watch(self, sessions: Sequence[SessionName]) -> None:
+        """Ask to be told of these; `next` says of each when that begins."""
+        ...
+
+    async def forget(self, sessions: Sequence[SessionName]) -> None: ...
+
+    async def beat(self, number: int) -> None:
+        """Say something on the way of all writers, to hear it here."""
+        ...
+
+    async def next(self) -> TailTold | Watched | Beat:
+        """The next news; waits as long as there is none."""
+        ...
+
+
 class Sessions(Protocol):
     """What devices do with sessions."""
 
@@ -323,6 +368,10 @@ class Reading(Protocol):
 
     async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
         """The tail of each session; None where there is no such session."""
+        ...
+
+    def changes(self, name: str) -> AbstractAsyncContextManager[Changes]:
+        """A link for the listener `name`, which no other one may have."""
         ...
 
     async def mend(self, session: SessionName, state: SessionState) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from segue_cloud.sessions import rows
+from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
@@ -329,6 +330,10 @@ class RedisStore:
             *(("HMGET", SessionKeys.of(one).meta, "gen", "tail") for one in sessions)
         )
         return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
+
+    def changes(self, name: str) -> ChangeLink:
+        """As the port says."""
+        return ChangeLink(self._wire, name)
 
     async def load_snapshot(self, session: SessionName) -> SessionState | None:
         (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))

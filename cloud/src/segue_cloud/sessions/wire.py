@@ -157,6 +157,27 @@ class Wire:
             hint="Check that Redis runs there (SEGUE_REDIS_URL), then try again.",
         )
 
+    async def dedicated(self) -> Any:
+        """A connection of the caller's own, for what is no call; the caller disconnects it.
+
+        Raises:
+            StoreUnavailable: none can be made within the deadline.
+        """
+        connection = self._make(**self._options)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await connection.connect()
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            await connection.disconnect(nowait=True)
+            raise StoreUnavailable(
+                f"The session store at {self._address} cannot be reached.",
+                hint="Check that Redis runs there (SEGUE_REDIS_URL), then try again.",
+            ) from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
     async def close(self) -> None:
         """Close all connections; calls in progress end with StoreUnavailable."""
         self._closed = True
