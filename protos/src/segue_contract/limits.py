@@ -122,6 +122,7 @@ BROKER_RETRY_MAX_S: Final = 5.0  # 10,000 devices that come back must not all co
 MQTT_PACKET_ROOM: Final = 512  # of a broker's largest packet: topic, properties, the op's frame
 TAILS_INTERVAL_S: Final = 1.2  # a follower over MQTT asks how far the log goes; with a heal: < 2 s
 MAX_TAILS: Final = 256  # sessions in one such question
+TAILS_JOIN_S: Final = 0.05  # an edge's devices' questions are joined for so long
 BESIDE_MIN_S: Final = 5.0  # a gRPC stream that was opened beside MQTT stays for so long
 BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read

@@ -8,14 +8,15 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import Unreachable
+from segue_contract.errors import InvalidArgument, Unreachable
 from segue_contract.ids import check_id
-from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.limits import MAX_TAILS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
+from segue_edge.api.tails import JoinedTails
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.offline.outbox import Outbox
@@ -47,9 +48,13 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._model = model
         self._context = context
         self._attached: set[Listening] = set()
+        self._tails = JoinedTails(
+            lambda session: clouds.best(session).target, self._ask_tails, instance
+        )
 
     def close(self) -> None:
-        """End the streams that would go on for ever; their devices attach elsewhere."""
+        """End what would go on for ever; its devices ask elsewhere."""
+        self._tails.close()
         for call in list(self._attached):
             call.cancel()
 
@@ -151,8 +156,16 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
-        session = request.sessions[0] if request.sessions else "any"
-        reply: pb.TailsReply = await self._ask("Tails", request, session)
+        check_id(request.device, "device")
+        if len(request.sessions) > MAX_TAILS:
+            raise InvalidArgument(
+                f"{len(request.sessions)} sessions were named; {MAX_TAILS} are answered at once.",
+                hint="Ask for them in several calls.",
+            )
+        return await self._tails.tails(request.sessions)
+
+    async def _ask_tails(self, request: pb.TailsRequest) -> pb.TailsReply:
+        reply: pb.TailsReply = await self._ask("Tails", request, request.sessions[0])
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:

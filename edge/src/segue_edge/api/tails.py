@@ -1,0 +1,94 @@
+"""`Tails` of many devices, as few calls: what comes within a moment goes to each cloud together.
+
+Each device asks every second for the few sessions that it follows. A cloud that serves many edges
+would spend itself on the number of calls, not on what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from segue_contract.errors import Internal, Unreachable
+from segue_contract.ids import check_id
+from segue_contract.limits import MAX_TAILS, TAILS_JOIN_S
+from segue_contract.v1 import agent_pb2 as pb
+
+Ask = Callable[[pb.TailsRequest], Awaitable[pb.TailsReply]]
+
+
+class _Batch:
+    """Sessions of one cloud, asked for together."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+        self.reply: asyncio.Future[pb.TailsReply] = asyncio.get_running_loop().create_future()
+        self.go = asyncio.Event()  # no more fit
+
+
+class JoinedTails:
+    """`await joined.tails(sessions)` as a device's own call would be answered."""
+
+    def __init__(self, cloud_of: Callable[[str], str], ask: Ask, device: str) -> None:
+        """`cloud_of`: where a session is asked for. `ask`: one call, at its first one's cloud."""
+        self._cloud_of = cloud_of
+        self._ask = ask
+        self._device = device
+        self._open: dict[str, _Batch] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def tails(self, sessions: Sequence[str]) -> pb.TailsReply:
+        """Raises what `ask` raises, and InvalidArgument for what is no session's name."""
+        asked = [(self._join(check_id(session, "session")), session) for session in sessions]
+        batches = {id(batch): batch for batch, _ in asked}.values()
+        replies = {id(batch): await asyncio.shield(batch.reply) for batch in batches}
+        found = pb.TailsReply(publishing=all(reply.publishing for reply in replies.values()))
+        for batch, session in asked:
+            found.tails.append(replies[id(batch)].tails[batch.places[session]])
+        return found
+
+    def close(self) -> None:
+        """Whoever waits for an answer is told to ask elsewhere."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _join(self, session: str) -> _Batch:
+        cloud = self._cloud_of(session)
+        batch = self._open.get(cloud)
+        if batch is None:
+            batch = self._open[cloud] = _Batch()
+            task = asyncio.create_task(self._run(cloud, batch), name="joined tails")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        batch.places.setdefault(session, len(batch.places))
+        if len(batch.places) >= MAX_TAILS:
+            del self._open[cloud]
+            batch.go.set()
+        return batch
+
+    async def _run(self, cloud: str, batch: _Batch) -> None:
+        try:
+            async with asyncio.timeout(TAILS_JOIN_S):
+                await batch.go.wait()
+        except TimeoutError:
+            if self._open.get(cloud) is batch:
+                del self._open[cloud]
+        request = pb.TailsRequest(device=self._device, sessions=list(batch.places))
+        try:
+            reply = await self._ask(request)
+            if len(reply.tails) != len(request.sessions):
+                raise Internal(
+                    f"A cloud answered for {len(reply.tails)} of {len(request.sessions)} sessions."
+                )
+            batch.reply.set_result(reply)
+        except asyncio.CancelledError:
+            _fail(batch, Unreachable("This edge is shutting down.", hint="Ask elsewhere."))
+            raise
+        except Exception as error:
+            _fail(batch, error)
+
+
+def _fail(batch: _Batch, error: Exception) -> None:
+    """All that asked get it; it is no news where all of them have left."""
+    batch.reply.set_exception(error)
+    batch.reply.exception()
