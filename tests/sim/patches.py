@@ -119,7 +119,7 @@ def patched(world: World) -> Iterator[None]:
     node: Any = importlib.import_module("segue_edge.node")
     hub: Any = importlib.import_module("segue_cloud.hub.hub")
     mqtt_client: Any = importlib.import_module("segue_contract.transport.mqtt_client")
-    wire: Any = importlib.import_module("segue_cloud.sessions.wire")
+    link: Any = importlib.import_module("segue_cloud.sessions.node")
 
     def connection(**options: Any) -> store.Connection:
         return store.Connection(world, **options)
@@ -138,7 +138,7 @@ def patched(world: World) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for target, name, replacement in (
-            (wire, "Connection", connection),
+            (link, "Connection", connection),
             (aiomqtt, "Client", functools.partial(broker.Client, world)),
             (mqtt_client, "MqttClient", functools.partial(broker.Client, world)),
             (socket, "getaddrinfo", _no_network),

@@ -22,7 +22,8 @@ def cloud(
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
-        str | None, typer.Option(help="redis://… ; embedded Valkey where not given.")
+        str | None,
+        typer.Option(help="redis://… or redis+sentinel://… ; embedded Valkey where not given."),
     ] = None,
     mqtt_url: Annotated[
         str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")

@@ -78,6 +78,7 @@ TURN_WAIT_TIMEOUT_S: Final = 120.0  # for the session's turn, where the caller c
 STORE_TIMEOUT_S: Final = 5.0  # writes wait this long for the store, then StoreUnavailable
 STORE_PATIENCE_CALLS: Final = 110  # a running turn's, one after another: some 10 minutes in all
 STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half a second
+STORE_LOOKUP_S: Final = 0.5  # to ask where the store's primary is; who is slower is not heard
 TURN_LEASE_S: Final = 2.5  # an owner renews it with every append and every quarter of it
 LOST_OWNER_QUIET_S: Final = 1.1  # a lease as old as this is none, of an owner that its reader lost
 LOST_OWNER_LOOKS: Final = 8  # at such a lease, each LOST_OWNER_PAUSE_S; then it runs out anyway

@@ -16,6 +16,7 @@ from segue.cli.runner import run
 from segue.local.inspect import Check, State, fast, found, installed
 from segue.local.probes import RoundTrips, probe_broker, probe_node, probe_store
 from segue_contract.errors import SegueError
+from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
 
@@ -84,13 +85,13 @@ async def _probe(
     probe: Callable[[str], Awaitable[RoundTrips]],
     slow_s: float,
 ) -> Check:
-    shown = where.rpartition("@")[2] or where
+    shown = without_password(where)
     try:
         trips = await probe(where)
     except SegueError as error:
         if not asked:
             advice = f"segue up starts one; --{name} HOST:PORT names another."
-            return Check("reachable", name, State.NOTE, f"none at {where}", advice)
+            return Check("reachable", name, State.NOTE, f"none at {shown}", advice)
         advice = error.hint or "Is it running, and is the address right?"
         return Check("reachable", name, State.BAD, f"{shown}: {error.message}", advice)
     value = f"{shown}, round trip {_ms(trips.p50)} (slowest {_ms(trips.worst)})"

@@ -6,11 +6,11 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiomqtt
 
-from segue_contract.errors import InvalidArgument, Unreachable
+from segue.local.store_probe import RespError, answering_stores
+from segue_contract.errors import Unreachable
 from segue_contract.ids import new_id
 from segue_contract.topics import ROOT
 from segue_contract.transport.channel import open_channel
@@ -67,49 +67,32 @@ async def probe_node(target: str) -> RoundTrips:
 
 
 async def probe_store(url: str) -> RoundTrips:
-    """Round trips of PING to a Redis or Valkey.
+    """Round trips of PING to a Redis or Valkey: the one, the Sentinels' primary, all of a Cluster.
 
     Raises:
         Unreachable: nobody answers there, or it answers something else.
         InvalidArgument: `url` is no redis:// address.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "redis" or not parts.hostname:
-        raise InvalidArgument(f"{url!r} is no store address.", hint="Write redis://host:port.")
     times: list[float] = []
     try:
-        async with asyncio.timeout(TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379)
-        try:
-            for _ in range(ROUNDS):
-                began = time.monotonic()
-                writer.write(b"PING\r\n")
-                async with asyncio.timeout(TIMEOUT_S):
-                    answer = await reader.readline()
-                times.append(time.monotonic() - began)
-                if not answer.startswith((b"+PONG", b"-NOAUTH")):
-                    raise Unreachable("It does not answer as Redis does.")
-            async with asyncio.timeout(TIMEOUT_S):
-                policy = await _eviction(reader, writer)
-            if policy not in ("", "noeviction"):
-                raise Unreachable(
-                    f"The store throws keys away when it is full (maxmemory-policy {policy}).",
-                    hint="Set maxmemory-policy to noeviction; a cloud refuses it otherwise.",
-                )
-        finally:
-            writer.close()
+        async with asyncio.timeout(TIMEOUT_S), answering_stores(url) as stores:
+            for store in stores:
+                for _ in range(ROUNDS):
+                    began = time.monotonic()
+                    answer = await store.ask("PING")
+                    times.append(time.monotonic() - began)
+                    if answer != "PONG" and not isinstance(answer, RespError):
+                        raise Unreachable("It does not answer as Redis does.")
+                policy = await store.ask("CONFIG", "GET", "maxmemory-policy")
+                if isinstance(policy, list) and policy[1:] not in ([], ["noeviction"]):
+                    raise Unreachable(
+                        "The store throws keys away when it is full "
+                        f"(maxmemory-policy {policy[1]}).",
+                        hint="Set maxmemory-policy to noeviction; a cloud refuses it otherwise.",
+                    )
     except (OSError, TimeoutError) as error:
         raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
     return RoundTrips(tuple(sorted(times)))
-
-
-async def _eviction(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
-    """The store's maxmemory-policy; "" where it does not tell."""
-    writer.write(b"CONFIG GET maxmemory-policy\r\n")
-    if not (await reader.readline()).startswith(b"*2"):
-        return ""
-    lines = [await reader.readline() for _ in range(4)]
-    return lines[-1].strip().decode("ascii", "replace")
 
 
 async def probe_broker(url: str) -> RoundTrips:

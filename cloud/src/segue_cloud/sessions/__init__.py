@@ -3,7 +3,9 @@
     port      what a store does, and its values
     log.lua   every change of a session: one atomic call
     keys      names in the store
-    wire      commands over pooled connections
+    wire      commands, repeated until their deadline
+    routes    which server a command goes to: the one there is, or the Sentinels' primary
+    node      pooled connections to one server
     store     the port over wire and script; `rows` translates
     reader    folded states and pages, kept at hand
 

@@ -1,29 +1,16 @@
-"""Redis commands over pooled connections, one call at a time on each.
+"""Redis commands, repeated until their deadline on whichever server of the store is to serve them.
 
-redis-py's clients retry and pool behind the caller's back; both have bitten others (a plain XADD
-applied twice, a cancelled command whose reply went to the next caller). So this uses only its
-`Connection` (protocol, TLS, authentication, hiredis) and does the rest in the open:
-
-- a connection carries one call; whatever is not read to its end, also by cancellation, closes it;
-- a call is repeated until its deadline. Only idempotent calls are made here.
+Only idempotent calls are made here. `node` has the connections, `routes` finds the servers.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from hashlib import sha1
 from typing import Any
 
-from redis.asyncio.connection import Connection, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
-    AskError,
-    BusyLoadingError,
     ClusterError,
-    MasterDownError,
-    MovedError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -32,7 +19,9 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from segue_contract.errors import Internal, InvalidArgument, StoreUnavailable
+from segue_cloud.sessions.node import Command, Connections, Make, Node, Script, elsewhere
+from segue_cloud.sessions.routes import OneServer, Route, SentinelPrimary
+from segue_contract.errors import Internal, StoreUnavailable
 from segue_contract.limits import (
     CONNECT_TIMEOUT_S,
     STORE_CONNECTIONS,
@@ -40,9 +29,10 @@ from segue_contract.limits import (
     STORE_RETRY_S,
     STORE_TIMEOUT_S,
 )
-from segue_contract.urls import without_password
+from segue_contract.store_url import StoreKind, parse_store_url
 
-Command = tuple[str | bytes | int | float, ...]
+__all__ = ["Command", "Script", "Sleep", "Wire"]
+
 Sleep = Callable[[float], Awaitable[None]]
 
 # Answers that say "not now" rather than "not this".
@@ -50,29 +40,8 @@ _LATER = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError, NoScript
 _LATER_CODES = ("BUSY", "NOREPLICAS", "MISCONF", "UNBLOCKED")
 
 
-def _elsewhere(error: ResponseError) -> bool:
-    """The server is not, or not yet, the one to ask. A script says it behind its own error."""
-    if isinstance(error, (ReadOnlyError, MovedError, AskError, BusyLoadingError, MasterDownError)):
-        return True
-    text = str(error)
-    return any(code in text for code in ("READONLY", "MOVED", "LOADING", "MASTERDOWN")) or (
-        "read only replica" in text or "read only slave" in text
-    )
-
-
-class Script:
-    """A Lua script, called by its digest."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
-
-    def call(self, keys: Sequence[str], *args: str | bytes | int | float) -> Command:
-        return ("EVALSHA", self.digest, len(keys), *keys, *args)
-
-
 class Wire:
-    """Sends commands and reads their replies; connects on demand, keeps connections for reuse."""
+    """Sends commands and reads their replies."""
 
     def __init__(
         self,
@@ -83,41 +52,34 @@ class Wire:
         max_connections: int = STORE_CONNECTIONS,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
-        """`url` as redis-py takes it: redis://, rediss:// or unix://.
+        """`url` as `segue_contract.store_url` says; `max_connections` to each server.
 
         Raises:
             InvalidArgument: it is no such URL.
         """
-        try:
-            options = dict(parse_url(url))
-        except ValueError as error:
-            shown = without_password(url)
-            # What the parser says may quote a part of the password, in a traceback, too.
-            reason = f": {error}" if shown == url else ""
-            raise InvalidArgument(
-                f"{shown!r} is no Redis address{reason}.", hint="Write redis://host:port."
-            ) from None
-        self._make: Callable[..., Any] = options.pop("connection_class", Connection)  # type: ignore[assignment]
-        self._options: dict[str, Any] = {
-            **options,
-            "retry": Retry(NoBackoff(), 0),
-            "socket_connect_timeout": min(CONNECT_TIMEOUT_S, timeout_s),
-            # The deadline of each call is set around it, below.
-            "socket_timeout": None,
-            "health_check_interval": 0,
-            "protocol": 2,
-        }
-        self._address = f"{options.get('host', options.get('path', 'localhost'))}"
-        self._address += f":{options['port']}" if "port" in options else ""
-        self._scripts = {script.digest: script for script in scripts}
+        by_digest = {script.digest: script for script in scripts}
+
+        def new_node(make: Make, primary_only: bool) -> Node:
+            return Node(
+                make,
+                scripts=by_digest,
+                max_connections=max_connections,
+                primary_only=primary_only,
+            )
+
+        where = parse_store_url(url)
+        connections = Connections(where, connect_timeout_s=min(CONNECT_TIMEOUT_S, timeout_s))
+        self._route: Route
+        if where.kind is StoreKind.SENTINEL:
+            self._route = SentinelPrimary(where, connections, new_node)
+        else:
+            self._route = OneServer(connections, new_node)
         self._timeout_s = timeout_s
         self._sleep = sleep
-        self._free: list[Any] = []
-        self._slots = asyncio.Semaphore(max_connections)
         self._closed = False
 
     async def call(self, *commands: Command) -> list[Any]:
-        """The replies of `commands`, sent together and in order on one connection.
+        """The replies of `commands`, sent in order, those to one server together.
 
         Everything is repeated when the store was away, so `commands` must be idempotent.
 
@@ -134,13 +96,13 @@ class Wire:
                 async with asyncio.timeout_at(deadline):
                     # Half of the time left: a connection that fell silent must not use it up.
                     patience = max((deadline - loop.time()) / 2, 0.05)
-                    return await self._attempt(commands, patience)
+                    return await self._attempt(commands, min(patience, self._route.patience_s))
             except TimeoutError:
                 reason = "no answer in time"
             except ResponseError as error:
                 reason = str(error)
                 if not isinstance(error, _LATER) and not (
-                    reason.startswith(_LATER_CODES) or _elsewhere(error)
+                    reason.startswith(_LATER_CODES) or elsewhere(error)
                 ):
                     raise Internal(f"The session store refused a command: {reason}") from error
             except (RedisError, OSError) as error:  # the connection: lost, refused, unusable
@@ -152,9 +114,9 @@ class Wire:
         if self._closed:
             reason = "it was closed"
         raise StoreUnavailable(
-            f"The session store at {self._address} did not answer within "
+            f"The session store at {self._route.shown} did not answer within "
             f"{self._timeout_s:g} s ({reason}).",
-            hint="Check that Redis runs there (SEGUE_REDIS_URL), then try again.",
+            hint=self._route.hint,
         )
 
     async def dedicated(self) -> Any:
@@ -163,77 +125,39 @@ class Wire:
         Raises:
             StoreUnavailable: none can be made within the deadline.
         """
-        connection = self._make(**self._options)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await connection.connect()
+                node = await self._route.node(())
+                return await node.connect()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            await connection.disconnect(nowait=True)
             raise StoreUnavailable(
-                f"The session store at {self._address} cannot be reached.",
-                hint="Check that Redis runs there (SEGUE_REDIS_URL), then try again.",
+                f"The session store at {self._route.shown} cannot be reached.",
+                hint=self._route.hint,
             ) from error
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        return connection
 
     async def close(self) -> None:
         """Close all connections; calls in progress end with StoreUnavailable."""
         self._closed = True
-        while self._free:
-            await self._free.pop().disconnect(nowait=True)
+        await self._route.close()
 
     # -- one attempt --------------------------------------------------------------------------
 
     async def _attempt(self, commands: Sequence[Command], patience_s: float) -> list[Any]:
-        async with self._slots, asyncio.timeout(patience_s):
-            connection = await self._take()
-            clean = False
-            try:
-                replies = await self._exchange(connection, commands)
-                if any(isinstance(reply, NoScriptError) for reply in replies):
-                    await self._load(connection)
-                    replies = await self._exchange(connection, commands)
-                # A connection to a replica, a node that is loading or the wrong one of a Cluster
-                # leads there again: the next attempt connects anew.
-                clean = not any(
-                    isinstance(reply, ResponseError) and _elsewhere(reply) for reply in replies
-                )
-            finally:
-                if clean and not self._closed:
-                    self._free.append(connection)
-                else:
-                    # Its stream may hold a reply that belongs to nobody: never use it again.
-                    await connection.disconnect(nowait=True)
-        for reply in replies:
-            if isinstance(reply, ResponseError):
-                raise reply
-        return replies
-
-    async def _take(self) -> Any:
-        """A connection; one that was closed, or has bytes nobody asked for, is not used again."""
-        while self._free:
-            connection = self._free.pop()
-            if connection.is_connected and not await connection.can_read():
-                return connection
-            await connection.disconnect(nowait=True)
-        return self._make(**self._options)
-
-    async def _exchange(self, connection: Any, commands: Sequence[Command]) -> list[Any]:
-        packed = connection.pack_commands(commands)
-        await connection.connect()  # at once where it is connected
-        await connection.send_packed_command(packed, check_health=False)
         replies: list[Any] = []
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response())
-            except ResponseError as error:
-                replies.append(error)
+        for run in self._route.split(commands):
+            replies += await self._send(run, patience_s)
         return replies
 
-    async def _load(self, connection: Any) -> None:
-        loads: list[Command] = [("SCRIPT", "LOAD", one.source) for one in self._scripts.values()]
-        for reply in await self._exchange(connection, loads):
-            if isinstance(reply, ResponseError):
-                raise reply
+    async def _send(self, run: Sequence[Command], patience_s: float) -> list[Any]:
+        node = await self._route.node(run)
+        try:
+            replies = await node.attempt(run, patience_s)
+            for reply in replies:
+                if isinstance(reply, ResponseError):
+                    raise reply
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            await self._route.failed(node, error)
+            raise
+        if self._closed:
+            await node.forget()
+        return replies
