@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from segue_contract.model.home import is_built, model_home
 from segue_contract.servers import Broker, Valkey
@@ -17,6 +18,18 @@ from tests.support.servers import require_broker, require_valkey
 
 # As segue_cloud.engine sets it, for tests that load torch before the engine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What parts in this process log. structlog's own choice draws tracebacks with all variables, for
+# a third of a second each.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.dev.ConsoleRenderer(
+            colors=False, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+)
 
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_BUILD_TIMEOUT_S = 900

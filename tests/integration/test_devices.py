@@ -14,7 +14,7 @@ from segue.testing import LocalStack
 from segue_contract.errors import SessionBusy
 from tests.support.devices import WAIT_S, text_in_log, watching
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="package")]
 
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
 

@@ -6,11 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 import segue
 from segue.local.parts import Program, module_command
 from segue.testing import LocalStack
 from tests.support.devices import text_in_log, watching
 from tests.support.slow_proxy import SlowProxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="package")]
 
 ONE_WAY_S = 0.15
 THIN_BYTES_PER_S = 60_000

@@ -10,7 +10,7 @@ import segue
 from segue.testing import LocalStack
 from tests.support.devices import WAIT_S, text_in_log, watching
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="package")]
 
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
 
@@ -65,6 +65,7 @@ async def test_a_second_device_on_a_second_edge(stack: LocalStack) -> None:
         assert await tablet.until_ended(turn.id) == reply.text
         state = await one.state()
         assert [t.text for t in state.turns] == [first.text, reply.text]
+    await second.stop()
 
 
 async def test_the_broker_is_away_and_the_view_goes_on(stack: LocalStack) -> None:

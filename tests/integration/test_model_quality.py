@@ -20,7 +20,7 @@ import pytest
 from segue_contract.model.gate import CODECS, WEIGHT_ONLY, codecs_of
 from segue_contract.model.manifest import read_manifest, verify, write_manifest
 from segue_edge.prefill.runtime import EdgeModel
-from tests.support.tiny_source import write_hf_folder
+from tests.integration.conftest import Built, build_tiny
 
 TIMEOUT_S = 150
 
@@ -40,17 +40,13 @@ def segue_model(home: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A home with the model `tiny`, and what its build said."""
-    folder = tmp_path_factory.mktemp("gate")
-    source = write_hf_folder(folder / "source")
-    code, out, err = segue_model(folder / "home", "build", str(source), "--name", "tiny")
-    assert code == 0, err
-    return folder / "home", out + err
+def fallen(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A build under the usual budget, which no INT8 graph of random weights meets."""
+    return build_tiny(tmp_path_factory.mktemp("fallen"), source)
 
 
-def test_a_model_that_int8_harms_falls_back_and_says_so(built: tuple[Path, str]) -> None:
-    home, said = built
+def test_a_model_that_int8_harms_falls_back_and_says_so(fallen: Built) -> None:
+    home, said = fallen.home.folder, fallen.said
     assert "Every INT8 recipe" in said
     assert "segue model quality tiny" in said
     manifest = verify(home / "tiny")
@@ -69,8 +65,8 @@ def test_a_model_that_int8_harms_falls_back_and_says_so(built: tuple[Path, str])
     assert manifest.recipes["edge-k8v8"].recipe.digest not in manifest.allowed_recipes()
 
 
-def test_the_node_runs_the_graph_of_its_recipe(built: tuple[Path, str]) -> None:
-    home, _ = built
+def test_the_node_runs_the_graph_of_its_recipe(fallen: Built) -> None:
+    home = fallen.home.folder
     model = EdgeModel.load(home / "tiny", threads=1, providers="cpu")
     tokens = list(range(100))
     first = model.prefill(tokens)
@@ -80,11 +76,9 @@ def test_the_node_runs_the_graph_of_its_recipe(built: tuple[Path, str]) -> None:
     np.testing.assert_allclose(again.kv.k[:, :, :100], first.kv.k[:, :, :100], atol=1e-4)
 
 
-def test_quality_on_a_users_text_is_stored_with_its_digest(
-    built: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_quality_on_a_users_text_is_stored_with_its_digest(fallen: Built, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    shutil.copytree(built[0], home)
+    shutil.copytree(fallen.home.folder, home)
     before = read_manifest(home / "tiny")
     text = tmp_path / "mine.txt"
     text.write_text("Something else entirely, in words of my own. " * 40)
@@ -108,9 +102,9 @@ def test_quality_on_a_users_text_is_stored_with_its_digest(
         assert after.recipes[name].recipe == entry.recipe
 
 
-def test_a_new_budget_chooses_again(built: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_new_budget_chooses_again(fallen: Built, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    shutil.copytree(built[0], home)
+    shutil.copytree(fallen.home.folder, home)
     arguments = ("quality", "tiny", "--windows", "2", "--max-agreement-loss", "0.9")
     code, out, err = segue_model(home, *arguments)
     assert code == 0, err
@@ -122,8 +116,8 @@ def test_a_new_budget_chooses_again(built: tuple[Path, str], tmp_path: Path) -> 
     EdgeModel.load(home / "tiny", threads=1, providers="cpu").check_runs()
 
 
-def test_texts_that_are_empty_or_too_short(built: tuple[Path, str], tmp_path: Path) -> None:
-    home, _ = built
+def test_texts_that_are_empty_or_too_short(fallen: Built, tmp_path: Path) -> None:
+    home = fallen.home.folder
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text("")
     short.write_text("Too short. " * 40)
@@ -136,11 +130,9 @@ def test_texts_that_are_empty_or_too_short(built: tuple[Path, str], tmp_path: Pa
     assert (home / "tiny" / "manifest.json").read_bytes() == manifest
 
 
-def test_a_manifest_of_before_the_gate_gains_the_ladder(
-    built: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_a_manifest_of_before_the_gate_gains_the_ladder(fallen: Built, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    shutil.copytree(built[0], home)
+    shutil.copytree(fallen.home.folder, home)
     manifest = read_manifest(home / "tiny")
     old = {name: manifest.recipes[name] for name in ("edge", "edge-weight-only", "exact")}
     write_manifest(
