@@ -16,7 +16,7 @@ from segue_cloud.engine.host_tier import TARGET_SHARE, HostTier
 from segue_cloud.engine.kv_pages import KvPages
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.errors import InvalidArgument
 from segue_contract.kv.layout import KvBlock, block_ids
 from segue_contract.model.manifest import Manifest

@@ -19,8 +19,8 @@ from segue_cloud.engine.native.runner import NativeRunner, serves
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.step_input import NativeInput
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_cloud.engine.weights import open_tensors
-from segue_cloud.engine.worker import TorchEngine
 from segue_contract.kv.layout import KvBlock, KvGeometry
 from segue_contract.model.manifest import Manifest, ModelGeometry
 from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama

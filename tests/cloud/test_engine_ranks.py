@@ -26,7 +26,7 @@ from segue_cloud.engine.tensor_parallel.lead import LeadRunner
 from segue_cloud.engine.tensor_parallel.messages import Array, Control, Failed, WriteBlock
 from segue_cloud.engine.tensor_parallel.ranks import Ranks
 from segue_cloud.engine.tensor_parallel.split import split
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.errors import BadLength, EngineGone, InvalidArgument, ModelMismatch, RankLost
 from tests.support.tiny_engine import Tiny
 from tests.support.tiny_llama import TINY, WEIGHTS, build_tiny_llama
@@ -239,7 +239,7 @@ import asyncio, sys
 from dataclasses import replace
 from pathlib import Path
 from segue_cloud.engine.options import EngineOptions
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.model.manifest import read_manifest
 
 async def main():

@@ -12,7 +12,7 @@ import pytest
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineOutput, EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.sync.ops import Sampling
 from tests.support.tiny_engine import ENDS, Tiny, make_tiny
 

@@ -18,7 +18,7 @@ from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.runner import Prepared, Runner
 from segue_cloud.engine.scheduler import Step
 from segue_cloud.engine.stuck import LOOKS, StuckWatch
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.errors import (
     BadBlock,
     BadRecipe,
@@ -31,10 +31,12 @@ from segue_contract.errors import (
     TurnFailed,
 )
 from segue_contract.kv.layout import KvBlock, block_ids
+from segue_contract.limits import EngineLimits
 from segue_contract.model.manifest import Manifest
 from tests.support.tiny_llama import TINY, build_tiny_llama
 
 OPTIONS = EngineOptions(dtype="fp32", pool_bytes=8 << 20, max_turns=4)
+IMPATIENT = replace(OPTIONS, limits=EngineLimits(step_timeout_s=0.1))
 PROMPT = tuple(range(10, 210))
 DEADLINE_S = 30
 
@@ -268,13 +270,10 @@ class StuckRunner(Runner):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-async def test_an_engine_that_hangs_is_dead(
-    model: tuple[Path, Manifest], ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_engine_that_hangs_is_dead(model: tuple[Path, Manifest], ahead: bool) -> None:
     StuckRunner.go_on.clear()
-    monkeypatch.setattr("segue_cloud.engine.worker.STEP_TIMEOUT_S", 0.1)
     build = partial(StuckRunner, model[0], TINY, 128, OPTIONS)
-    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
+    engine = TorchEngine(model[1], replace(IMPATIENT, ahead=ahead), 128, build)
     await engine.start()
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -302,7 +301,7 @@ class ClumsyRunner(Runner):
 
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_an_engine_that_waits_for_work_does_not_hang(
-    model: tuple[Path, Manifest], ahead: bool, monkeypatch: pytest.MonkeyPatch
+    model: tuple[Path, Manifest], ahead: bool
 ) -> None:
     failed = False  # the failing step may take its time: only what follows is about waiting
     looked = asyncio.Event()
@@ -317,10 +316,8 @@ async def test_an_engine_that_waits_for_work_does_not_hang(
                 looked.set()
             return super().look(step)
 
-    monkeypatch.setattr("segue_cloud.engine.worker.STEP_TIMEOUT_S", 0.1)
-    monkeypatch.setattr("segue_cloud.engine.worker.StuckWatch", Watch)
     build = partial(ClumsyRunner, model[0], TINY, 128, OPTIONS)
-    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
+    engine = TorchEngine(model[1], replace(IMPATIENT, ahead=ahead), 128, build, watch=Watch())
     await engine.start()
     with pytest.raises(TurnFailed, match="clumsy"):
         await anext(engine.submit(turn()))

@@ -19,7 +19,7 @@ from segue_cloud.engine.attention import Window
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.runner import Runner
-from segue_cloud.engine.worker import TorchEngine, own_recipe
+from segue_cloud.engine.torch_engine import TorchEngine, own_recipe
 from segue_contract.errors import InvalidArgument, PromptTooLong
 from segue_contract.model.manifest import Manifest
 from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama

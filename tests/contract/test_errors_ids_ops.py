@@ -282,7 +282,6 @@ def test_topics_are_what_the_access_rules_will_name() -> None:
     trip = SessionName("default", "trip")
     assert topics.log_topic(trip) == "segue/v1/default/trip/log"
     assert topics.head_topic(trip) == "segue/v1/default/trip/head"
-    assert topics.presence_topic(trip, "phone") == "segue/v1/default/trip/aw/phone"
 
 
 @given(generation=numbers, offset=numbers, entries=st.lists(st.binary(max_size=9), max_size=4))

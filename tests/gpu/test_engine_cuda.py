@@ -24,7 +24,7 @@ from segue_cloud.engine.cuda.transfers import CudaTransfers
 from segue_cloud.engine.devices import count_pages
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.kv.layout import KvBlock
 from segue_contract.limits import STAGED_BLOCKS
 from tests.support.tiny_engine import Tiny, engine_with, make_tiny, replies_of

@@ -12,7 +12,7 @@ import torch
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.errors import InvalidArgument
 from tests.support.tiny_llama import HfReference, build_tiny_llama
 

@@ -95,11 +95,6 @@ class PoolMachine(RuleBasedStateMachine):
         group = next(g for g in self.owned if len(g) >= 4)
         assert not self.pool.enter(self.held[0], group[:4], refs=1)
 
-    @rule()
-    def drop_idle(self) -> None:
-        self.pool.drop_idle()
-        assert self.pool.blocks_cached == len(set(self.held))
-
     @invariant()
     def sound(self) -> None:
         self.pool.check_integrity()
@@ -144,8 +139,6 @@ def test_a_prefix_counts_only_without_gaps() -> None:
     pool.alias(b"c", b"other-name-of-c")
     assert pool.count_prefix([b"a", b"b", b"c"]) == 1
     assert pool.count_prefix([b"a", b"other-name-of-c"]) == 2
-    pool.drop_idle()
-    assert pool.count_prefix([b"a", b"other-name-of-c"]) == 0
 
 
 def test_blocks_in_use_outlive_a_scan_that_would_flush_an_lru() -> None:

@@ -117,9 +117,8 @@ def test_the_choice_is_possible_and_the_least(given_facts: PlanInputs, force: Sh
 def test_a_plan_covers_the_prompt(given_facts: PlanInputs, force: Shape | None) -> None:
     plan = choose(given_facts, force)
     n = given_facts.prompt_tokens
-    for start, end in (plan.edge_prefill, plan.cloud_prefill):
-        assert 0 <= start <= end <= n
+    start, end = plan.cloud_prefill
+    assert 0 <= start <= end == n
     assert plan.ship_blocks in (0, n // 64)
-    somebody_prefills = plan.edge_prefill[0] < n or plan.cloud_prefill[0] < n
-    assert somebody_prefills
+    assert (start == n) == (plan.shape == Shape.EDGE)
     assert choose(given_facts, force) == plan  # pure: the same facts, the same plan

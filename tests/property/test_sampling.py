@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from segue_contract.checks import check_sampling_values
 from segue_contract.errors import BadSampling, Internal
 from segue_contract.limits import MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_TOP_K
-from segue_contract.sampling import check_sampling, gumbel, gumbel_of, philox, sample, stream, words
+from segue_contract.sampling import gumbel, gumbel_of, philox, sample, stream, words
 from segue_contract.sync.ops import Sampling
 
 ONES = 0xFFFFFFFF
@@ -308,19 +309,19 @@ def test_broken_logits_are_an_error(temperature: float, bad: float | None) -> No
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(BadSampling, match=field) as caught:
-        check_sampling(Sampling(**{field: value}), 10)
+        check_sampling_values(Sampling(**{field: value}), 10)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1, MAX_NEW_TOKENS + 1])
 def test_max_tokens_out_of_range_is_refused(max_tokens: int) -> None:
     with pytest.raises(BadSampling, match="max_tokens"):
-        check_sampling(Sampling(), max_tokens)
+        check_sampling_values(Sampling(), max_tokens)
 
 
 def test_the_whole_allowed_range_is_accepted() -> None:
-    check_sampling(Sampling(), 1)
-    check_sampling(
+    check_sampling_values(Sampling(), 1)
+    check_sampling_values(
         Sampling(
             temperature=MAX_TEMPERATURE, top_p=1e-9, top_k=MAX_TOP_K, min_p=1.0, seed=2**64 - 1
         ),

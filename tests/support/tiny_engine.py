@@ -13,7 +13,7 @@ from typing import TypeVar
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.engine.runner import Runner
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.model.manifest import Manifest, ModelGeometry
 from tests.support.tiny_llama import TINY, HfReference, build_tiny_llama
 

@@ -13,7 +13,7 @@ import psutil
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineOutput, EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.model.manifest import ModelGeometry
 from tests.support.tiny_engine import Tiny, make_tiny
 from tests.support.tiny_llama import TINY

@@ -159,9 +159,9 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
 
 async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
     # Importing torch takes seconds on a busy machine: in a thread, so that nothing else times out.
-    await asyncio.to_thread(importlib.import_module, "segue_cloud.engine.worker")
+    await asyncio.to_thread(importlib.import_module, "segue_cloud.engine.torch_engine")
     from segue_cloud.engine.devices import choose_device
-    from segue_cloud.engine.worker import EngineOptions, TorchEngine
+    from segue_cloud.engine.torch_engine import EngineOptions, TorchEngine
 
     options = EngineOptions(
         dtype=settings.dtype,

@@ -1,7 +1,13 @@
-"""Every bound of Segue, each with its reason. Nothing waits, queues or allocates beyond these."""
+"""Every bound of Segue, each with its reason. Nothing waits, queues or allocates beyond these.
+
+Bounds that a program may be given otherwise, in a test or where a machine is unlike those that
+they were chosen for, stand in frozen groups at the end of this page: a composition root makes
+them, constructors take them. The others are plain constants.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 KIB: Final = 1024
@@ -138,7 +144,6 @@ MAX_RANK_MESSAGE_BYTES: Final = 2 * MAX_KV_BLOCK_BYTES + MIB  # a block in float
 RANK_LOAD_TIMEOUT_S: Final = (
     600.0  # weights of a large model from a slow disk; a death shows at once
 )
-STEP_TIMEOUT_S: Final = 300.0  # of an engine: two weak cores take minutes for an 8B model's chunk
 RANK_STEP_TIMEOUT_S: Final = 20.0  # what one rank waits for another's part of one layer
 
 # -- log --------------------------------------------------------------------------------------
@@ -193,3 +198,16 @@ TITLE_CHARS: Final = 80  # of a session's first message, for lists
 HUB_POLL_SESSIONS: Final = 256  # tails looked up in one round trip
 HUB_EVENT_BYTES: Final = 1 * MIB  # entries of one event of Attach, beyond the first
 PUBLISH_FLUSH_S: Final = 1.0  # at shutdown, for what still waits for the broker
+
+# -- groups -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Of the cloud's decode engine."""
+
+    step_timeout_s: float = 300.0  # two weak cores take minutes for an 8B model's chunk
+    # Share of a step's time that may go into coding blocks for the host tier while turns wait for
+    # the next one, and the most that may be saved up: a prompt's worth.
+    coding_share: float = 0.03
+    coding_saved_up_s: float = 0.1

@@ -28,11 +28,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from segue_contract.checks import check_sampling_values
 from segue_contract.errors import Internal
 from segue_contract.sync.ops import Sampling
-
-SamplingParams: TypeAlias = Sampling
 
 Ids: TypeAlias = NDArray[np.intp]
 Logits: TypeAlias = NDArray[np.float32]
@@ -46,11 +43,6 @@ _HEAD: Final = 512  # a usual nucleus is smaller; each further try takes eight t
 _GAMMA: Final = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _TABLE: Final = np.arange(1, (1 << 14) + 1, dtype=np.uint64) * np.uint64(_GAMMA)  # stays in cache
-
-
-def check_sampling(sampling: Sampling, max_tokens: int) -> None:
-    """Raises BadSampling, naming the field and its allowed range."""
-    check_sampling_values(sampling, max_tokens)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -106,7 +98,7 @@ def sample(logits: Logits, sampling: Sampling, index: int) -> int:
 
     Args:
         logits: float32 `[vocab]`; minus infinity excludes a token.
-        sampling: checked by `check_sampling`.
+        sampling: checked by `checks.check_sampling_values`.
         index: place of the token in the reply, from 0.
 
     Raises:

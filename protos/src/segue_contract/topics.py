@@ -21,11 +21,6 @@ def head_topic(name: SessionName) -> str:
     return f"{ROOT}/{name.tenant}/{name.session}/head"
 
 
-def presence_topic(name: SessionName, device: str) -> str:
-    """QoS 0: a device's presence; its Will carries the connection's incarnation."""
-    return f"{ROOT}/{name.tenant}/{name.session}/aw/{device}"
-
-
 class LogMessage(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive entries: `ops[i]` has offset `first_offset + i`."""
 

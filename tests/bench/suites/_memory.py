@@ -18,7 +18,7 @@ import numpy as np
 
 from segue_cloud.engine.options import EngineOptions, available_memory_bytes, choose_dtype
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.kv.layout import KvBlock, block_ids
 from segue_contract.model.manifest import read_manifest
 from tests.bench.harness import Report

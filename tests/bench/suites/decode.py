@@ -19,7 +19,7 @@ from pathlib import Path
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manifest
 from tests.bench.harness import ROOT, Report
 from tests.bench.suites._device import bench_device

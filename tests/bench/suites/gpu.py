@@ -30,7 +30,7 @@ import torch
 from segue_cloud.engine.cuda.runner import DeviceRunner
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
-from segue_cloud.engine.worker import TorchEngine
+from segue_cloud.engine.torch_engine import TorchEngine
 from tests.bench.harness import Report
 from tests.bench.suites._card_plan import (
     Plan,

@@ -211,14 +211,6 @@ class BlockPool:
             evicted += 1
         return evicted
 
-    def drop_idle(self) -> int:
-        """Empty the cache of everything that nobody references; returns the blocks dropped."""
-        dropped = self.blocks_idle
-        for queue in (self._once, self._often):
-            while queue:
-                self._drop(queue.popitem(last=False)[0])
-        return dropped
-
     def _queue(self, entry: _Cached) -> OrderedDict[bytes, None]:
         return self._often if entry.uses else self._once
 

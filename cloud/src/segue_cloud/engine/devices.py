@@ -13,6 +13,7 @@ from segue_cloud.engine.kv_pages import BlockPages
 from segue_cloud.engine.options import EngineOptions, choose_dtype, choose_pages
 from segue_cloud.engine.runner import Runner, StepRunner
 from segue_contract.errors import InvalidArgument
+from segue_contract.limits import EngineLimits
 from segue_contract.model.manifest import ModelGeometry
 
 
@@ -64,11 +65,16 @@ def build_runner(
     return Runner(directory, geometry, pages, options)
 
 
-def build_tier(pages: BlockPages, budget_bytes: int, recompute_s: Callable[[], float]) -> HostTier:
+def build_tier(
+    pages: BlockPages,
+    budget_bytes: int,
+    recompute_s: Callable[[], float],
+    limits: EngineLimits,
+) -> HostTier:
     """The second tier for where the pages lie."""
     from segue_cloud.engine.cuda.host_tier import PinnedTier
     from segue_cloud.engine.cuda.pages import DevicePages
 
     if isinstance(pages, DevicePages):
-        return PinnedTier(pages, budget_bytes, recompute_s)
-    return HostTier(pages, budget_bytes, recompute_s)
+        return PinnedTier(pages, budget_bytes, recompute_s, limits)
+    return HostTier(pages, budget_bytes, recompute_s, limits)

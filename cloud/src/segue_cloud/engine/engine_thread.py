@@ -146,7 +146,9 @@ class EngineThread:
             # Asked for or not: nobody is to wonder where the memory saving went.
             log.warning("no_host_tier", reason=f"the model's quality gate does not allow {STEP}")
         elif self._host_bytes:
-            self.tier = build_tier(runner.pages, self._host_bytes, self._recompute_s)
+            self.tier = build_tier(
+                runner.pages, self._host_bytes, self._recompute_s, self._options.limits
+            )
             self._pool.tier = self.tier
             self._pool.target = TARGET_SHARE
 

@@ -15,15 +15,13 @@ from segue_cloud.engine.kv_pages import BlockPages
 from segue_contract.errors import BadBlock
 from segue_contract.kv.layout import KvBlock
 from segue_contract.kv.quantize import decode_block, encode_block
+from segue_contract.limits import EngineLimits
 
 STEP = "k8v8"
 # The pool is held under this share of its pages, so that a new turn rarely waits for an eviction.
 TARGET_SHARE = 0.7
 # Blocks coded between two steps; about 2 ms each for the default model.
 BLOCKS_PER_STEP = 4
-# Share of a step's time that may go into coding blocks while turns wait for the next one, and the
-# most that may be saved up: a prompt's worth. Beyond it a block that nobody used twice just goes.
-_CODING_SHARE, _SAVED_UP_S = 0.03, 0.1
 # Weight of the newest measurement, and every how many refusals one is brought back all the same:
 # without a new measurement a refusal would be for ever.
 _NEW = 0.2
@@ -44,13 +42,19 @@ class HostTier:
 
     Args:
         recompute_s: seconds that computing 64 tokens anew takes now; 0.0 while unknown.
+        limits: how much time coding may take; beyond it a block that nobody used twice just goes.
     """
 
     def __init__(
-        self, pages: BlockPages, budget_bytes: int, recompute_s: Callable[[], float]
+        self,
+        pages: BlockPages,
+        budget_bytes: int,
+        recompute_s: Callable[[], float],
+        limits: EngineLimits = EngineLimits(),
     ) -> None:
         self.pages = pages
         self._budget = budget_bytes
+        self._limits = limits
         self.recompute_s = recompute_s
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._refused = 0
@@ -98,8 +102,9 @@ class HostTier:
 
     def stepped(self, seconds: float) -> None:
         """A step took so long: coding may take its share of it."""
-        saved = self._allowance_s if self._allowance_s < math.inf else _SAVED_UP_S
-        self._allowance_s = min(_SAVED_UP_S, saved + _CODING_SHARE * seconds)
+        most = self._limits.coding_saved_up_s
+        saved = min(self._allowance_s, most)
+        self._allowance_s = min(most, saved + self._limits.coding_share * seconds)
 
     def close(self) -> None:
         """End what runs beside the engine thread; here nothing does."""

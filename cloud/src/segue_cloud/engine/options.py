@@ -18,6 +18,7 @@ from segue_contract.limits import (
     MAX_TURNS_PER_CLOUD,
     MIB,
     POOL_MIN_TOKENS,
+    EngineLimits,
 )
 from segue_contract.model.manifest import ModelGeometry
 
@@ -50,6 +51,7 @@ class EngineOptions:
     `compiled`: use the fused CPU kernels; without them plain torch does the same, slower.
     `matrix_units`: on a CPU with AMX, large steps through oneDNN; faster, but a token's last bits
     may then depend on what else is in its step.
+    `limits`: how long it waits, and what it spends on the host tier.
     """
 
     dtype: str = "auto"
@@ -68,6 +70,7 @@ class EngineOptions:
     window: int = 0
     sinks: int = 4
     tensor_parallel: int = 1
+    limits: EngineLimits = EngineLimits()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

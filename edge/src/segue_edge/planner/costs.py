@@ -40,7 +40,6 @@ class PlanInputs:
     kv_bytes_per_token: float
     cloud_reachable: bool = True
     recipe_accepted: bool = True
-    edge_can_decode: bool = True
 
     def __post_init__(self) -> None:
         positive = {
@@ -147,9 +146,9 @@ def ship_cost(i: PlanInputs) -> Foreseen:
         + i.cloud_decode_step_s
     )
     rest = _rest(i)
-    bridge = min(rest, gap / i.edge_step_s) if i.edge_can_decode else 0.0
+    bridge = min(rest, gap / i.edge_step_s)
     credit = bridge * min(i.cloud_decode_step_s, i.edge_step_s)
-    felt = min(gap, i.edge_step_s) if i.edge_can_decode else gap
+    felt = min(gap, i.edge_step_s)
     total = ttft + gap + rest * i.cloud_decode_step_s - credit
     return Foreseen(Cost(ttft_s=ttft, gap_s=felt, total_s=total), edge_tokens=1.0 + bridge)
 

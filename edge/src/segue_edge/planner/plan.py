@@ -43,12 +43,8 @@ class Plan:
     shape: Shape
     reason: str
     forced: bool
-    first_token: str
-    edge_prefill: tuple[int, int]
     ship_blocks: int
     cloud_prefill: tuple[int, int]
-    bridge: bool
-    decode: str
     predicted: dict[Shape, Cost]
     objective: dict[Shape, float]
     missing: dict[Shape, str]
@@ -79,8 +75,6 @@ def needs_missing(i: PlanInputs) -> dict[Shape, str]:
         missing[Shape.SHIP] = "the cloud does not accept this model's KV recipe"
     elif i.link_backlog_bytes > LINK_BACKLOG_S * i.goodput_bytes_per_s:
         missing[Shape.SHIP] = "the link has all it can carry from other turns"
-    if not i.edge_can_decode:
-        missing[Shape.EDGE] = "this edge does not decode"
     return missing
 
 
@@ -100,19 +94,11 @@ def choose(i: PlanInputs, force: Shape | None = None, weights: Weights = DEFAULT
 
     A forced shape is taken if its needs are met; if not, the best other one is, and `reason` says
     why: a user's turn is answered rather than refused.
-
-    Raises:
-        InvalidArgument: no shape at all can serve the turn.
     """
     costs = foresee(i)
     objective = {shape: weigh(f, weights) for shape, f in costs.items()}
     missing = needs_missing(i)
     possible = [shape for shape in CHOOSABLE if shape not in missing]
-    if not possible:
-        raise InvalidArgument(
-            "No plan can serve this turn: the cloud is out of reach and this edge does not decode.",
-            hint="Bring the cloud back, or use a model with a decode graph.",
-        )
     best = min(possible, key=lambda shape: objective[shape])
     if force is None:
         return _plan(i, best, costs, objective, missing, _why(best, possible, costs), False)
@@ -148,7 +134,6 @@ def _plan(
     forced: bool,
 ) -> Plan:
     n = i.prompt_tokens
-    on_edge = shape in (Shape.EDGE, Shape.SHIP)
     shipped = i.full_blocks if shape == Shape.SHIP else 0
     if shape == Shape.SHIP:
         cloud_prefill = (n - i.tail_tokens, n)
@@ -160,12 +145,8 @@ def _plan(
         shape=shape,
         reason=reason,
         forced=forced,
-        first_token="edge" if on_edge else "cloud",
-        edge_prefill=(min(i.edge_cached_tokens, n - 1), n) if on_edge else (n, n),
         ship_blocks=shipped,
         cloud_prefill=cloud_prefill,
-        bridge=shape == Shape.SHIP and i.edge_can_decode,
-        decode="edge" if shape == Shape.EDGE else "cloud",
         predicted={name: f.cost for name, f in costs.items()},
         objective=objective,
         missing=missing,

@@ -7,7 +7,7 @@ prefill graph's KV in int8. Two short names say what is used: `edge`, by CPU nod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -142,21 +142,3 @@ def entries(measured: Sequence[Measured], choice: Choice, base: KvRecipe) -> dic
         "exact": RecipeEntry(recipe=msgspec.structs.replace(base, weight_quant=FLOAT_QUANT)),
         **by_name,
     }
-
-
-def measured_of(recipes: Mapping[str, RecipeEntry]) -> list[Measured]:
-    """What a manifest's recipes say of each graph and codec."""
-    found = []
-    for graph in FALLBACKS:
-        for codec in CODECS:
-            entry = recipes.get(f"{graph}-{codec}")
-            if entry is not None and entry.quality is not None:
-                found.append(
-                    Measured(
-                        graph=graph,
-                        weight_quant=entry.recipe.weight_quant,
-                        codec=codec,
-                        quality=entry.quality,
-                    )
-                )
-    return found

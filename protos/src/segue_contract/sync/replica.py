@@ -12,7 +12,6 @@ Pure: no clocks, no I/O. The rules that make replicas equal:
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol
 
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, SessionState, TurnState
@@ -23,17 +22,6 @@ class Applied(StrEnum):
     DUPLICATE = "duplicate"  # known already; nothing changed
     GAP = "gap"  # an earlier entry is missing; nothing changed: Read from the cursor
     NEW_GENERATION = "new_generation"  # the log lost entries; nothing changed: take a snapshot
-
-
-class LogEntryLike(Protocol):
-    """An entry as the log, a message or a test has it; `op` as bytes or decoded."""
-
-    @property
-    def generation(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def op(self) -> ops.Op | bytes: ...
 
 
 class Replica:
@@ -67,16 +55,12 @@ class Replica:
         """Stand at `cursor`: what lies between is gone for good."""
         self._state.cursor = cursor
 
-    def apply(self, entry: LogEntryLike) -> Applied:
-        """Fold one entry, or say why not.
+    def apply_op(self, generation: int, offset: int, op: ops.Op | bytes) -> Applied:
+        """Fold one entry of the log, its op as bytes or decoded, or say why not.
 
         Raises:
-            InvalidArgument: `entry.op` are bytes of no op; nothing changed.
+            InvalidArgument: `op` are bytes of no op; nothing changed.
         """
-        return self.apply_op(entry.generation, entry.offset, entry.op)
-
-    def apply_op(self, generation: int, offset: int, op: ops.Op | bytes) -> Applied:
-        """As `apply`, with the parts of an entry."""
         known = self._state.cursor
         # Who knows nothing yet belongs to no generation.
         if known.offset or offset != 1:

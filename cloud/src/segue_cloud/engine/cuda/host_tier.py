@@ -11,6 +11,7 @@ from segue_cloud.engine.host_tier import STEP, HostTier
 from segue_contract.errors import BadBlock
 from segue_contract.kv.layout import KvBlock
 from segue_contract.kv.quantize import encode_block
+from segue_contract.limits import EngineLimits
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class PinnedTier(HostTier):
     """
 
     def __init__(
-        self, pages: DevicePages, budget_bytes: int, recompute_s: Callable[[], float]
+        self,
+        pages: DevicePages,
+        budget_bytes: int,
+        recompute_s: Callable[[], float],
+        limits: EngineLimits = EngineLimits(),
     ) -> None:
-        super().__init__(pages, budget_bytes, recompute_s)
+        super().__init__(pages, budget_bytes, recompute_s, limits)
         self._device_pages = pages
         self._staged: dict[bytes, _Staged] = {}
         self._coder = ThreadPoolExecutor(1, "segue-tier")

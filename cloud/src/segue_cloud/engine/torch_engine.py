@@ -52,7 +52,7 @@ from segue_contract.errors import (
     SegueError,
 )
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
-from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S, STEP_TIMEOUT_S
+from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.model.manifest import Manifest
 
 __all__ = ["EngineOptions", "TorchEngine", "own_recipe"]
@@ -93,11 +93,13 @@ class TorchEngine:
         pages: int,
         build: Callable[[], StepRunner],
         ranks: Ranks | None = None,
+        watch: StuckWatch | None = None,
     ) -> None:
         """For `load`, and for whoever brings another runner; `start` comes next.
 
         Args:
             build: makes the runner, over `pages` pages; called in the engine thread.
+            watch: looks at the running step, and says when it counts as stuck.
         """
         self._geometry = manifest.geometry
         self._options = options
@@ -134,6 +136,7 @@ class TorchEngine:
         )
         self._commands = self._thread.commands
         self._ranks = ranks
+        self._stuck = watch or StuckWatch()
         self._watch: asyncio.Task[None] | None = None
 
     @classmethod
@@ -280,13 +283,13 @@ class TorchEngine:
         self._commands.put(Die(error))
 
     async def _watch_steps(self) -> None:
-        watch = StuckWatch()
+        bound_s = self._options.limits.step_timeout_s
         while not self.died.is_set():
-            await asyncio.sleep(STEP_TIMEOUT_S / LOOKS)
+            await asyncio.sleep(bound_s / LOOKS)
             began = self._thread.working_since
-            if watch.look(began):
+            if self._stuck.look(began):
                 log.error("engine_stuck", step_s=round(time.perf_counter() - began, 1))
-                self.die(EngineGone(f"The engine hangs: a step took over {STEP_TIMEOUT_S:.0f} s."))
+                self.die(EngineGone(f"The engine hangs: a step took over {bound_s:.0f} s."))
 
     def _fail_all(self, error: SegueError) -> None:
         for stream in self._streams.values():
