@@ -101,6 +101,14 @@ async def test_a_program_that_takes_long_says_what_it_does(make: Make) -> None:
     assert news == [("edge-1", "compiles")]
 
 
+async def test_a_program_that_says_that_it_prepares_has_longer(make: Make) -> None:
+    said = {"event": "preparing", "what": "compiles"}
+    before = f"import json, time\nprint(json.dumps({said!r}), flush=True)\ntime.sleep(2.5)\n"
+    program = make(before + ready_on(free_port()), timeout_s=2.0)
+    await program.start()
+    assert program.running
+
+
 async def test_a_program_that_ends_early_says_why(make: Make) -> None:
     script = 'import sys; sys.exit("There is no built model here.")'
     program = make(script)

@@ -161,9 +161,13 @@ class Program(Part):
                 log.write(line + "\n")
 
         def is_ready(line: str) -> bool:  # asked of each line until one is
-            if self._on_news is not None and (news := parse_news(line)):
-                self._on_news(self, news)
             return parse_ready(line) is not None
+
+        def prepares(line: str) -> bool:  # the same
+            news = parse_news(line)
+            if news and self._on_news is not None:
+                self._on_news(self, news)
+            return bool(news)
 
         try:
             process = await ChildProcess.start(
@@ -173,14 +177,14 @@ class Program(Part):
                 env=self._env,
                 timeout_s=self._timeout_s,
                 on_line=keep,
+                prepares=prepares,
             )
         except Internal as error:
             code = error.fields.get("status")
             how = how_it_ended(code) if isinstance(code, int) else "at once"
             raise self._failed(f"{self.name} ended before it was ready: {how}.", said) from None
-        except DeadlineExceeded:
-            message = f"{self.name} was not ready within {self._timeout_s:.0f} s."
-            raise self._failed(message, said) from None
+        except DeadlineExceeded as error:
+            raise self._failed(error.message, said) from None
         self.ready = parse_ready(process.ready_line)
         return process
 

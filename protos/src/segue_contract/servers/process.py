@@ -16,6 +16,7 @@ from segue_contract.limits import (
     CHILD_LOG_LINES,
     CHILD_STOP_S,
     PORT_ATTEMPTS,
+    PREPARE_TIMEOUT_S,
     START_TIMEOUT_S,
 )
 from segue_contract.servers.ports import free_port
@@ -51,8 +52,12 @@ class ChildProcess:
         cwd: Path | None = None,
         timeout_s: float = START_TIMEOUT_S,
         on_line: Callable[[str], None] | None = None,
+        prepares: Callable[[str], bool] | None = None,
     ) -> ChildProcess:
         """Start `argv` (absolute program path first) and wait for a line for which `ready` holds.
+
+        `prepares`: holds for a line that says that it takes longer this time; from then on it has
+        `PREPARE_TIMEOUT_S`.
 
         Raises:
             Internal: it ended before it was ready; `fields["log"]` has its last words.
@@ -69,15 +74,27 @@ class ChildProcess:
             limit=_LINE_BYTES,
         )  # fmt: skip
         child = cls(name, process)
-        child._reader = asyncio.create_task(child._read(ready, on_line), name=f"read {name}")
+        limit = asyncio.timeout(timeout_s)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+
+        def told(line: str) -> None:
+            if on_line is not None:
+                on_line(line)
+            starting = not (child._ready.done() or limit.expired())
+            if starting and prepares is not None and prepares(line):
+                limit.reschedule(loop.time() + max(timeout_s, PREPARE_TIMEOUT_S))
+
         try:
-            async with asyncio.timeout(timeout_s):
+            async with limit:
+                child._reader = asyncio.create_task(child._read(ready, told), name=f"read {name}")
                 await asyncio.shield(child._ready)
         except TimeoutError:
             child._ready.cancel()  # nobody waits for it any more
             await child.stop()
+            waited_s = loop.time() - began
             raise DeadlineExceeded(
-                f"{name} was not ready within {timeout_s:.0f} s.", log=child.log_tail()
+                f"{name} was not ready within {waited_s:.0f} s.", log=child.log_tail()
             ) from None
         except BaseException:
             child._ready.cancel()
@@ -141,9 +158,7 @@ class ChildProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 
-    async def _read(
-        self, ready: Callable[[str], bool], on_line: Callable[[str], None] | None
-    ) -> None:
+    async def _read(self, ready: Callable[[str], bool], told: Callable[[str], None]) -> None:
         stream = self._process.stdout
         assert stream is not None
         while True:
@@ -155,8 +170,7 @@ class ChildProcess:
                 break
             line = data.decode("utf-8", "replace").rstrip()
             self._lines.append(line)
-            if on_line is not None:
-                on_line(line)
+            told(line)
             if not self._ready.done() and ready(line):
                 self._ready.set_result(line)
         if not self._ready.done():
