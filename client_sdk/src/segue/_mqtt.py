@@ -43,7 +43,7 @@ class Broker:
         url: "mqtt://host:port".
 
     Raises:
-        InvalidArgument: the url is none.
+        InvalidArgument: the url is not a broker's.
     """
 
     def __init__(self, url: str) -> None:

@@ -59,7 +59,7 @@ def check_prompt(prompt: str) -> str:
 
 
 def check_sampling_values(sampling: Sampling, max_tokens: int) -> None:
-    """Raises BadSampling where a value is outside its range or no number."""
+    """Raises BadSampling where a value is outside its range or NaN."""
     if not _is_int(max_tokens) or not 0 < max_tokens <= MAX_NEW_TOKENS:
         raise BadSampling(
             f"max_tokens is {max_tokens!r}.", hint=f"Use a whole number from 1 to {MAX_NEW_TOKENS}."

@@ -52,7 +52,7 @@ class SessionName:
 
     @classmethod
     def parse(cls, text: str) -> SessionName:
-        """The name whose `str` is `text`. Raises ValueError where it is none."""
+        """The name whose `str` is `text`. Raises ValueError where it is no session's."""
         tenant, session = text.split(":", 1)
         return cls(tenant, session)
 

@@ -50,7 +50,7 @@ MAX_GRAPH_BYTES: Final = 2048 * MIB  # of a card, for captured decode steps; the
 
 # -- queues -----------------------------------------------------------------------------------
 MAX_TURNS_WAITING_PER_SESSION: Final = 4  # more is a user pressing a dead button
-MAX_TURNS_PER_CLOUD: Final = 256  # begun and not ended; one that waits for its session is none
+MAX_TURNS_PER_CLOUD: Final = 256  # begun, not ended; those that wait for their session aside
 MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
 TURN_EVENT_QUEUE: Final = 4096  # replies of one Decode.Run not sent yet; then its relay waits
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
@@ -121,6 +121,7 @@ TURN_HEARTBEAT_S: Final = 0.2  # the same of a turn's streams: few, and somebody
 TURN_SILENCE_S: Final = 1.2  # a second more than a beat; the rest of 2 s is the next one's prefill
 EDGE_SILENCE_LOOKS: Final = 7  # at the same pace, of an edge that owes a turn's tokens
 SILENCE_LOOKS: Final = 6  # within it: a reader that was itself not scheduled has not listened
+PING_INTERVAL_S: Final = 20.0  # of gRPC's own pings: below the idle times of usual NATs
 PING_TIMEOUT_S: Final = 5.0  # of gRPC's own pings; 60 s where it is not set
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
 HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append

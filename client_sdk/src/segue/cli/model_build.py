@@ -263,7 +263,7 @@ def _put_in_place(artifact: Path, target: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """To the disk before the rename: a full or failing disk must speak up now."""
+    """To the disk before the rename: a full or failing disk is noticed now."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:

@@ -70,6 +70,6 @@ def check_block(block: KvBlock, kv: KvGeometry, recipes: Set[str]) -> None:
                 f" blocks have {list(shape)}.",
                 hint="Edge and cloud must serve the same model.",
             )
-        # Whatever attends to a number that is none becomes none itself, in every turn.
+        # What attends to a NaN becomes NaN, in every turn that uses the block.
         if values.dtype != np.uint16 and not np.isfinite(values).all():
             raise BadBlock("A KV block holds numbers that are not finite.")

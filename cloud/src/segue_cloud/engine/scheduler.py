@@ -182,7 +182,7 @@ class Scheduler:
     def postprocess(self, step: Step, sampled: Seq[int]) -> list[tuple[str, EngineOutput | None]]:
         """Take in the results of a step: one sampled token per work that samples, in order.
 
-        A negative token stands for logits that were no numbers: that turn (output None) is
+        A negative token stands for logits that held NaN: that turn (output None) is
         forgotten, and what it computed is not shared.
         """
         self.begin(step)

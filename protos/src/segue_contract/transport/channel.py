@@ -5,12 +5,17 @@ from __future__ import annotations
 import grpc
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.limits import CONNECT_ATTEMPT_S, MAX_GRPC_MESSAGE_BYTES, PING_TIMEOUT_S
+from segue_contract.limits import (
+    CONNECT_ATTEMPT_S,
+    MAX_GRPC_MESSAGE_BYTES,
+    PING_INTERVAL_S,
+    PING_TIMEOUT_S,
+)
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", int(PING_INTERVAL_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
     # While bytes flow gRPC's ping for the bandwidth is nearly always under way and the keep-alive
     # waits for it: without this a peer that fell silent is noticed after a minute.

@@ -42,7 +42,7 @@ def from_wire(wire: pb.TurnEvent) -> TurnEvent | None:
     later version).
 
     Raises:
-        InvalidArgument: the peer sent an event that is none.
+        InvalidArgument: the fields of the event cannot be right.
     """
     match wire.WhichOneof("kind"):
         case "started":
@@ -113,7 +113,7 @@ def ended_message(event: Ended) -> pb.TurnEnded:
 
 
 def ended_of(message: pb.TurnEnded) -> Ended:
-    """Raises InvalidArgument where the reason is none."""
+    """Raises InvalidArgument where the reason is unknown."""
     return Ended(
         epoch=message.epoch,
         reason=reason_of(message.reason),

@@ -24,7 +24,7 @@ def list_pages(
     """The pages that some of the rows see: where keys and values begin, and the first token.
 
     The last page of values goes through a copy without the tokens that are not there yet: they
-    have weight 0, but 0 times what was left there might be no number.
+    have weight 0, but 0 times what was left there might be NaN.
     """
     listed, tails = m.listed, m.tails
     lit = shortest - m.window[0] if 0 < m.window[0] < shortest else 0

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numba
 
 # Calling a function passes `Memory` as some 300 numbers: what is called per row is made `inline`.
-# Sums in any order, but a number that is none stays none: bad weights must be seen in the logits.
+# Sums in any order, but NaN stays NaN (no `nnan`): bad weights must show in the logits.
 MATH = {"contract", "reassoc", "nsz", "arcp"}
 jit = numba.njit(nogil=True, fastmath=MATH)
 
