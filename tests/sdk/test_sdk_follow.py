@@ -17,6 +17,7 @@ import segue
 from segue import errors
 from segue._inbox import Inbox, Link, Tail
 from segue_contract.ids import DEFAULT_TENANT, SessionName
+from segue_contract.limits import ClientLimits
 from segue_contract.servers import Broker
 from segue_contract.sync.ops import Set, encode_op
 from segue_contract.sync.state import Cursor
@@ -103,9 +104,12 @@ class Seen:
 
 @asynccontextmanager
 async def following(
-    addresses: Sequence[str], session: str = "trip", from_offset: int = 0
+    addresses: Sequence[str],
+    session: str = "trip",
+    from_offset: int = 0,
+    limits: ClientLimits = ClientLimits(),
 ) -> AsyncIterator[Seen]:
-    async with segue.Client(addresses, device="laptop") as client:
+    async with segue.Client(addresses, device="laptop", limits=limits) as client:
         opened = await client.session(session)
         seen = Seen(opened.follow(from_offset))
         async with asyncio.TaskGroup() as group:
@@ -322,16 +326,14 @@ async def test_errors_of_the_node_reach_the_reader() -> None:
             session.follow(from_offset=-1)
 
 
-async def test_a_reader_that_sleeps_is_helped_by_the_log(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_reader_that_sleeps_is_helped_by_the_log(broker: Broker) -> None:
     """More live entries than the inbox holds: they are dropped, and read later."""
-    monkeypatch.setattr("segue._inbox.FOLLOWER_QUEUE_ENTRIES", 8)
+    few = ClientLimits(follower_entries=8)
     log = FakeLog("trip")
     async with (
         FakeAgent(log, mqtt_url=broker.url) as agent,
         publishing(broker, log) as cloud,
-        segue.Client(agent.address, device="laptop") as client,
+        segue.Client(agent.address, device="laptop", limits=few) as client,
     ):
         session = await client.session("trip")
         follower = session.follow()
@@ -349,14 +351,13 @@ async def test_a_reader_that_sleeps_is_helped_by_the_log(
 
 
 async def test_what_the_broker_does_not_bring_comes_from_the_log_and_then_by_grpc(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
+    broker: Broker,
 ) -> None:
     """The cloud publishes into another broker, or into none: this one is silent and well."""
-    monkeypatch.setattr("segue.follow.BESIDE_MIN_S", 0.0)
     log = FakeLog("trip")
     async with (
         FakeAgent(log, mqtt_url=broker.url) as agent,
-        following([agent.address]) as seen,
+        following([agent.address], limits=ClientLimits(beside_min_s=0.0)) as seen,
     ):
         assert seen.follower.live == "mqtt"
         log.append(op(1))

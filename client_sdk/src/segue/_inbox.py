@@ -77,10 +77,10 @@ Item: TypeAlias = Batch | Head | Link | Tail | StreamLost | Overflow | Closed
 class Inbox:
     """Many writers, one reader, one event loop."""
 
-    def __init__(self, max_entries: int = 0) -> None:
+    def __init__(self, max_entries: int = FOLLOWER_QUEUE_ENTRIES) -> None:
         self._items: deque[Item] = deque()
         self._entries = 0
-        self._max_entries = max_entries or FOLLOWER_QUEUE_ENTRIES
+        self._max_entries = max_entries
         self._filled = asyncio.Event()
 
     def put(self, item: Item) -> None:

@@ -15,7 +15,7 @@ from segue.events import SessionInfo
 from segue.follow import Follower, Where
 from segue.session import Session
 from segue_contract.ids import check_id, new_id
-from segue_contract.limits import MAX_SESSIONS_LISTED
+from segue_contract.limits import MAX_SESSIONS_LISTED, ClientLimits
 from segue_contract.sync.state import Cursor
 from segue_contract.v1 import agent_pb2 as pb
 
@@ -33,14 +33,22 @@ class Client:
         address: "host:port" of an edge node or of the cloud, or several in order of preference:
             where one fails, the next one goes on.
         device: this device's name, the same each time; "": a fresh one.
+        limits: other bounds than the usual ones.
 
     Raises:
         InvalidArgument: an address or the name cannot be one.
     """
 
-    def __init__(self, address: str | Sequence[str], *, device: str = "") -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        device: str = "",
+        limits: ClientLimits = ClientLimits(),
+    ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
         self._nodes = Nodes([address] if isinstance(address, str) else list(address))
+        self._limits = limits
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
@@ -115,7 +123,7 @@ class Client:
         ]
 
     def _follow(self, mqtt_url: str, where: Where) -> Follower:
-        follower = Follower(self._nodes, self._broker(mqtt_url), where, self._tails)
+        follower = Follower(self._nodes, self._broker(mqtt_url), where, self._tails, self._limits)
         self._followers.add(follower)
         return follower
 

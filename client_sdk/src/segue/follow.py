@@ -41,12 +41,12 @@ from segue_contract.errors import (
 )
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    BESIDE_MIN_S,
     FOLLOW_HEAL_S,
     FOLLOW_TIMEOUT_S,
     MAX_READ_ENTRIES,
     RPC_TIMEOUT_S,
     SUBSCRIBE_TIMEOUT_S,
+    ClientLimits,
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state
 from segue_contract.topics import decode_head, decode_log_message, head_topic, log_topic
@@ -166,7 +166,14 @@ class Follower:
         live: what brings new entries now: "mqtt" or "grpc"; "" before the first item.
     """
 
-    def __init__(self, nodes: Nodes, broker: Broker | None, where: Where, tails: Tails) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        broker: Broker | None,
+        where: Where,
+        tails: Tails,
+        limits: ClientLimits = ClientLimits(),
+    ) -> None:
         if where.from_offset < 0:
             raise InvalidArgument(
                 f"from_offset is {where.from_offset}.", hint="Use 0 for everything, or an offset."
@@ -180,7 +187,8 @@ class Follower:
         self._log_topic = log_topic(where.name)
         self._head_topic = head_topic(where.name)
         self._view = LogView(where.generation)
-        self._inbox = Inbox()
+        self._limits = limits
+        self._inbox = Inbox(limits.follower_entries)
         self._closed = False
         self._mqtt_up = False
         self._publishing = True  # as far as the log's nodes have said
@@ -364,7 +372,7 @@ class Follower:
             and self._mqtt_up
             and self._publishing
             and not self._view.behind
-            and now - self._stream_since >= BESIDE_MIN_S
+            and now - self._stream_since >= self._limits.beside_min_s
         ):
             await self._close_stream()
 

@@ -131,7 +131,6 @@ MQTT_PACKET_ROOM: Final = 512  # of a broker's largest packet: topic, properties
 TAILS_INTERVAL_S: Final = 1.2  # a follower over MQTT asks how far the log goes; with a heal: < 2 s
 MAX_TAILS: Final = 256  # sessions in one such question
 TAILS_JOIN_S: Final = 0.05  # an edge's devices' questions are joined for so long
-BESIDE_MIN_S: Final = 5.0  # a gRPC stream that was opened beside MQTT stays for so long
 BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0
@@ -213,3 +212,11 @@ class EngineLimits:
     # the next one, and the most that may be saved up: a prompt's worth.
     coding_share: float = 0.03
     coding_saved_up_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLimits:
+    """Of a client of the SDK."""
+
+    follower_entries: int = FOLLOWER_QUEUE_ENTRIES
+    beside_min_s: float = 5.0  # a gRPC stream that was opened beside MQTT stays for so long

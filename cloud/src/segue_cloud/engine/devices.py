@@ -69,7 +69,7 @@ def build_tier(
     pages: BlockPages,
     budget_bytes: int,
     recompute_s: Callable[[], float],
-    limits: EngineLimits,
+    limits: EngineLimits = EngineLimits(),
 ) -> HostTier:
     """The second tier for where the pages lie."""
     from segue_cloud.engine.cuda.host_tier import PinnedTier
