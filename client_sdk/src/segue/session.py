@@ -12,6 +12,7 @@ import msgspec
 
 from segue._log import LogView
 from segue._nodes import Nodes
+from segue._reading import join_again, read_log
 from segue.errors import (
     InvalidArgument,
     OutcomeUnknown,
@@ -21,7 +22,7 @@ from segue.errors import (
     UnknownSession,
 )
 from segue.events import Entry, Snapshot
-from segue.follow import Follower, Where, join_again, read_log
+from segue.follow import Follower, Where
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import SessionName, check_id, new_id

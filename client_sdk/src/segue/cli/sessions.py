@@ -129,7 +129,7 @@ def rows_of(item: Any, log: Replica) -> list[dict[str, Any]]:
     from segue.events import Snapshot
 
     if not isinstance(item, Snapshot):
-        log.apply(item)
+        log.apply_op(item.generation, item.offset, item.op)
         fields = msgspec.to_builtins(item.op)
         fields.pop("tokens", None)
         pieces = fields.pop("pieces", None)

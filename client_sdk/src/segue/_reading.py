@@ -1,0 +1,115 @@
+"""Reading a session's log over gRPC: page by page, large states in parts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
+from typing import TypeAlias
+
+import grpc
+
+from segue._inbox import RawEntry
+from segue._log import LogView
+from segue._nodes import Nodes, typed
+from segue.events import Entry, Lost, Snapshot
+from segue_contract.errors import CursorAhead, UnknownDevice, Unreachable
+from segue_contract.limits import MAX_READ_ENTRIES, RPC_TIMEOUT_S
+from segue_contract.sync.state import Cursor, decode_state
+from segue_contract.transport.heartbeat import EOF
+from segue_contract.v1 import agent_pb2 as pb
+
+FollowItem: TypeAlias = Snapshot | Entry
+
+
+async def read_log(
+    nodes: Nodes,
+    session: str,
+    device: str,
+    view: LogView,
+    *,
+    patience_s: float = 0.0,
+    restart: bool = False,
+) -> AsyncGenerator[FollowItem, None]:
+    """Read from the view's cursor to the tail; yields what was news to the view.
+
+    Raises:
+        CursorAhead: the log ends before the view's cursor; with `restart`, the view starts over.
+    """
+    joined = False
+    while True:
+        before = view.cursor
+        request = pb.ReadRequest(
+            session=session,
+            device=device,
+            after=pb.Cursor(generation=before.generation, offset=before.offset),
+            max_entries=MAX_READ_ENTRIES,
+        )
+        try:
+            reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
+        except CursorAhead:
+            if not restart or not before.offset:
+                raise
+            view.forget()  # what brought it there was not the log
+            continue
+        except UnknownDevice:
+            if joined:
+                raise
+            joined = True
+            await join_again(nodes, session, device)
+            continue
+        tail = Cursor(reply.tail.generation, reply.tail.offset)
+        view.read_to(tail, follows=not reply.HasField("snapshot"))
+        if reply.HasField("snapshot"):
+            found = reply.snapshot
+            if found.more:
+                found = await _whole_snapshot(nodes, session, device)
+            snapshot = view.load(decode_state(found.state))
+            if snapshot is not None:
+                lost = reply.snapshot.lost_from
+                if 0 < lost <= before.offset:
+                    gone = Lost(before.generation, lost, before.offset)
+                    snapshot = replace(snapshot, lost=gone)
+                yield snapshot
+        for raw in raw_entries(reply.entries):
+            view.follow_on(raw)
+            for entry in view.offer((raw,)):
+                yield entry
+        if view.cursor.offset >= tail.offset:
+            view.read_to(tail)
+            return
+        if view.cursor == before:
+            return
+
+
+async def join_again(nodes: Nodes, session: str, device: str) -> None:
+    """Of many devices the log forgets those that were quiet for longest: open the session anew.
+
+    Raises:
+        UnknownSession: it is gone.
+    """
+    request = pb.OpenSessionRequest(session=session, device=device, must_exist=True)
+    await nodes.unary("OpenSession", request)
+
+
+async def _whole_snapshot(nodes: Nodes, session: str, device: str) -> pb.Snapshot:
+    """A state too large for one message, in parts from `Attach`."""
+    stub = await nodes.stub(await nodes.connect())
+    call = stub.Attach(pb.AttachRequest(session=session, device=device), timeout=RPC_TIMEOUT_S)
+    parts: list[bytes] = []
+    try:
+        while (event := await call.read()) is not EOF:
+            if event.WhichOneof("kind") != "snapshot":
+                continue
+            part = event.snapshot
+            parts.append(part.state)
+            if not part.more:
+                return pb.Snapshot(at=part.at, state=b"".join(parts))
+    except grpc.aio.AioRpcError as error:
+        raise typed(error) from error
+    finally:
+        call.cancel()
+    raise Unreachable("The session's state ended before its last part.")
+
+
+def raw_entries(entries: Iterable[pb.LogEntry]) -> tuple[RawEntry, ...]:
+    return tuple(RawEntry(entry.generation, entry.offset, entry.op) for entry in entries)
