@@ -12,6 +12,7 @@ TURNS_RUNNING: Final = "segue_turns_running"
 ENGINE_STEP: Final = "segue_engine_step_seconds"
 ENGINE_BATCH: Final = "segue_engine_batch_sequences"
 ENGINE_PAGES_FREE: Final = "segue_engine_pages_free"
+ENGINE_PREFIX_HITS: Final = "segue_engine_prefix_hit_tokens_total"
 
 # -- structured log events --------------------------------------------------------------------
 EVENT_READY: Final = "ready"
