@@ -311,15 +311,15 @@ async def test_only_so_many_turn_ids_are_remembered(store: RedisStore) -> None:
 async def test_list_is_newest_first(store: RedisStore) -> None:
     await store.open_session(SessionName("default", "other"))
     await begin(store, "t1", 30.0)
-    found = await store.list_sessions("default", 10)
+    found = (await store.keeper.list_sessions("default", 10))[0]
     assert [one.updated_ms for one in found] == sorted((o.updated_ms for o in found), reverse=True)
     first, second = sorted(found, key=lambda one: one.session, reverse=True)
     assert (first.session, first.title, first.turns) == ("trip", "ask t1", 1)
     assert first.running_turn == "t1"
     assert first.cursor.offset == 2
     assert (second.session, second.running_turn) == ("other", "")
-    assert len(await store.list_sessions("default", 1)) == 1
-    assert await store.list_sessions("nobody", 10) == []
+    assert len((await store.keeper.list_sessions("default", 1))[0]) == 1
+    assert (await store.keeper.list_sessions("nobody", 10))[0] == []
 
 
 async def test_compaction_keeps_a_snapshot_and_the_end(store: RedisStore) -> None:
@@ -417,7 +417,9 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         assert (await store.open_session(S)).tail == Cursor(tail.generation + 1, 5)
         assert (await store.tails([S]))[0] == Cursor(tail.generation + 1, 5)
         assert await store.take_idle(10, 0.0) == [S]
-        assert [one.session for one in await store.list_sessions("default", 10)] == ["trip"]
+        assert [one.session for one in (await store.keeper.list_sessions("default", 10))[0]] == [
+            "trip"
+        ]
         await store.close()
 
 

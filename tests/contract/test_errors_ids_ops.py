@@ -305,3 +305,26 @@ def test_plans_survive_and_grow() -> None:
     assert plan.decode_plan(data) == report
     grown = msgspec.msgpack.decode(data) | {"moon_phase": 0.5}
     assert plan.decode_plan(msgspec.msgpack.encode(grown)) == report
+
+
+def test_equal_questions_have_one_digest_however_their_numbers_were_made() -> None:
+    asked = ops.Sampling(
+        temperature=float("0"), top_p=float("1"), top_k=int("0"), min_p=float("0"), seed=int("0")
+    )
+    plain = ops.request_digest("Hi", 4, ops.Sampling(), ())
+    assert ops.request_digest("Hi", 4, asked, ()) == plain
+    assert ops.request_digest("Hi", 4, ops.Sampling(temperature=0, top_p=1), ()) == plain
+    others = [
+        ops.request_digest("Hi!", 4, asked, ()),
+        ops.request_digest("Hi", 5, asked, ()),
+        ops.request_digest("Hi", 4, asked, ("x",)),
+        *(
+            ops.request_digest("Hi", 4, msgspec.structs.replace(asked, **{name: 0.5}), ())
+            for name in ("temperature", "top_p", "min_p")
+        ),
+        *(
+            ops.request_digest("Hi", 4, msgspec.structs.replace(asked, **{name: 1}), ())
+            for name in ("top_k", "seed")
+        ),
+    ]
+    assert len({plain, *others}) == 1 + len(others)

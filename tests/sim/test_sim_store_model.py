@@ -198,7 +198,7 @@ class BothWires:
 
     def __init__(self, both: Both) -> None:
         self._both = both
-        scripts = (product._LOG, product._ACTIVE)
+        scripts = (product._LOG, product._ACTIVE, product.KEEP)
         self._sources = {script.digest: _with_our_clock(script.source) for script in scripts}
 
     async def call(self, *commands: Any) -> list[Any]:
@@ -259,7 +259,7 @@ async def _verb(store: product.RedisStore, rng: Random, memory: dict[str, Any]) 
                 [
                     lambda: store.check_device(session, device),
                     lambda: store.request_stop(session, rng.choice(["", turn])),
-                    lambda: store.list_sessions("default", 5),
+                    lambda: store.keeper.list_sessions("default", 5),
                     lambda: store.take_dirty(32, 0.5),
                     lambda: store.take_idle(32, 30.0),
                     lambda: store.mark_published(session, Cursor(1, rng.randrange(30))),

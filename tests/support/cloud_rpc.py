@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from segue_cloud.log.session_log import SessionLog
+from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
@@ -44,12 +45,18 @@ async def cloud_rpc(
     max_turns: int = 8,
     manifest: Manifest | None = None,
     tokenizer: ChatTokenizer | None = None,
+    mqtt_url: str = "",
 ) -> AsyncIterator[CloudRpc]:
-    """`manifest`, `tokenizer`: in place of those that lie in `model_dir`."""
+    """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
+    that devices follow over."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
-    async with SessionLog(store) as log:
+    async with AsyncExitStack() as stack:
+        publisher = None
+        if mqtt_url:
+            publisher = await stack.enter_async_context(Publisher(mqtt_url, store))
+        log = await stack.enter_async_context(SessionLog(store, publisher))
         context = manifest.geometry.context
         deps = OwnerDeps(
             log=log,
@@ -65,7 +72,7 @@ async def cloud_rpc(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
         )
         agent = AgentService(
-            Identity("default", "cloud-1", manifest.name, "", context), manager, log
+            Identity("default", "cloud-1", manifest.name, mqtt_url, context), manager, log
         )
         facts = FactsSource(engine, manifest, "cloud-1")
         decode = DecodeService(manager, log, engine, manifest, facts, "default")

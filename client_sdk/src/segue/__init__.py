@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from segue.events import Ended as Ended
     from segue.events import Entry as Entry
     from segue.events import Frame as Frame
+    from segue.events import Imported as Imported
     from segue.events import Lost as Lost
     from segue.events import Reply as Reply
     from segue.events import Rewound as Rewound
@@ -48,6 +49,7 @@ _HOME = {
     "Reply": "events",
     "Snapshot": "events",
     "Entry": "events",
+    "Imported": "events",
     "Lost": "events",
     "SessionInfo": "events",
     "Timing": "events",

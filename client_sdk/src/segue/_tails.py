@@ -26,6 +26,10 @@ class TailSink(Protocol):
         """The log reaches to `tail`; `publishing`: new entries are given to the broker."""
         ...
 
+    def on_deleted(self) -> None:
+        """The session was deleted."""
+        ...
+
 
 class Tails:
     """Asks while there is a sink; `close` ends it."""
@@ -71,6 +75,9 @@ class Tails:
             reply: pb.TailsReply = await self._nodes.unary("Tails", request)
         except SegueError:
             return  # no node answers: then MQTT is all there is, and the next question comes soon
+        for session in reply.deleted:
+            for sink in tuple(self._sinks.get(session, ())):
+                sink.on_deleted()
         for session, tail in zip(sessions, reply.tails, strict=False):
             if tail.generation:
                 for sink in tuple(self._sinks.get(session, ())):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from segue._nodes import Nodes
 from segue._tails import Tails
+from segue._transfer import export_session, import_session
 from segue.errors import InvalidArgument
-from segue.events import SessionInfo
+from segue.events import Imported, SessionInfo
 from segue.follow import Follower, Where
 from segue.session import Session
 from segue_contract.ids import check_id, new_id
-from segue_contract.limits import MAX_SESSIONS_LISTED, ClientLimits
+from segue_contract.limits import MAX_COUNT, MAX_SESSIONS_LISTED, ClientLimits
+from segue_contract.sync.export import Export
 from segue_contract.sync.state import Cursor
 from segue_contract.v1 import agent_pb2 as pb
 
@@ -102,25 +105,89 @@ class Client:
         return Session(self._nodes, reply, self.device, self._follow, request.producer)
 
     async def sessions(self, max_sessions: int = 100) -> list[SessionInfo]:
-        """The sessions there are, newest first."""
-        if not 0 < max_sessions <= MAX_SESSIONS_LISTED:
-            raise InvalidArgument(
-                f"max_sessions is {max_sessions}.", hint=f"Use 1 to {MAX_SESSIONS_LISTED}."
+        """The sessions there are, newest first, `max_sessions` at most."""
+        if max_sessions < 1:
+            raise InvalidArgument(f"max_sessions is {max_sessions}.", hint="Use 1 or more.")
+        found: list[SessionInfo] = []
+        async for one in self.all_sessions(min(max_sessions, MAX_SESSIONS_LISTED)):
+            found.append(one)
+            if len(found) == max_sessions:
+                break
+        return found
+
+    async def all_sessions(self, page: int = MAX_SESSIONS_LISTED) -> AsyncIterator[SessionInfo]:
+        """All sessions, newest first, asked for in pages.
+
+        One that is written to meanwhile comes to the front: it may come twice, or, where it had not
+        been reached, not at all.
+        """
+        after = ""
+        while True:
+            reply: pb.ListSessionsReply = await self._nodes.unary(
+                "ListSessions", pb.ListSessionsRequest(max_sessions=page, after=after)
             )
-        reply: pb.ListSessionsReply = await self._nodes.unary(
-            "ListSessions", pb.ListSessionsRequest(max_sessions=max_sessions)
-        )
-        return [
-            SessionInfo(
-                session=one.session,
-                cursor=Cursor(one.tail.generation, one.tail.offset),
-                updated_ms=one.updated_ms,
-                title=one.title,
-                turns=one.turns,
-                running_turn=one.running_turn,
+            for one in reply.sessions:
+                yield SessionInfo(
+                    session=one.session,
+                    cursor=Cursor(one.tail.generation, one.tail.offset),
+                    updated_ms=one.updated_ms,
+                    title=one.title,
+                    turns=one.turns,
+                    running_turn=one.running_turn,
+                )
+            after = reply.next
+            if not after:
+                return
+
+    async def delete_session(self, name: str) -> bool:
+        """Delete all of a session, for all devices; who follows it gets SessionDeleted.
+
+        Returns:
+            False where there is none of that name.
+
+        Raises:
+            SessionBusy: a turn runs in it.
+        """
+        request = pb.DeleteSessionRequest(session=check_id(name, "session"))
+        reply: pb.DeleteSessionReply = await self._nodes.unary("DeleteSession", request)
+        return bool(reply.deleted)
+
+    async def expire_sessions(self, idle_s: float) -> list[str]:
+        """Delete all sessions that nobody wrote to, opened or used for `idle_s` (1 or more).
+
+        Returns:
+            The names of those that are gone.
+        """
+        if not 1 <= idle_s <= MAX_COUNT / 1000:
+            raise InvalidArgument(f"idle_s is {idle_s}.", hint="Use seconds, 1 or more.")
+        gone: list[str] = []
+        more = True
+        while more:
+            reply: pb.ExpireSessionsReply = await self._nodes.unary(
+                "ExpireSessions", pb.ExpireSessionsRequest(idle_s=int(idle_s))
             )
-            for one in reply.sessions
-        ]
+            gone += reply.deleted
+            more = reply.more
+        return gone
+
+    async def export_session(self, name: str, file: str | Path) -> Export:
+        """Write a session, as it is now, into one file, which is there whole or not at all.
+
+        Raises:
+            InvalidArgument: the file cannot be written.
+            SessionBusy: the session changes faster than it is read.
+        """
+        return await export_session(self._nodes, name, Path(file))
+
+    async def import_session(self, file: str | Path, name: str = "") -> Imported:
+        """Make a session of an exported file, under its old name or `name`.
+
+        Raises:
+            BadExport: the file is none, or was changed. Nothing is written then.
+            SessionNotEmpty: there is a session of that name with entries.
+            OutcomeUnknown: the connection broke; the session is there whole, or not at all.
+        """
+        return await import_session(self._nodes, Path(file), name)
 
     def _follow(self, mqtt_url: str, where: Where) -> Follower:
         follower = Follower(self._nodes, self._broker(mqtt_url), where, self._tails, self._limits)

@@ -1,6 +1,7 @@
 """Every error that Segue raises; the tree is printed in `segue_contract.errors`."""
 
 from segue_contract.errors import (
+    BadExport,
     BadSampling,
     CursorAhead,
     DeadlineExceeded,
@@ -16,6 +17,8 @@ from segue_contract.errors import (
     SegueError,
     SequenceGap,
     SessionBusy,
+    SessionDeleted,
+    SessionNotEmpty,
     StaleEpoch,
     StoreUnavailable,
     TurnFailed,
@@ -27,6 +30,7 @@ from segue_contract.errors import (
 )
 
 __all__ = [
+    "BadExport",
     "BadSampling",
     "CursorAhead",
     "DeadlineExceeded",
@@ -42,6 +46,8 @@ __all__ = [
     "SegueError",
     "SequenceGap",
     "SessionBusy",
+    "SessionDeleted",
+    "SessionNotEmpty",
     "StaleEpoch",
     "StoreUnavailable",
     "TurnFailed",

@@ -162,6 +162,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Imported:
+    """A session that was made of a file; its log ends at `cursor`."""
+
+    session: str
+    cursor: Cursor
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class SessionInfo:
     """One line of the list of sessions. `updated_ms`: milliseconds since 1970."""
 

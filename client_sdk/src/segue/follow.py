@@ -153,6 +153,9 @@ class Follower:
     def on_tail(self, tail: Cursor, publishing: bool) -> None:
         self._inbox.put(Tail(tail, publishing))
 
+    def on_deleted(self) -> None:
+        self._inbox.put(Overflow())  # Read says it, with its error
+
     # -- the reader's side ------------------------------------------------------------------------
     async def __aiter__(self) -> AsyncIterator[FollowItem]:
         topics = (self._log_topic, self._head_topic)

@@ -17,6 +17,7 @@ import structlog
 
 from segue_cloud.config import CloudSettings
 from segue_cloud.engine.port import Engine
+from segue_cloud.log.keeping import expiring
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.metrics import CloudMetrics
 from segue_cloud.mqtt.publisher import Publisher
@@ -109,6 +110,10 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         publisher = Publisher(mqtt_url, store)
         await stack.enter_async_context(publisher)
         session_log = await stack.enter_async_context(SessionLog(store, publisher))
+        if settings.session_ttl:
+            await stack.enter_async_context(
+                expiring(session_log.keeping, settings.tenant, settings.session_ttl * 86400.0)
+            )
         tokenizer = ChatTokenizer.load(directory, manifest)
         engine = await loading
     except BaseException:

@@ -51,6 +51,10 @@ def cloud(
     max_turns: Annotated[
         int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
     ] = None,
+    session_ttl: Annotated[
+        float | None,
+        typer.Option(help="Days without any use after which a session is deleted; 0: never."),
+    ] = None,
     instance: Annotated[str | None, typer.Option(help="Name of this instance.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus metrics on this loopback port; 0: off.")

@@ -7,6 +7,7 @@ SegueError
 │   └── BadSampling            temperature, top_p, top_k, min_p or max_tokens out of range
 ├── NotFound
 │   ├── UnknownSession         no such session (and the caller did not want one created)
+│   │   └── SessionDeleted     it was deleted, or expired
 │   ├── UnknownDevice          the device never joined this session
 │   ├── UnknownTurn            no such turn in this session
 │   └── UnknownModel           this node serves another model
@@ -19,6 +20,8 @@ SegueError
 ├── OutcomeUnknown             an append may be in the log or not: read before repeating it
 ├── CursorAhead                the log ends before the place that was asked for
 ├── QuotaExceeded              the session is as large as it may be
+├── SessionNotEmpty            an import needs a new name, or a session without entries
+├── BadExport                  the file is no whole export of a session; nothing was written
 ├── StoreUnavailable           no answer of the store in time; a write may have been applied
 ├── Unreachable                the other side cannot be reached
 ├── RankLost                   a rank of a tensor-parallel engine ended or did not answer in time
@@ -135,6 +138,10 @@ class UnknownSession(NotFound):
     pass
 
 
+class SessionDeleted(UnknownSession):
+    """Its name may be used again, for another session."""
+
+
 class UnknownDevice(NotFound):
     pass
 
@@ -195,6 +202,14 @@ class QuotaExceeded(SegueError):
     """Unlike Overloaded it does not pass by itself. `fields["limit"]`: bytes."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class SessionNotEmpty(SegueError):
+    grpc_code = "ALREADY_EXISTS"
+
+
+class BadExport(SegueError):
+    grpc_code = "DATA_LOSS"
 
 
 class StoreUnavailable(SegueError):

@@ -153,6 +153,15 @@ COMPACT_AFTER_BYTES: Final = 4 * MIB  # or beyond this: a late joiner reads it a
 COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold
 COMPACT_KEEP_BYTES: Final = 4 * MIB  # of those entries
 MAX_SESSION_BYTES: Final = 64 * MIB  # folded state and log since: each joiner is given all of it
+MAX_EXPORT_BYTES: Final = MAX_SESSION_BYTES + 16 * MIB  # and what is kept one by one, and frames
+EXPORT_PART_BYTES: Final = 256 * KIB  # of an exported file, in one message
+EXPORT_TIMEOUT_S: Final = 300.0  # MAX_EXPORT_BYTES over a link of 2 Mbit/s
+MAX_TRANSFERS: Final = 2  # exports and imports of one instance at a time: each holds a session
+IMPORT_STAGE_S: Final = 600.0  # what an import wrote and never committed is dropped after this
+DELETED_MEMORY_S: Final = 7 * 86400.0  # a deleted session's generation: a clock set back by less
+# than this still gives its name a later one
+MAX_EXPIRED_AT_ONCE: Final = 100  # sessions that one sweep looks at: a store is not to be held up
+EXPIRE_INTERVAL_S: Final = 60.0
 TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of running again
 
 # -- client -----------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ _TALK, _RUN, _SERVE = "Talk", "Try on this machine", "Operate"
 COMMANDS = (
     Command("chat", _TALK, "Talk; two terminals are two devices.", "segue.cli.chat:app"),
     Command("sessions", _TALK, "List the sessions of a node.", "segue.cli.sessions:app"),
+    Command("session", _TALK, "Delete, export, import or expire sessions.",
+            "segue.cli.sessions:keep_app"),
     Command("log", _TALK, "Print or follow a session's log.", "segue.cli.sessions:log_app"),
     Command("demo", _RUN, "Play a reply that moves from phone to laptop, and measure it.",
             "segue.cli.demo:app", "embedded"),

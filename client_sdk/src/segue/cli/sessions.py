@@ -1,9 +1,10 @@
-"""`segue sessions` and `segue log`: what a node keeps, for people and for programs."""
+"""`segue sessions`, `segue session` and `segue log`: what a node keeps, for people and programs."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -17,19 +18,25 @@ from segue.cli.runner import run
 from segue.errors import SegueError
 from segue_contract.plan import decode_plan
 from segue_contract.sync.branches import branch_of
+from segue_contract.sync.export import Export
 from segue_contract.sync.ops import TurnStarted
 from segue_contract.sync.replica import Replica
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 app = typer.Typer(add_completion=False)
 log_app = typer.Typer(add_completion=False)
+keep_app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Delete, export or import sessions."
+)
 
 
 @app.command()
 def sessions(
     address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
     output: OutputOption = Output.TEXT,
-    limit: Annotated[int, typer.Option("--limit", "-n", help="So many at most.")] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=0, help="So many at most; 0: all.")
+    ] = 100,
 ) -> None:
     """List the sessions of a node, newest first."""
     run(_sessions(address, output, limit))
@@ -39,7 +46,10 @@ async def _sessions(addresses: list[str], output: Output, limit: int) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
-        found = await client.sessions(limit)
+        if limit:
+            found = await client.sessions(limit)
+        else:
+            found = [one async for one in client.all_sessions()]
     if output is Output.JSON:
         print_json(
             [
@@ -75,6 +85,112 @@ def age(seconds: float) -> str:
             plural = "s" if unit == "day" and count > 1 else ""
             return f"{count} {unit}{plural} ago"
     return "now"
+
+
+_DAY_S = 86400.0
+
+
+@keep_app.command()
+def delete(
+    names: Annotated[list[str], typer.Argument(help="Sessions.", metavar="NAME...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Delete sessions with all they hold, for all devices."""
+    if not yes:
+        typer.confirm(f"Delete {', '.join(names)} for good?", abort=True, err=True)
+    run(_delete(names, address, output))
+
+
+async def _delete(names: list[str], addresses: list[str], output: Output) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        for name in names:
+            deleted = await client.delete_session(name)
+            if output is Output.JSON:
+                print_json({"session": name, "deleted": deleted})
+            else:
+                out().print(f"{name} is deleted." if deleted else f"There is no {name}.")
+
+
+@keep_app.command()
+def expire(
+    days: Annotated[float, typer.Option("--idle", min=0.0001, help="Days without any use.")],
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Delete all sessions that no device wrote to, opened or used for some days."""
+    run(_expire(days, address, output))
+
+
+async def _expire(days: float, addresses: list[str], output: Output) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        gone = await client.expire_sessions(max(days * _DAY_S, 1.0))
+    if output is Output.JSON:
+        print_json({"deleted": gone})
+    else:
+        out().print("\n".join([*gone, f"{len(gone)} sessions are deleted."]))
+
+
+@keep_app.command(name="export")
+def export_(
+    session: Annotated[str, typer.Argument(help="Its name.")],
+    file: Annotated[Path | None, typer.Argument(help="By default NAME.segue.")] = None,
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Write a session into one file, checksummed."""
+    where = file or Path(f"{session}.segue")
+    found = run(_export(session, where, address))
+    facts = {
+        "session": session, "file": str(where), "bytes": where.stat().st_size,
+        "turns": len(found.session.turns), "offset": found.head.tail,
+        "generation": found.head.generation,
+    }  # fmt: skip
+    if output is Output.JSON:
+        print_json(facts)
+    else:
+        out().print(f"{session} is in {where}: {facts['turns']} turns, {facts['bytes']} bytes.")
+
+
+async def _export(session: str, file: Path, addresses: list[str]) -> Export:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        return await client.export_session(session, file)
+
+
+@keep_app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Of `segue session export`.")],
+    session: Annotated[str, typer.Argument(help="By default its old name.")] = "",
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Make a session of an exported file; its name must be new, or the session empty."""
+    run(_import(file, session, address, output))
+
+
+async def _import(file: Path, session: str, addresses: list[str], output: Output) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        made = await client.import_session(file, session)
+    if output is Output.JSON:
+        print_json(
+            {
+                "session": made.session, "turns": made.turns, "offset": made.cursor.offset,
+                "generation": made.cursor.generation,
+            }
+        )  # fmt: skip
+    else:
+        out().print(
+            f"{made.session} has {made.turns} turns. Go on: segue chat --session {made.session}"
+        )
 
 
 @log_app.command()

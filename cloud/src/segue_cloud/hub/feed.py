@@ -42,6 +42,10 @@ class Followed(Protocol):
 
     def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> None: ...
 
+    async def missing(self, sessions: Sequence[SessionName]) -> None:
+        """There are no such sessions."""
+        ...
+
 
 class TailFeed:
     """`async with TailFeed(store, followed) as feed:`; `followed` is told of tails as they come."""
@@ -150,7 +154,10 @@ class TailFeed:
             match await link.next():
                 case TailTold(session, tail):
                     self._table.told(session, tail)
-                    self._say(session, tail)
+                    if tail.generation:
+                        self._say(session, tail)
+                    else:  # deleted, it says; the log itself shall say so
+                        self._work.set()
                 case Watched(session):
                     self._table.watched(session)
                     self._work.set()
@@ -176,6 +183,9 @@ class TailFeed:
                         self._table.looked_up(look, tail)
                         if tail is not None:
                             self._followed.announce(look.session, tail, at)
+                    pairs = zip(looks, tails, strict=True)
+                    gone = [look.session for look, tail in pairs if tail is None]
+                    await self._followed.missing(gone)
 
     async def _beat(self, link: Changes) -> None:
         """Ends, with an error, where what is said here no longer comes back."""

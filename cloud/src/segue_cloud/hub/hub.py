@@ -58,6 +58,7 @@ class Hub:
         self._feed = TailFeed(store, self)
         self._polled = 0  # where the next look at the followed sessions begins
         self._wakes: dict[int, asyncio.Event] = {}
+        self._gone: set[SessionName] = set()  # followed ones that are not in the store now
         self._someone = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
 
@@ -87,6 +88,10 @@ class Hub:
             self._feed.appended(session, entries[-1].cursor)
         self._wake(self._state.offer(session, entries))
 
+    def deleted(self, session: SessionName) -> None:
+        """The session is gone: its followers look, and end with SessionDeleted."""
+        self._wake(self._state.lost(session))
+
     # -- of tails, by the feed ----------------------------------------------------------------
 
     def tail(self, session: SessionName) -> Cursor:
@@ -96,7 +101,15 @@ class Hub:
         self._wake(self._state.told(session, tail))
 
     def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> None:
+        self._gone.discard(session)
         self._wake(self._state.announce(session, tail, asked_at))
+
+    async def missing(self, sessions: Sequence[SessionName]) -> None:
+        """They are not in the store. One that it lost is waited for: somebody may open it again."""
+        news = [one for one in sessions if one not in self._gone]
+        for session in await self._store.deleted(news):
+            self.deleted(session)
+        self._gone.update(news)
 
     # -- followers ----------------------------------------------------------------------------
 
@@ -119,6 +132,7 @@ class Hub:
 
         Raises (while iterating):
             UnknownSession, StoreUnavailable.
+            SessionDeleted: it was deleted meanwhile.
         """
         number = self._state.join(session)
         self._wakes[number] = asyncio.Event()
@@ -131,6 +145,7 @@ class Hub:
             await steps.aclose()
             del self._wakes[number]
             self._state.leave(number)
+            self._gone.discard(session)
             self._feed.release(session)
             if not self._wakes:
                 self._someone.clear()
@@ -200,3 +215,4 @@ class Hub:
         for session, tail, at in zip(some, tails, asked, strict=True):
             if tail is not None:
                 self.announce(session, tail, at)
+        await self.missing([one for one, tail in zip(some, tails, strict=True) if tail is None])

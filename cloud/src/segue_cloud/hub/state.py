@@ -130,6 +130,14 @@ class HubState:
         channel.tail = tail
         return channel.followers
 
+    def lost(self, session: SessionName) -> Iterable[int]:
+        """There is no such log any more: whoever follows it has to look. Returns who."""
+        channel = self._channels.get(session)
+        if channel is None:
+            return ()
+        channel.tail = _NOTHING
+        return channel.followers
+
     def take(self, follower: int, max_bytes: int) -> list[StoredEntry]:
         """The next entries for it, about `max_bytes` of them; it stands behind them then."""
         state = self._followers[follower]

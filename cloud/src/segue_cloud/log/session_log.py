@@ -18,12 +18,12 @@ import structlog
 
 from segue_cloud.hub.hub import Following, Hub
 from segue_cloud.hub.state import HubState
+from segue_cloud.log.keeping import SessionKeeping
 from segue_cloud.sessions.port import (
     AppendResult,
     LogOp,
     OpenedSession,
     Producer,
-    SessionSummary,
     Status,
     Store,
     StoredEntry,
@@ -52,9 +52,15 @@ class Publishing(Protocol):
 
     def publish(self, session: SessionName, entries: Sequence[StoredEntry]) -> None: ...
 
+    def clear_head(self, session: SessionName) -> None:
+        """The session is gone: what the broker kept of it goes, too."""
+        ...
+
 
 class SessionLog:
     """`async with SessionLog(store, publisher) as log:` also runs the hub of its followers.
+
+    `keeping`: what is done with sessions as wholes.
 
     Methods named as in `segue_cloud.sessions.port` mean the same and raise the same. The store and
     the publisher have owners of their own.
@@ -75,6 +81,7 @@ class SessionLog:
         self._reader = LogReader(store)
         self._hub = Hub(store, self._reader, state=hub_state)
         self._publishing = publishing
+        self.keeping = SessionKeeping(store, self._reader, now_ms=now_ms, on_deleted=self._deleted)
         self._now_ms = now_ms
         self._compact_after = compact_after
         self._compact_keep = compact_keep
@@ -119,9 +126,6 @@ class SessionLog:
 
     async def check_device(self, session: SessionName, device: str) -> None:
         await self._store.check_device(session, device)
-
-    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
-        return await self._store.list_sessions(tenant, max_sessions)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -256,6 +260,12 @@ class SessionLog:
             self._publishing.publish(session, entries)
         self._reader.offer(session, entries)
         self._hub.offer(session, entries)
+
+    def _deleted(self, session: SessionName) -> None:
+        if self._publishing is not None:
+            self._publishing.clear_head(session)
+        self._reader.forget(session)
+        self._hub.deleted(session)
 
     async def end_abandoned(self, session: SessionName, turn: str) -> None:
         """End a turn that lost its session to another one, with an error."""

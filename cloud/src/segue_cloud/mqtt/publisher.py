@@ -144,6 +144,11 @@ class Publisher:
             self._outbox.add(session, entries, self._monotonic(), online=online)
             self._wake.set()
 
+    def clear_head(self, session: SessionName) -> None:
+        """The session is gone or idle: take its head from the broker."""
+        self._outbox.clear_head(session)
+        self._wake.set()
+
     def check_integrity(self) -> None:
         self._outbox.check_integrity()
 
@@ -325,8 +330,7 @@ class Publisher:
 
     async def _clear_idle(self) -> None:
         for session in await self._store.take_idle(MAX_SWEEP_SESSIONS, self._head_idle_s):
-            self._outbox.clear_head(session)
-            self._wake.set()
+            self.clear_head(session)
 
 
 async def _watch(client: mqtt_client.MqttClient) -> None:

@@ -14,6 +14,7 @@ from segue_cloud.rpc.convert import (
     turn_request,
 )
 from segue_cloud.rpc.follow_turn import follow_turn
+from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status, full_session
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
@@ -31,7 +32,6 @@ from segue_contract.limits import (
     MAX_APPEND_OPS,
     MAX_COUNT,
     MAX_READ_ENTRIES,
-    MAX_SESSIONS_LISTED,
     MAX_TAILS,
     TURN_HEARTBEAT_S,
 )
@@ -54,7 +54,7 @@ class Identity:
     max_context: int
 
 
-class AgentService(agent_pb2_grpc.AgentServicer):
+class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
     def __init__(
         self,
         identity: Identity,
@@ -64,6 +64,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         publishing: Callable[[], bool] = lambda: True,
     ) -> None:
         """`publishing`: whether the broker takes what is appended here, now."""
+        super().__init__(identity.tenant, log.keeping)
         self._identity = identity
         self._publishing = publishing
         self._manager = manager
@@ -73,7 +74,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: pb.OpenSessionRequest, context: Any
     ) -> pb.OpenSessionReply:
         me = self._identity
-        session = self._session(request.session)
+        session = self._named(request.session)
         device = check_id(request.device, "device")
         if request.model and request.model != me.model:
             raise UnknownModel(
@@ -155,7 +156,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             yield event
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
-        session = self._session(request.session)
+        session = self._named(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         turn = await self._log.request_stop(session, request.turn)
         if turn:
@@ -166,7 +167,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
-        session = self._session(request.session)
+        session = self._named(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         after = _cursor(request.after)
         async with self._log.follow(session, after) as following:
@@ -179,7 +180,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                     yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
-        session = self._session(request.session)
+        session = self._named(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = _cursor(request.after)
@@ -194,7 +195,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
-        session = self._session(request.session)
+        session = self._named(request.session)
         device = check_id(request.device, "device")
         await self._log.check_device(session, device)
         ops = _device_ops(request.ops)
@@ -242,32 +243,15 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 hint="Ask for them in several calls.",
             )
         check_id(request.device, "device")
-        sessions = [self._session(session) for session in request.sessions]
+        sessions = [self._named(session) for session in request.sessions]
         tails = await self._log.tails(sessions)
+        missing = [one for one, tail in zip(sessions, tails, strict=True) if tail is None]
+        deleted = await self._log.keeping.deleted(missing)
         return pb.TailsReply(
-            tails=[cursor_message(tail or Cursor()) for tail in tails],
+            tails=[cursor_message(tail or Cursor(0, 0)) for tail in tails],
             publishing=self._publishing(),
+            deleted=[one.session for one in deleted],
         )
-
-    async def ListSessions(
-        self, request: pb.ListSessionsRequest, context: Any
-    ) -> pb.ListSessionsReply:
-        wanted = min(request.max_sessions or MAX_SESSIONS_LISTED, MAX_SESSIONS_LISTED)
-        known = await self._log.list_sessions(self._identity.tenant, wanted)
-        reply = pb.ListSessionsReply()
-        for session in known:
-            reply.sessions.add(
-                session=session.session,
-                tail=cursor_message(session.cursor),
-                updated_ms=session.updated_ms,
-                title=session.title,
-                turns=session.turns,
-                running_turn=session.running_turn,
-            )
-        return reply
-
-    def _session(self, name: str) -> SessionName:
-        return SessionName(self._identity.tenant, check_id(name, "session"))
 
 
 def _cursor(message: pb.Cursor) -> Cursor:

@@ -33,6 +33,10 @@ class SessionKeys:
         tag = f"segue:{{{session}}}"
         return cls(*(f"{tag}:{name}" for name in cls.__dataclass_fields__))
 
+    def staged(self, nonce: str) -> SessionKeys:
+        """The keys under which an import is written before it becomes the session."""
+        return SessionKeys(*(f"{key}:{nonce}" for key in self.all))
+
     @property
     def all(self) -> tuple[str, ...]:
         return (self.log, self.meta, self.producers, self.turns, self.devices, self.snapshot)
@@ -49,7 +53,7 @@ class SessionKeys:
 
 
 def index_key(tenant: str) -> str:
-    """Sorted set: a tenant's sessions by the time of their last turn, ms."""
+    """Sorted set: a tenant's sessions by their last write, ms (to ACTIVE_REFRESH_S)."""
     return f"segue:index:{{{tenant}}}"
 
 

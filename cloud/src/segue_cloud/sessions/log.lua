@@ -6,7 +6,8 @@
 --       3 producers  sorted set: producer by the offset of its last append
 --       4 turns      sorted set: turn by the offset of its last opening op
 --       5 devices    sorted set: device by the time it last opened or used the session
---       6 snapshot   string: "<generation> <offset>\n" and the folded state
+--       6 snapshot   string: "<generation> <offset>\n" and the folded state; alone, and with offset
+--                    0: the session was deleted (see keep.lua)
 --
 -- meta  gen, tail    the current generation, the last offset
 --       life         the store's life under which gen began (see `alive`)
@@ -27,7 +28,7 @@
 -- Where a producer's ops got consecutive offsets they are one "seq:offset" run, so the offset of
 -- any remembered op is that of its run's first one plus the distance.
 --
--- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
+-- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN DEL, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
 -- ZCARD ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -319,6 +320,7 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
     -- Where only meta is gone (evicted), the log goes on behind what is left of it.
     local tail = math.max(last[2], folded[2])
     local generation = math.max(now, tonumber(after) + 1, last[1] + 1, folded[1] + 1)
+    if tail == 0 then redis.call('DEL', SNAPSHOT) end -- of a deleted session
     redis.call('HSET', META, 'tail', int(tail), 'pub', 0, 'da', 0, 'u', int(now), 'n', 0,
       'cur', '', 'lease', 0, 'stop', '', 'title', '', 'pe', int(generation),
       'so', int(folded[2]), 'wo', 0, 'sb', redis.call('STRLEN', SNAPSHOT), 'wb', 0, 'mx', 1048576)

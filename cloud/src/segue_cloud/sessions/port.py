@@ -3,6 +3,7 @@
     Sessions   open, list, append       what devices do
     Turns      begin, take over, append what the owner of a turn does
     Reading    read, tails, changes     what the reader and the hub need
+    Keeping    list, delete, import     what is done with sessions as wholes
     Fanout     dirty, idle, published   what the publisher needs
     Store      all of it                what `segue_cloud.log` stands on
 
@@ -22,7 +23,7 @@ from segue_contract.errors import QuotaExceeded
 from segue_contract.ids import SessionName
 from segue_contract.limits import MAX_SESSION_BYTES, READ_PAGE_BYTES
 from segue_contract.sync.ops import Op, decode_op, encode_op
-from segue_contract.sync.state import Cursor, SessionState
+from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 
 def full_session(session: SessionName) -> QuotaExceeded:
@@ -226,6 +227,82 @@ class Changes(Protocol):
         ...
 
 
+class Deleted(StrEnum):
+    YES = "yes"
+    MISSING = "missing"  # there is no session of that name
+    USED = "used"  # somebody used it lately
+
+
+@dataclass(frozen=True)
+class SessionImport:
+    """A session that is to be made as a whole.
+
+    `ops`: its entries, from the offset `first` up to `tail`; `state`: what the snapshot key holds
+    ("<generation> <offset>\\n" and the encoded state at `folded`), empty where there is none.
+    `turns`: all of them, ended.
+    """
+
+    generation: int
+    first: int
+    ops: Sequence[bytes]
+    folded: int
+    state: bytes
+    turns: Sequence[TurnState]
+    title: str
+
+    @property
+    def tail(self) -> int:
+        return self.first + len(self.ops) - 1
+
+
+class Keeping(Protocol):
+    """Sessions as wholes."""
+
+    async def list_sessions(
+        self, tenant: str, max_sessions: int, after: str = ""
+    ) -> tuple[list[SessionSummary], str]:
+        """A page of sessions, newest first, and the place where the next page begins ("": none).
+
+        One that is written to meanwhile moves to the front: it may come twice, or have been there.
+
+        Raises:
+            InvalidArgument: `after` is no such place.
+        """
+        ...
+
+    async def summary(self, session: SessionName) -> SessionSummary | None: ...
+
+    async def delete(self, session: SessionName, idle_s: float | None = None) -> Deleted:
+        """All keys of it, and its name in the lists; with `idle_s`, only if nobody wrote to it,
+        opened or used it for so long.
+
+        Raises:
+            SessionBusy: a turn runs in it.
+        """
+        ...
+
+    async def oldest(self, tenant: str, idle_s: float, most: int) -> list[SessionName]:
+        """Sessions that `delete` may find idle, the oldest first."""
+        ...
+
+    async def postpone(self, session: SessionName) -> None:
+        """It is in use: among the `oldest` it comes last."""
+        ...
+
+    async def latest_generation(self, session: SessionName) -> int:
+        """No log of that name had a later one, and no clock is behind it."""
+        ...
+
+    async def make(self, session: SessionName, made: SessionImport, nonce: str) -> Cursor:
+        """Write all of it where nobody looks, then let it be the session, at once.
+
+        Raises:
+            SessionNotEmpty: there is a session of that name with entries.
+            SessionBusy: one was opened meanwhile, so that the generation is no later one.
+        """
+        ...
+
+
 class Sessions(Protocol):
     """What devices do with sessions."""
 
@@ -256,10 +333,6 @@ class Sessions(Protocol):
             UnknownSession.
             UnknownDevice: it never opened the session, or is forgotten.
         """
-        ...
-
-    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
-        """Newest first."""
         ...
 
     async def append(
@@ -372,6 +445,9 @@ class Reading(Protocol):
 
     def changes(self, name: str) -> AbstractAsyncContextManager[Changes]:
         """A link for the listener `name`, which no other one may have."""
+
+    async def deleted(self, sessions: Sequence[SessionName]) -> set[SessionName]:
+        """Those that are not there because they were deleted lately."""
         ...
 
     async def mend(self, session: SessionName, state: SessionState) -> None:
@@ -405,6 +481,9 @@ class Fanout(Protocol):
 
 class Store(Sessions, Turns, Reading, Protocol):
     """All that a session log stands on."""
+
+    @property
+    def keeper(self) -> Keeping: ...
 
     async def compact(
         self, session: SessionName, state: SessionState, keep_from: int, written: int

@@ -124,6 +124,10 @@ class LogReader:
                 return
             folded.written += len(entry.op)
 
+    def forget(self, session: SessionName) -> None:
+        """The session is gone."""
+        self._folded.pop(session, None)
+
     # -- inside -------------------------------------------------------------------------------
 
     def _get(self, session: SessionName) -> _Folded:

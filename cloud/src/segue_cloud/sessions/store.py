@@ -14,13 +14,13 @@ import structlog
 
 from segue_cloud.sessions import rows
 from segue_cloud.sessions.changes import ChangeLink
+from segue_cloud.sessions.keeper import KEEP, SessionKeeper
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
     OpenedSession,
     Producer,
     RawPage,
-    SessionSummary,
     TurnClaim,
     TurnHold,
 )
@@ -29,6 +29,7 @@ from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
 from segue_contract.errors import (
     Internal,
     InvalidArgument,
+    SessionDeleted,
     StoreUnavailable,
     UnknownDevice,
     UnknownSession,
@@ -93,6 +94,7 @@ class RedisStore:
     ) -> None:
         """`lease_s`: how long an append of a turn's owner renews its lease for."""
         self._wire = wire
+        self.keeper = SessionKeeper(wire)
         self._lease_ms = int(lease_s * 1000)
         self._monotonic = monotonic
         self._random_bytes = random_bytes
@@ -118,7 +120,7 @@ class RedisStore:
         """
         wire = Wire(
             url,
-            scripts=(_LOG, _ACTIVE, RUNNING),
+            scripts=(_LOG, _ACTIVE, RUNNING, KEEP),
             timeout_s=timeout_s,
             max_connections=max_connections,
             sleep=sleep,
@@ -158,47 +160,20 @@ class RedisStore:
         )  # fmt: skip
         status, generation, tail, created, epoch = (await self._wire.call(*index, verb))[-1]
         if status == b"missing":
-            raise unknown_session(session)
+            raise await self._missing(session)
         return OpenedSession(Cursor(generation, tail), bool(created), epoch)
 
     async def check_device(self, session: SessionName, device: str) -> None:
         """As the port says."""
         ((status,),) = await self._wire.call(self._log(session, "use", device))
         if status == b"missing":
-            raise unknown_session(session)
+            raise await self._missing(session)
         if status == b"unknown":
             raise UnknownDevice(
                 f"The device {device!r} never joined the session {session!r}.",
                 hint="Open the session with this device first.",
                 device=device,
             )
-
-    async def list_sessions(self, tenant: str, max_sessions: int) -> list[SessionSummary]:
-        (names,) = await self._wire.call(
-            ("ZREVRANGE", index_key(tenant), 0, max(max_sessions, 1) - 1)
-        )
-        if not names:
-            return []
-        sessions = [name.decode() for name in names]
-        fields = ("gen", "tail", "u", "title", "n", "cur")
-        values = await self._wire.call(
-            *(("HMGET", SessionKeys.of(SessionName(tenant, one)).meta, *fields) for one in sessions)
-        )
-        found = [
-            SessionSummary(
-                session=session,
-                cursor=Cursor(int(gen), int(tail)),
-                updated_ms=int(updated),
-                title=title.decode(),
-                turns=int(turns),
-                running_turn=running.decode(),
-            )
-            for session, (gen, tail, updated, title, turns, running) in zip(
-                sessions, values, strict=True
-            )
-            if gen is not None
-        ]
-        return sorted(found, key=lambda one: (-one.updated_ms, one.session))
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -319,7 +294,7 @@ class RedisStore:
             )
         )  # fmt: skip
         if row[0] == b"missing":
-            raise unknown_session(session)
+            raise await self._missing(session)
         return rows.page(row)
 
     async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
@@ -334,6 +309,9 @@ class RedisStore:
     def changes(self, name: str) -> ChangeLink:
         """As the port says."""
         return ChangeLink(self._wire, name)
+
+    async def deleted(self, sessions: Sequence[SessionName]) -> set[SessionName]:
+        return await self.keeper.deleted(sessions)
 
     async def load_snapshot(self, session: SessionName) -> SessionState | None:
         (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))
@@ -426,7 +404,7 @@ class RedisStore:
             return (await self._wire.call(*commands))[-1]
         shard = active_key(active_shard(session))
         touch = _ACTIVE.call((shard,), "touch", str(session))
-        reply = (await self._wire.call(touch, *commands))[-1]
+        reply = (await self._wire.call(touch, self._index(session), *commands))[-1]
         self._named[session] = now
         self._named.move_to_end(session)
         while len(self._named) > SESSION_CACHE:
@@ -436,6 +414,15 @@ class RedisStore:
     def _index(self, session: SessionName, condition: str = "XX") -> Command:
         now_ms = int(time.time() * 1000)
         return ("ZADD", index_key(session.tenant), condition, now_ms, session.session)
+
+    async def _missing(self, session: SessionName) -> UnknownSession:
+        if await self.keeper.deleted([session]):
+            return SessionDeleted(
+                f"The session {session.session!r} was deleted.",
+                hint="Its name may be used for another one.",
+                session=session.session,
+            )
+        return unknown_session(session)
 
     def _nonce(self) -> str:
         return self._random_bytes(8).hex()

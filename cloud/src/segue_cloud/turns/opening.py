@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
-from segue_contract.ids import SessionName, TurnName, digest
-from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage
+from segue_contract.ids import SessionName, TurnName
+from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, request_digest
 from segue_contract.sync.state import TurnState
 
 
@@ -33,8 +31,7 @@ class TurnRequest:
     @property
     def digest(self) -> str:
         """What tells the same question, asked again, from another one under the same id."""
-        asked = (self.prompt, self.max_tokens, self.sampling, self.stop)
-        return digest(msgspec.msgpack.encode(asked)).hex()
+        return request_digest(self.prompt, self.max_tokens, self.sampling, self.stop)
 
 
 def opening_ops(

@@ -10,7 +10,7 @@ import grpc
 
 from segue_contract.errors import InvalidArgument, Unreachable
 from segue_contract.ids import check_id
-from segue_contract.limits import MAX_TAILS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.limits import EXPORT_TIMEOUT_S, MAX_TAILS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -122,6 +122,49 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: pb.ListSessionsRequest, context: Any
     ) -> pb.ListSessionsReply:
         reply: pb.ListSessionsReply = await self._ask("ListSessions", request, "any")
+        return reply
+
+    async def DeleteSession(
+        self, request: pb.DeleteSessionRequest, context: Any
+    ) -> pb.DeleteSessionReply:
+        reply: pb.DeleteSessionReply = await self._ask("DeleteSession", request, request.session)
+        self._histories.forget(request.session)
+        return reply
+
+    async def ExpireSessions(
+        self, request: pb.ExpireSessionsRequest, context: Any
+    ) -> pb.ExpireSessionsReply:
+        reply: pb.ExpireSessionsReply = await self._ask("ExpireSessions", request, "any")
+        for session in reply.deleted:
+            self._histories.forget(session)
+        return reply
+
+    async def ExportSession(
+        self, request: pb.ExportSessionRequest, context: Any
+    ) -> AsyncIterator[pb.ExportPart]:
+        cloud = self._clouds.best(check_id(request.session, "session"))
+        await cloud.reach()
+        call = cloud.agent.ExportSession(request, timeout=EXPORT_TIMEOUT_S)
+        try:
+            async for part in call:
+                yield part
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+
+    async def ImportSession(
+        self, request_iterator: AsyncIterator[pb.ImportPart], context: Any
+    ) -> pb.ImportSessionReply:
+        cloud = self._clouds.best("any")
+        await cloud.reach()
+        call = cloud.agent.ImportSession(request_iterator, timeout=EXPORT_TIMEOUT_S)
+        try:
+            reply: pb.ImportSessionReply = await call
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
         return reply
 
     # -- the log -------------------------------------------------------------------------------

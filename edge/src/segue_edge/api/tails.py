@@ -45,6 +45,8 @@ class JoinedTails:
         found = pb.TailsReply(publishing=all(reply.publishing for reply in replies.values()))
         for batch, session in asked:
             found.tails.append(replies[id(batch)].tails[batch.places[session]])
+            if session in replies[id(batch)].deleted:
+                found.deleted.append(session)
         return found
 
     def close(self) -> None:

@@ -131,3 +131,6 @@ class HistoryCache:
 
     def find(self, session: str) -> SessionHistory | None:
         return self._sessions.get(session)
+
+    def forget(self, session: str) -> None:
+        self._sessions.pop(session, None)

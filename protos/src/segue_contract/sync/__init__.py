@@ -3,5 +3,6 @@
 ops       the entries, and their bytes
 state     what a log folds into
 branches  which of a session's turns were said offline beside others
+export    a session as one file
 replica   entries in any order, with gaps and repeats, to the state they mean
 """

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from segue_contract.errors import UNREADABLE, InvalidArgument
+from segue_contract.ids import digest
 from segue_contract.limits import MAX_OP_BYTES
 
 
@@ -185,6 +186,14 @@ def encode_op(op: Op) -> bytes:
             hint="Send the content in smaller parts.",
         )
     return data
+
+
+def request_digest(prompt: str, max_tokens: int, sampling: Sampling, stop: tuple[str, ...]) -> str:
+    """What tells the same question, asked again, from another one under the same turn id."""
+    floats = (float(sampling.temperature), float(sampling.top_p), float(sampling.min_p))
+    # By its numbers: `omit_defaults` leaves out by identity, so equal structs may differ in bytes.
+    asked = (prompt, max_tokens, floats, sampling.top_k, sampling.seed, stop)
+    return digest(_encoder.encode(asked)).hex()
 
 
 def decode_op(data: bytes) -> Op:

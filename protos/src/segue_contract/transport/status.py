@@ -102,6 +102,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             wrapped = grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream, method), **common
             )
+        elif handler.stream_unary:
+            wrapped = grpc.stream_unary_rpc_method_handler(
+                _guard_unary(handler.stream_unary, method), **common
+            )
         elif handler.stream_stream:
             wrapped = grpc.stream_stream_rpc_method_handler(
                 _guard_stream(handler.stream_stream, method), **common

@@ -74,6 +74,26 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.TailsRequest.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.TailsReply.FromString,
                 _registered_method=True)
+        self.DeleteSession = channel.unary_unary(
+                '/segue.v1.Agent/DeleteSession',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.DeleteSessionRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.DeleteSessionReply.FromString,
+                _registered_method=True)
+        self.ExpireSessions = channel.unary_unary(
+                '/segue.v1.Agent/ExpireSessions',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsReply.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/segue.v1.Agent/ExportSession',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ExportPart.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/segue.v1.Agent/ImportSession',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.ImportPart.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -135,6 +155,34 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteSession(self, request, context):
+        """Everything of a session goes, and its followers are told. SESSION_BUSY while a turn runs in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpireSessions(self, request, context):
+        """Deletes some of the sessions that nobody wrote to or opened for a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """A session as one file: see segue_contract.sync.export.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Makes a session of such a file; nothing is written before all of it was found right.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +225,26 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Tails,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.TailsRequest.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.TailsReply.SerializeToString,
+            ),
+            'DeleteSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSession,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.DeleteSessionRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.DeleteSessionReply.SerializeToString,
+            ),
+            'ExpireSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpireSessions,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsReply.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ExportSessionRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.ExportPart.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ImportPart.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +463,114 @@ class Agent(object):
             '/segue.v1.Agent/Tails',
             segue__contract_dot_v1_dot_agent__pb2.TailsRequest.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.TailsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/DeleteSession',
+            segue__contract_dot_v1_dot_agent__pb2.DeleteSessionRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.DeleteSessionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpireSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/ExpireSessions',
+            segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.ExpireSessionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/segue.v1.Agent/ExportSession',
+            segue__contract_dot_v1_dot_agent__pb2.ExportSessionRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.ExportPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/segue.v1.Agent/ImportSession',
+            segue__contract_dot_v1_dot_agent__pb2.ImportPart.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.FromString,
             options,
             channel_credentials,
             insecure,

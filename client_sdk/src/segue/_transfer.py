@@ -1,0 +1,113 @@
+"""Exports and imports: a session as one file, over a node's streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, typed
+from segue.events import Imported
+from segue_contract.errors import InvalidArgument, OutcomeUnknown, SessionBusy, Unreachable
+from segue_contract.ids import check_id
+from segue_contract.limits import EXPORT_PART_BYTES, EXPORT_TIMEOUT_S, MAX_EXPORT_BYTES
+from segue_contract.sync.export import Export, ExportReader
+from segue_contract.sync.state import Cursor
+from segue_contract.v1 import agent_pb2 as pb
+
+_TRIES = 3  # of an export: a node may go, and a session may be compacted while it is read
+
+
+async def export_session(nodes: Nodes, session: str, file: Path) -> Export:
+    """`Client.export_session`."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                found = await _receive(nodes, session, part)
+                break
+            except (SessionBusy, Unreachable):
+                if attempt == _TRIES:
+                    raise
+        part.replace(file)
+        return found
+    except OSError as error:
+        raise InvalidArgument(
+            f"The file {file} cannot be written: {error.strerror}.", hint="Name another one."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+async def _receive(nodes: Nodes, session: str, part: Path) -> Export:
+    """All of it in `part`, on the disk, and found right."""
+    reader = ExportReader()
+    node = await nodes.connect()
+    stub = await nodes.stub(node)
+    request = pb.ExportSessionRequest(session=check_id(session, "session"))
+    call = stub.ExportSession(request, timeout=EXPORT_TIMEOUT_S)
+    try:
+        with part.open("wb") as out:
+            while (message := await call.read()) is not EOF:
+                reader.feed(message.data)
+                out.write(message.data)
+            out.flush()
+            await asyncio.to_thread(os.fsync, out.fileno())
+    except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+        if being_cancelled():
+            raise
+        if is_link_loss(error):
+            await nodes.failed(node)
+        raise typed(error) from error
+    finally:
+        call.cancel()
+    return await asyncio.to_thread(reader.finish)
+
+
+async def import_session(nodes: Nodes, file: Path, session: str) -> Imported:
+    """`Client.import_session`."""
+    found, data = await asyncio.to_thread(_read, file)
+    name = check_id(session or found.head.session, "session")
+
+    async def parts() -> AsyncIterator[pb.ImportPart]:
+        yield pb.ImportPart(session=name)
+        for start in range(0, len(data), EXPORT_PART_BYTES):
+            yield pb.ImportPart(data=data[start : start + EXPORT_PART_BYTES])
+
+    node = await nodes.connect()
+    stub: Any = await nodes.stub(node)
+    call = stub.ImportSession(parts(), timeout=EXPORT_TIMEOUT_S)
+    try:
+        reply: pb.ImportSessionReply = await call
+    except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+        with contextlib.suppress(Exception):
+            call.cancel()
+        if being_cancelled():
+            raise
+        if is_link_loss(error):
+            await nodes.failed(node)
+            raise OutcomeUnknown(
+                f"The connection broke while {name} was imported.",
+                hint="It is there as a whole, or not at all: list the sessions, then try again.",
+            ) from error
+        raise typed(error) from error
+    return Imported(reply.session, Cursor(reply.tail.generation, reply.tail.offset), reply.turns)
+
+
+def _read(file: Path) -> tuple[Export, bytes]:
+    """Raises BadExport, InvalidArgument."""
+    try:
+        with file.open("rb") as source:
+            data = source.read(MAX_EXPORT_BYTES + 1)
+    except OSError as error:
+        raise InvalidArgument(
+            f"The file {file} cannot be read: {error.strerror}.", hint="Check its name."
+        ) from error
+    reader = ExportReader()
+    reader.feed(data)
+    return reader.finish(), data

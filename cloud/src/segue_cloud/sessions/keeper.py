@@ -1,0 +1,247 @@
+"""Whole sessions on Redis or Valkey: listed, deleted, made of an export. See `keep.lua`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
+from segue_cloud.sessions.port import Deleted, SessionImport, SessionSummary
+from segue_cloud.sessions.wire import Command, Script, Wire
+from segue_contract.errors import InvalidArgument, SessionBusy, SessionNotEmpty
+from segue_contract.ids import SessionName
+from segue_contract.limits import (
+    DELETED_MEMORY_S,
+    EXPIRE_INTERVAL_S,
+    IMPORT_STAGE_S,
+    KIB,
+    MAX_APPEND_OPS,
+    MAX_COUNT,
+    MIB,
+    TURN_ID_MEMORY,
+)
+from segue_contract.sync.ops import request_digest
+from segue_contract.sync.state import Cursor
+
+KEEP = Script(files(__package__).joinpath("keep.lua").read_text())
+
+_STAGE_BYTES = 256 * KIB  # of one command: no other session waits longer for the store than that
+_AFTER = re.compile(r"(\d{1,16}):(.+)")
+
+
+class SessionKeeper:
+    """`Keeping` of `segue_cloud.sessions.port`."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    async def list_sessions(
+        self, tenant: str, max_sessions: int, after: str = ""
+    ) -> tuple[list[SessionSummary], str]:
+        most = max(max_sessions, 1)
+        names, following = await self._page(tenant, most, after)
+        if not names:
+            return [], following
+        sessions = [SessionName(tenant, name) for name in names]
+        found = [one for one in await self._summaries(sessions) if one is not None]
+        return sorted(found, key=lambda one: (-one.updated_ms, one.session)), following
+
+    async def summary(self, session: SessionName) -> SessionSummary | None:
+        return (await self._summaries([session]))[0]
+
+    async def deleted(self, sessions: Sequence[SessionName]) -> set[SessionName]:
+        if not sessions:
+            return set()
+        rows = await self._wire.call(*(self._call(one, "past") for one in sessions))
+        return {one for one, (_, gone) in zip(sessions, rows, strict=True) if gone}
+
+    # -- deletion -----------------------------------------------------------------------------
+
+    async def delete(self, session: SessionName, idle_s: float | None = None) -> Deleted:
+        idle = "" if idle_s is None else int(idle_s * 1000)
+        verb = self._call(session, "delete", idle, int(DELETED_MEMORY_S * 1000))
+        ((status, used_ms, turn),) = await self._wire.call(verb)
+        if status == b"busy":
+            raise SessionBusy(
+                f"A turn runs in the session {session.session}.",
+                hint="Stop it, or wait for its end; then delete the session.",
+                turn=turn.decode(),
+            )
+        index = index_key(session.tenant)
+        if status == b"used":  # somebody opened it since it was listed as old
+            at_ms = max(used_ms, _now_ms() - int((idle_s or 0.0) * 1000) + _MARGIN_MS)
+            await self._wire.call(("ZADD", index, "XX", at_ms, session.session))
+            return Deleted.USED
+        # Whoever opened it anew between the two commands named it before, and is named again.
+        await self._wire.call(("ZREM", index, session.session))
+        (there,) = await self._wire.call(("EXISTS", SessionKeys.of(session).meta))
+        if there:
+            await self._wire.call(("ZADD", index, "NX", _now_ms(), session.session))
+        return Deleted.YES if status == b"ok" else Deleted.MISSING
+
+    async def oldest(self, tenant: str, idle_s: float, most: int) -> list[SessionName]:
+        until_ms = _now_ms() - int(idle_s * 1000)
+        (names,) = await self._wire.call(
+            ("ZRANGEBYSCORE", index_key(tenant), "-inf", until_ms, "LIMIT", 0, most)
+        )
+        return [SessionName(tenant, name.decode()) for name in names]
+
+    async def postpone(self, session: SessionName) -> None:
+        await self._wire.call(("ZADD", index_key(session.tenant), "XX", _now_ms(), session.session))
+
+    # -- imports ------------------------------------------------------------------------------
+
+    async def latest_generation(self, session: SessionName) -> int:
+        ((latest, _),) = await self._wire.call(self._call(session, "past"))
+        return int(latest)
+
+    async def make(self, session: SessionName, made: SessionImport, nonce: str) -> Cursor:
+        keys = SessionKeys.of(session)
+        staged = keys.staged(nonce)
+        kept_ms = int(IMPORT_STAGE_S * 1000)
+        for first, page in _pages(made.first, made.ops):
+            await self._wire.call(
+                KEEP.call((*keys.all, staged.log), "stage", made.generation, first, kept_ms, *page)
+            )
+        for start in range(0, len(made.state), _STAGE_BYTES):
+            piece = made.state[start : start + _STAGE_BYTES]
+            await self._wire.call(
+                ("SETRANGE", staged.snapshot, start, piece), ("PEXPIRE", staged.snapshot, kept_ms)
+            )
+        await self._stage_turns(staged, made, kept_ms)
+        before_fold = sum(map(len, made.ops[: max(made.folded - made.first + 1, 0)]))
+        # Named first, as for any session: see keys.py.
+        shard = active_key(active_shard(session))
+        now_ms = _now_ms()
+        await self._wire.call(
+            ("ZADD", index_key(session.tenant), "NX", now_ms, session.session),
+            ("ZADD", shard, now_ms, str(session)),
+        )
+        ((status, tail),) = await self._wire.call(
+            KEEP.call(
+                (*keys.all, *staged.all), "commit", made.generation, made.tail, made.folded,
+                sum(map(len, made.ops)), before_fold, nonce,
+            )
+        )  # fmt: skip
+        if status == b"ok":
+            return Cursor(made.generation, int(tail))
+        await self._wire.call(("UNLINK", *staged.all))
+        if status == b"taken":
+            raise SessionNotEmpty(
+                f"The session {session.session} has entries.",
+                hint="Import into another name, or delete it first.",
+            )
+        raise SessionBusy(
+            f"The session {session.session} was opened while it was imported.",
+            hint="Import it again.",
+        )
+
+    async def _stage_turns(self, staged: SessionKeys, made: SessionImport, kept_ms: int) -> None:
+        """What makes a turn's id, asked for again, join that turn: see log.lua."""
+        fields: list[str | int] = [
+            "n", len(made.turns), "title", made.title, "mx", max(map(len, made.ops), default=1),
+        ]  # fmt: skip
+        for turn in made.turns:
+            asked = request_digest(turn.prompt, turn.max_tokens, turn.sampling, turn.stop)
+            fields += [f"d:{turn.turn}", asked]
+        known = made.turns[-TURN_ID_MEMORY:]
+        for turn in known:
+            fields += [f"t:{turn.turn}", f"{turn.epoch}|0|", f"x:{turn.turn}", "1|"]
+        for start in range(0, len(fields), 1024):
+            await self._wire.call(
+                ("HSET", staged.meta, *fields[start : start + 1024]),
+                ("PEXPIRE", staged.meta, kept_ms),
+            )
+        if known:
+            scores = [part for turn in known for part in (turn.last_offset, turn.turn)]
+            await self._wire.call(
+                ("ZADD", staged.turns, *scores), ("PEXPIRE", staged.turns, kept_ms)
+            )
+
+    # -- inside -------------------------------------------------------------------------------
+
+    async def _page(self, tenant: str, most: int, after: str) -> tuple[list[str], str]:
+        """Names behind the place `after`, newest first, and the place behind the last of them.
+
+        By score and not by rank: sessions that come to the front meanwhile move nothing.
+        """
+        score, name = _place(after)
+        found: list[tuple[int, str]] = []
+        skip = 0
+        while len(found) <= most:
+            (row,) = await self._wire.call(
+                ("ZRANGE", index_key(tenant), score, "-inf", "BYSCORE", "REV",
+                 "LIMIT", skip, most + 1, "WITHSCORES")
+            )  # fmt: skip
+            pairs = [
+                (int(float(at)), one.decode()) for one, at in zip(row[::2], row[1::2], strict=True)
+            ]
+            # Of equal scores Redis gives the greater name first.
+            found += [pair for pair in pairs if not name or pair < (int(score), name)]
+            if len(pairs) <= most:
+                break
+            skip += len(pairs)
+        page = found[:most]
+        more = len(found) > most
+        return [one for _, one in page], f"{page[-1][0]}:{page[-1][1]}" if more else ""
+
+    async def _summaries(self, sessions: Sequence[SessionName]) -> list[SessionSummary | None]:
+        fields = ("gen", "tail", "u", "title", "n", "cur")
+        rows = await self._wire.call(
+            *(("HMGET", SessionKeys.of(one).meta, *fields) for one in sessions)
+        )
+        return [
+            _summary(session.session, row) if row[0] is not None else None
+            for session, row in zip(sessions, rows, strict=True)
+        ]
+
+    def _call(self, session: SessionName, verb: str, *args: str | bytes | int) -> Command:
+        return KEEP.call(SessionKeys.of(session).all, verb, *args)
+
+
+_MARGIN_MS = int(EXPIRE_INTERVAL_S * 1000)  # clocks differ: then the next sweep looks again
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _place(after: str) -> tuple[str, str]:
+    """Score and name of a page's last session. Raises InvalidArgument."""
+    if not after:
+        return "+inf", ""
+    found = _AFTER.fullmatch(after)
+    if found is None or int(found[1]) > MAX_COUNT:
+        raise InvalidArgument(
+            "This is no place in the list of sessions.", hint="Use `next` of the page before."
+        )
+    return found[1], found[2]
+
+
+def _summary(session: str, row: list[Any]) -> SessionSummary:
+    generation, tail, updated, title, turns, running = row
+    return SessionSummary(
+        session=session,
+        cursor=Cursor(int(generation), int(tail)),
+        updated_ms=int(updated),
+        title=title.decode(),
+        turns=int(turns),
+        running_turn=running.decode(),
+    )
+
+
+def _pages(first: int, ops: Sequence[bytes]) -> list[tuple[int, Sequence[bytes]]]:
+    """Ops in pages of some `MIB` and MAX_APPEND_OPS, each with its first offset."""
+    pages: list[tuple[int, Sequence[bytes]]] = []
+    start = size = 0
+    for place, op in enumerate(ops):
+        if place > start and (size + len(op) > MIB or place - start == MAX_APPEND_OPS):
+            pages.append((first + start, ops[start:place]))
+            start, size = place, 0
+        size += len(op)
+    if start < len(ops):
+        pages.append((first + start, ops[start:]))
+    return pages
