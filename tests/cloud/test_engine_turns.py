@@ -287,6 +287,36 @@ async def test_an_engine_that_hangs_is_dead(model: tuple[Path, Manifest], ahead:
         await engine.close()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_engine_that_hangs_in_a_step_says_so_long_before(
+    model: tuple[Path, Manifest], ahead: bool
+) -> None:
+    """Steps before it say how long one takes."""
+    StuckRunner.go_on.set()
+    build = partial(StuckRunner, model[0], TINY, 128, OPTIONS)
+    engine = TorchEngine(model[1], replace(OPTIONS, ahead=ahead), 128, build)
+    await engine.start()
+    try:
+        async for _ in engine.submit(turn("first", max_tokens=3)):
+            pass
+        assert not engine.stats().stalled
+        StuckRunner.go_on.clear()
+        outputs = engine.submit(turn("second", max_tokens=2))
+        reading = asyncio.ensure_future(anext(outputs))
+        async with asyncio.timeout(DEADLINE_S):
+            while not engine.stats().stalled:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not engine.died.is_set()
+        StuckRunner.go_on.set()
+        await asyncio.wait_for(reading, DEADLINE_S)
+        async with asyncio.timeout(DEADLINE_S):
+            while engine.stats().stalled:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        StuckRunner.go_on.set()
+        await engine.close()
+
+
 class ClumsyRunner(Runner):
     """Cannot prepare its first step."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -290,3 +291,50 @@ async def test_a_living_owner_keeps_a_turn_whose_reader_lost_it(
         turn = await living.ended(owner)
     assert not any(looked)
     assert (turn.tokens, turn.epoch) == (words, 1)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_turn_behind_a_hung_engine_is_offered_to_others(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine) as hung,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench,
+    ):
+        owner = hung.manager.start(hung.spec(await hung.begin(), has_edge=False))
+        engine.allow(3)
+        await shown_tokens(owner, 3)
+        engine.stalled = True
+        assert hung.manager.stalled(SESSION, "t1")
+        async with asyncio.timeout(WAIT_S):
+            while not await bench.manager.recover(SESSION):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            await owner.ended.wait()  # it hears that the turn is another one's
+        second = bench.manager.owned(SESSION, "t1")
+        turn = await bench.turn() if second is None else await bench.ended(second)
+    assert (turn.tokens, turn.epoch, turn.reason) == (words, 2, "stop")
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_where_nobody_takes_it_a_turn_stays_with_its_hung_engine(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue_cloud.turns.writer.STALL_OFFER_S", 0.3)
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine) as hung:
+        owner = hung.manager.start(hung.spec(await hung.begin(), has_edge=False))
+        engine.stalled = True
+        renewed = asyncio.Event()
+        renew = hung.log.renew_turn
+
+        async def renew_turn(*args: Any) -> Any:
+            renewed.set()
+            return await renew(*args)
+
+        monkeypatch.setattr(hung.log, "renew_turn", renew_turn)
+        await asyncio.wait_for(renewed.wait(), WAIT_S)
+        assert (await hung.turn()).epoch == 1
+        engine.stalled = False
+        engine.allow(len(words))
+        assert (await hung.ended(owner)).tokens == words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_contract.errors import Overloaded, Unreachable
-from segue_contract.liveness import Silence
+from segue_contract.limits import STALL_FACTOR, STALL_LOOK_S, STALL_S
+from segue_contract.liveness import Silence, StallWatch, UsualTime
 from segue_contract.transport.heartbeat import EOF, Listening, answered, beating
+from segue_contract.transport.stalls import StallMonitor
 from segue_contract.v1 import agent_pb2 as pb
 
 BEAT = pb.TurnEvent(heartbeat=pb.Heartbeat())
@@ -132,19 +135,66 @@ async def test_who_does_not_read_hears_no_silence() -> None:
     listening.cancel()
 
 
-async def test_a_stalled_peer_is_as_good_as_a_silent_one() -> None:
-    call = ScriptedCall(BEAT)
-    listening = Listening(call, silence_s=0.12)
-
-    async def say() -> None:
-        while not call.cancelled:
-            call.messages.put_nowait(STALLED)
-            await asyncio.sleep(0.01)
-
-    saying = asyncio.create_task(say())
-    with pytest.raises(Unreachable):
+async def test_a_peer_whose_compute_hangs_is_left_where_another_can_go_on() -> None:
+    call = ScriptedCall()
+    call.messages.put_nowait(FRAME)
+    call.messages.put_nowait(STALLED)
+    listening = Listening(call, others=True)
+    assert await listening.read() == FRAME
+    with pytest.raises(Unreachable, match="no progress"):
         await listening.read()
-    await saying
+    assert listening.silent
+    assert call.cancelled
+
+
+async def test_alone_it_is_waited_for() -> None:
+    call = ScriptedCall()
+    listening = Listening(call, silence_s=0.3)
+    for message in (STALLED, STALLED, FRAME):
+        call.messages.put_nowait(message)
+    assert await listening.read() == FRAME
+    listening.cancel()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=12),
+    st.sampled_from([0.01, 0.15, 0.4, math.inf]),
+)
+def test_only_one_step_for_long_is_a_hang(runs: list[tuple[int, int]], usual_s: float) -> None:
+    """`runs`: a step's number (0: none runs) and how many looks find it, one after another."""
+    watch = StallWatch()
+    seen, looks = 0, 0
+    bound = max(STALL_S, STALL_FACTOR * usual_s)
+    for step, count in runs:
+        for _ in range(count):
+            looks = looks + 1 if step and step == seen else 0
+            seen = step
+            assert watch.look(float(step), usual_s) == (looks * STALL_LOOK_S >= bound)
+
+
+@given(st.lists(st.floats(0.001, 10.0), min_size=1, max_size=50))
+def test_the_usual_time_is_no_less_than_any_of_the_last_steps(times: list[float]) -> None:
+    usual = UsualTime()
+    assert math.isinf(usual.seconds)
+    for seconds in times:
+        usual.took(seconds)
+        assert seconds <= usual.seconds <= max(times)
+    assert all(usual.seconds >= 0.9 * seconds for seconds in times[-5:])
+
+
+async def test_a_monitor_says_when_a_thread_hangs_and_when_it_goes_on() -> None:
+    step = 1.0
+    monitor = StallMonitor(lambda: (step, 0.001), "test", every_s=0.001)
+    monitor.start()
+    with pytest.raises(Overloaded, match="no progress"):
+        await asyncio.wait_for(monitor.guard(asyncio.sleep(60)), 20)
+    assert monitor.stalled
+    step = 0.0
+    async with asyncio.timeout(20):
+        while monitor.stalled:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert await monitor.guard(asyncio.sleep(0, "done")) == "done"
+    await monitor.close()
 
 
 async def test_a_loop_that_stood_still_is_not_the_peer_s_silence() -> None:

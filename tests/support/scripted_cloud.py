@@ -53,6 +53,7 @@ class Script:
     attached: bool = False  # it ran the turn before the edge came
     bad_end: str = ""  # "closed" or "not durable": how the next turn's stream ends, once
     queue_s: float = 0.0
+    stalled: bool = False  # its engine hangs, and it says so
     weights: str = MANIFEST.weights_digest
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class Seen:
     hand_overs: list[int] = field(default_factory=list)
     ended: list[dpb.EdgeEnded] = field(default_factory=list)
     plans: list[bytes] = field(default_factory=list)
+    beats: int = 0  # heartbeats to the edge
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     handed: asyncio.Event = field(default_factory=asyncio.Event)  # some edge handed over
@@ -106,6 +108,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             decode_step_s=0.01,
             recipes=self.script.recipes,
             weights_digest=self.script.weights,
+            stalled=self.script.stalled,
         )
 
     # -- Agent ---------------------------------------------------------------------------------
@@ -178,8 +181,12 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
         replies = self._run(aiter(request_iterator), context)
-        beat = dpb.RunReply(heartbeat=pb.Heartbeat())
-        return beating(replies, lambda: beat, every_s=TURN_HEARTBEAT_S)
+
+        def beat() -> dpb.RunReply:
+            self.seen.beats += 1
+            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=self.script.stalled))
+
+        return beating(replies, beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run(
         self, requests: AsyncIterator[dpb.RunRequest], context: Any

@@ -24,6 +24,7 @@ class ScriptedEngine:
         self.fail_at: tuple[int, SegueError] | None = None
         self.blocks: dict[bytes, KvBlock] = {}
         self.died = asyncio.Event()
+        self.stalled = False
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 
@@ -58,7 +59,7 @@ class ScriptedEngine:
         return next((n for n, one in enumerate(ids) if one not in self.blocks), len(ids))
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 100, 100, 0.0, 1000.0, 0.01, 0, 0)
+        return EngineStats(0, 0, 100, 100, 0.0, 1000.0, 0.01, 0, 0, self.stalled)
 
     async def close(self) -> None:
         return None

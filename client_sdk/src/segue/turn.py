@@ -231,7 +231,7 @@ class Turn:
             request.must_exist = self._offline_end is not None
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
         call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
-        return Listening(call, silence_s=TURN_SILENCE_S)
+        return Listening(call, silence_s=TURN_SILENCE_S, others=len(self._nodes.order()) > 1)
 
     def _drop(self) -> None:
         """Leave the stream; the turn goes on."""

@@ -28,6 +28,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from segue_contract.telemetry import EVENT_PROVIDER
 from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.stalls import StallMonitor
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.api.agent import AgentService
 from segue_edge.compute import ComputeThread, Priority
@@ -138,12 +139,15 @@ class EdgeNode:
         compute = ComputeThread()
         compute.start()
         self._stack.push_async_callback(compute.close)
+        stalls = StallMonitor(compute.running, "edge")
+        self._stack.push_async_callback(stalls.close)
         encoder = ThreadPoolExecutor(1, "segue-encode")
         self._stack.callback(encoder.shutdown, wait=False, cancel_futures=True)
         cache = PrefixCache(config.cache_mb * MIB)
         recipe = model.recipe.digest
         speeds = EdgeSpeeds(bytes_per_token(model.recipe.codec, manifest.geometry.kv))
         await _measure_speeds(model, compute, speeds, manifest)
+        stalls.start()
         await clouds.probed()
         clouds.expect(manifest.weights_digest)
         self.tools = EdgeTools(
@@ -156,6 +160,7 @@ class EdgeNode:
             encoder=encoder,
             encode=encode_with(model.recipe.codec),
             speeds=speeds,
+            stalls=stalls,
         )
         self.warmer = Warmer(model, cache, compute, recipe)
         self.warmer.start()

@@ -122,6 +122,11 @@ TURN_SILENCE_S: Final = 1.2  # a second more than a beat; the rest of 2 s is the
 EDGE_SILENCE_LOOKS: Final = 7  # at the same pace, of an edge that owes a turn's tokens
 SILENCE_LOOKS: Final = 6  # within it: a reader that was itself not scheduled has not listened
 PING_INTERVAL_S: Final = 20.0  # of gRPC's own pings: below the idle times of usual NATs
+STALL_LOOK_S: Final = 0.2  # whoever watches a compute thread looks at this pace
+STALL_S: Final = 1.0  # one step for so long, and for STALL_FACTOR times what such steps take: it
+# hangs. Where somebody else can go on that is noticed like silence.
+STALL_FACTOR: Final = 10.0  # a machine with other work makes a step several times as long
+STALL_OFFER_S: Final = 5.0  # a turn behind a hung engine is left to others for so long
 PING_TIMEOUT_S: Final = 5.0  # of gRPC's own pings; 60 s where it is not set
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
 HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append

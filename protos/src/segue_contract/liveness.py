@@ -1,8 +1,10 @@
-"""When a peer that says nothing counts as lost. Pure."""
+"""When a peer that says nothing counts as lost, and when compute counts as hung. Pure."""
 
 from __future__ import annotations
 
-from segue_contract.limits import SILENCE_LOOKS
+import math
+
+from segue_contract.limits import SILENCE_LOOKS, STALL_FACTOR, STALL_LOOK_S, STALL_S
 
 
 class Silence:
@@ -29,3 +31,38 @@ class Silence:
         """One look further; True once the peer counts as lost."""
         self._looks += 1
         return self.lost
+
+
+class StallWatch:
+    """Whether a compute thread hangs in a step; its owner looks each `STALL_LOOK_S`.
+
+    Looks are counted, as in `Silence`: a process that was stopped for a while, or a machine that
+    slept, and then goes on has not hung.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0.0
+        self._looks = 0
+
+    def look(self, step: float, usual_s: float) -> bool:
+        """True while the running step takes much longer than such steps do.
+
+        Args:
+            step: what tells the running step from others; 0 where none runs.
+            usual_s: how long such steps take, seconds; infinite where that is not known.
+        """
+        self._looks = self._looks + 1 if step and step == self._seen else 0
+        self._seen = step
+        return self._looks * STALL_LOOK_S >= max(STALL_S, STALL_FACTOR * usual_s)
+
+
+class UsualTime:
+    """How long steps of one kind take: the longest one, forgotten within some hundred steps, so
+    that a few short ones do not make a long one look hung. Infinite before the first."""
+
+    def __init__(self) -> None:
+        self.seconds = math.inf
+
+    def took(self, seconds: float) -> None:
+        kept = 0.0 if math.isinf(self.seconds) else 0.98 * self.seconds
+        self.seconds = max(kept, seconds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -32,6 +33,7 @@ from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, Step
 from segue_contract.errors import EngineGone, RankLost, SegueError, TurnFailed
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock
+from segue_contract.liveness import UsualTime
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +79,8 @@ class EngineThread:
         # Replaced as a whole: any thread may read it.
         self.stats = EngineStats(0, 0, pages, pages, 0.0, 0.0, 0.0, 0, 0)
         self.working_since = 0.0  # perf_counter, with each step and command anew; 0.0: it waits
+        self.expected_s = math.inf  # what the running step should take
+        self._usual = UsualTime()
         self._pool: BlockPool = scheduler.pool
         self._options = options
         self._codecs = codecs
@@ -197,6 +201,7 @@ class EngineThread:
         step = self.scheduler.schedule()
         if not step.works:
             return
+        self._expect(step)
         started = time.perf_counter()
         try:
             sampled = self._runner.run(self._runner.prepare(step))
@@ -228,6 +233,7 @@ class EngineThread:
             ahead = Step(())
             if not step.works:
                 continue
+            self._expect(step)
             started = time.perf_counter()
             try:
                 running = model.submit(self._runner.run, self._runner.prepare(step))
@@ -258,7 +264,13 @@ class EngineThread:
         failure = TurnFailed(f"The engine failed in a step: {error}.", hint="Ask again.")
         self._post(self._receiver.deliver, [(key, failure) for key in self.scheduler.fail(step)])
 
+    def _expect(self, step: Step) -> None:
+        """Say how long `step` should take, for whoever watches."""
+        rate = self.rates.prefill_tokens_per_s
+        self.expected_s = max(self._usual.seconds, step.tokens / rate if rate else 0.0)
+
     def _observe(self, step: Step, seconds: float) -> None:
+        self._usual.took(seconds)
         decode_rows = sum(work.count == 1 and work.samples for work in step.works)
         self.rates.observe(step.tokens - decode_rows, decode_rows, seconds)
         if self.tier is not None:

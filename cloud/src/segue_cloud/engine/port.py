@@ -57,6 +57,7 @@ class EngineStats:
     decode_step_s: float
     prefix_hit_tokens: int
     steps: int
+    stalled: bool = False  # a step hangs: it takes many times as long as such steps do
 
 
 class Engine(Protocol):

@@ -54,6 +54,7 @@ from segue_contract.errors import (
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, KvRecipe
 from segue_contract.limits import RPC_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.model.manifest import Manifest
+from segue_contract.transport.stalls import StallMonitor
 
 __all__ = ["EngineOptions", "TorchEngine", "own_recipe"]
 
@@ -138,6 +139,8 @@ class TorchEngine:
         self._ranks = ranks
         self._stuck = watch or StuckWatch()
         self._watch: asyncio.Task[None] | None = None
+        thread = self._thread
+        self._stalls = StallMonitor(lambda: (thread.working_since, thread.expected_s), "engine")
 
     @classmethod
     async def load(
@@ -176,6 +179,7 @@ class TorchEngine:
         if self._ranks is not None:
             self._ranks.watch(self._lose)
         self._watch = asyncio.create_task(self._watch_steps(), name="watch engine steps")
+        self._stalls.start()
         log.info(
             "engine_ready",
             device=self._options.device,
@@ -234,7 +238,8 @@ class TorchEngine:
         return self._pool.count_prefix(ids)
 
     def stats(self) -> EngineStats:
-        return self._thread.stats
+        stats = self._thread.stats
+        return replace(stats, stalled=True) if self._stalls.stalled else stats
 
     @property
     def busy_s(self) -> float:
@@ -268,6 +273,7 @@ class TorchEngine:
         self._commands.put(Close())  # also after `die`: a step that hung may have gone on since
         if self._watch is not None:
             self._watch.cancel()
+        await self._stalls.close()
         await self._thread.join(SHUTDOWN_GRACE_S)
         self._fail_all(EngineGone("The engine was shut down.", hint="Another instance goes on."))
         await self._stop_ranks()

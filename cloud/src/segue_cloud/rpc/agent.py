@@ -102,11 +102,13 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         )
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
-        return beating(
-            self._run_turn(request),
-            lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()),
-            every_s=TURN_HEARTBEAT_S,
-        )
+        session = SessionName(self._identity.tenant, request.session)
+
+        def beat() -> pb.TurnEvent:
+            stalled = self._manager.stalled(session, request.turn)
+            return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled))
+
+        return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         if request.plan not in ("", Shape.TEXT.value):

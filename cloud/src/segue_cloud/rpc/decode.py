@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -89,13 +89,18 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     def Run(
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
-        return beating(
-            self._run(aiter(request_iterator)),
-            lambda: dpb.RunReply(heartbeat=pb.Heartbeat()),
-            every_s=TURN_HEARTBEAT_S,
-        )
+        served: list[TurnOwner] = []
 
-    async def _run(self, requests: AsyncIterator[dpb.RunRequest]) -> AsyncIterator[dpb.RunReply]:
+        def beat() -> dpb.RunReply:
+            stalled = any(owner.stalled for owner in served)
+            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled))
+
+        replies = self._run(aiter(request_iterator), served.append)
+        return beating(replies, beat, every_s=TURN_HEARTBEAT_S)
+
+    async def _run(
+        self, requests: AsyncIterator[dpb.RunRequest], serve: Callable[[TurnOwner], None]
+    ) -> AsyncIterator[dpb.RunReply]:
         message = await _first(requests)
         sizes = self._manifest.geometry
         spec = owned_turn(message, self._tenant, vocabulary=sizes.vocab, context=sizes.context)
@@ -114,6 +119,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
                 yield reply
             return
         owner, attached = await self._own(spec, message)
+        serve(owner)
         intake = KvIntake(
             self._engine, self._manifest.geometry.kv, self._recipes, announced, announced[have:]
         )

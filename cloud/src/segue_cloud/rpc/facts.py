@@ -25,4 +25,5 @@ class FactsSource:
             free_pages=stats.pages_free,
             recipes=self._recipes,
             weights_digest=self._weights,
+            stalled=stats.stalled,
         )

@@ -277,6 +277,11 @@ class TurnManager:
         name = TurnName(session, turn)
         return name in self._owners or name in self._begun
 
+    def stalled(self, session: SessionName, turn: str) -> bool:
+        """The turn runs here, and waits for an engine that hangs."""
+        owner = self.owned(session, turn)
+        return owner is not None and owner.stalled
+
     def stop(self, session: SessionName, turn: str) -> None:
         """At once, if the turn runs here; the log's stop mark reaches it wherever it runs."""
         owner = self._owners.get(TurnName(session, turn))

@@ -105,6 +105,7 @@ class TurnOwner:
             on_stop=self.stop,
             now_ms=deps.now_ms,
             patience_calls=deps.store_patience_calls,
+            stalled=lambda: self.stalled,
         )
         self._settle_edge()
 
@@ -118,6 +119,11 @@ class TurnOwner:
     def waits_for_edge(self) -> bool:
         """The edge makes the next token, or says that it makes no more."""
         return self._progress.maker is Maker.EDGE
+
+    @property
+    def stalled(self) -> bool:
+        """The next token is the engine's, and that hangs."""
+        return self._progress.maker is Maker.CLOUD and self._deps.engine.stats().stalled
 
     def edge_tokens(self, index: int, tokens: tuple[int, ...], pieces: tuple[str, ...]) -> None:
         """Tokens that the edge made; see `ReplyProgress.edge_tokens`."""

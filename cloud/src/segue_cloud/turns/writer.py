@@ -23,7 +23,12 @@ from segue_cloud.turns.patience import store_call
 from segue_cloud.turns.ports import TurnLog
 from segue_contract.errors import Internal, StaleEpoch, StoreUnavailable, UnknownSession
 from segue_contract.ids import SessionName, TurnName
-from segue_contract.limits import MAX_APPEND_OPS, STORE_PATIENCE_CALLS, TURN_LEASE_S
+from segue_contract.limits import (
+    MAX_APPEND_OPS,
+    STALL_OFFER_S,
+    STORE_PATIENCE_CALLS,
+    TURN_LEASE_S,
+)
 from segue_contract.sync.ops import Frame, Op, TurnEnded
 from segue_contract.sync.state import find_turn
 
@@ -62,6 +67,7 @@ class TurnWriter:
         on_stop: told that somebody asked this turn to stop; maybe more than once.
         now_ms: wall clock for the ops' `at_ms`.
         patience_calls: calls to the store that may fail one after another.
+        stalled: whether the turn waits for an engine that hangs.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class TurnWriter:
         on_stop: Callable[[], None],
         now_ms: Callable[[], int],
         patience_calls: int = STORE_PATIENCE_CALLS,
+        stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._key = key
         self._log = log
@@ -91,6 +98,8 @@ class TurnWriter:
         self._wake = asyncio.Event()
         self._closing = False
         self._seq = 1
+        self._stalled = stalled
+        self._offers = 0  # looks since the lease was given back for a hung engine
 
     @property
     def hold(self) -> TurnHold:
@@ -138,10 +147,24 @@ class TurnWriter:
                 await self._wake.wait()
             self._wake.clear()
         except TimeoutError:
+            if await self._offered():
+                return
             result = await self._call(
                 lambda: self._log.renew_turn(self._key.session, self._key.hold, TURN_LEASE_S)
             )
             await self._accept(result)
+
+    async def _offered(self) -> bool:
+        """While the engine hangs the turn is left to whoever has one that does not, for
+        `STALL_OFFER_S`; where nobody took it by then it stays here."""
+        if not self._stalled():
+            self._offers = 0
+            return False
+        self._offers += 1
+        if self._offers == 1:
+            log.warning("turn_offered", turn=self._key.turn)
+            await self._call(lambda: self._log.release_turn(self._key.session, self._key.hold))
+        return self._offers * TURN_LEASE_S / 4 < STALL_OFFER_S
 
     async def _flush(self) -> None:
         upto = len(self._all)

@@ -61,11 +61,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     # -- turns ---------------------------------------------------------------------------------
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
-        return beating(
-            self._run_turn(request),
-            lambda: pb.TurnEvent(heartbeat=pb.Heartbeat()),
-            every_s=TURN_HEARTBEAT_S,
-        )
+        def beat() -> pb.TurnEvent:
+            run = self._registry.running(request.session, request.turn)
+            stalled = run is not None and run.stalled
+            return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled))
+
+        return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         asked = Asked.of(request)

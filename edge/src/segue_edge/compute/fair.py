@@ -62,6 +62,12 @@ class FairQueue(Generic[T]):
         """Jobs that wait; the one that is taken is not among them."""
         return sum(map(len, self._queues.values()))
 
+    @property
+    def taken(self) -> Priority:
+        """The class of the job that is taken; there must be one."""
+        assert self._taken is not None
+        return self._taken[0]
+
     def jobs(self, priority: Priority) -> list[T]:
         """All of one class, the one that is taken first."""
         taken = [self._taken[1]] if self._taken is not None and self._taken[0] == priority else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from segue_contract.errors import Internal, Overloaded, SegueError
 from segue_contract.limits import PREFILL_QUEUE_JOBS, SHUTDOWN_GRACE_S
+from segue_contract.liveness import UsualTime
 from segue_edge.compute.fair import FairQueue, Idle, Priority
 
 T = TypeVar("T")
@@ -100,6 +102,7 @@ class ComputeThread:
         self._decoding = 0
         self._steps = 0
         self._step_began: float | None = None
+        self._usual = {priority: UsualTime() for priority in Priority}
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -120,6 +123,14 @@ class ComputeThread:
         with self._wake:
             began = self._step_began
             return Progress(self._steps, 0.0 if began is None else max(0.0, self._now() - began))
+
+    def running(self) -> tuple[float, float]:
+        """The running step's number from 1 on (0 where none runs), and how long such steps take:
+        for `segue_contract.transport.stalls.StallMonitor`."""
+        with self._wake:
+            if self._step_began is None:
+                return 0.0, math.inf
+            return float(self._steps + 1), self._usual[self._queue.taken].seconds
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
@@ -172,6 +183,7 @@ class ComputeThread:
                 assert self._step_began is not None
                 seconds, self._step_began = now - self._step_began, None
                 self._steps += 1
+                self._usual[self._queue.taken].took(seconds)
                 if more and not self._closing:
                     self._queue.put_back(seconds, now)
                     continue

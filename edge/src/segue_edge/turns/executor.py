@@ -203,7 +203,7 @@ class TurnExecutor:
             self._emit(s.Made(maker, index, tokens, pieces))
 
         try:
-            reason = await part.make(say, self._on_prefilled)
+            reason = await self._tools.stalls.guard(part.make(say, self._on_prefilled))
         except SegueError as error:
             self._emit(s.MakerFailed(maker, error))
         except Exception as error:

@@ -137,7 +137,12 @@ async def follow(
     again.plan = ""  # the turn was planned where it began; a cloud could not force a plan
     try:
         call = cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S)
-        heard = Listening(call, silence_s=TURN_SILENCE_S, patient=lambda: cloud.carries_kv)
+        heard = Listening(
+            call,
+            silence_s=TURN_SILENCE_S,
+            patient=lambda: cloud.carries_kv,
+            others=not cloud.alone,
+        )
         try:
             async for message in heard:
                 event = from_wire(message)

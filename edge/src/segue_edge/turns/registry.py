@@ -86,6 +86,10 @@ class TurnRegistry:
         task.add_done_callback(lambda _: self._done(asked.key))
         return run.feed
 
+    def running(self, session: str, turn: str) -> TurnRun | None:
+        known = self._running.get((session, turn))
+        return known[0] if known is not None else None
+
     def offline_turn(self, session: str, turn: str) -> TurnRun | None:
         """A running turn that only this node knows of; `turn` may be empty."""
         for (in_session, name), (run, _) in self._running.items():

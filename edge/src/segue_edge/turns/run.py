@@ -71,6 +71,12 @@ class TurnRun:
         return self._state is not None and self._state.offline
 
     @property
+    def stalled(self) -> bool:
+        """It waits for this node's compute, and that hangs."""
+        waits = self._state is not None and self._state.waits_for_maker
+        return waits and self._tools.stalls.stalled
+
+    @property
     def whole(self) -> bool:
         """Its end was shown: a device that comes back may be told all of it from here."""
         return self.feed.events.ended is not None

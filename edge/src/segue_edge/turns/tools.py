@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from segue_contract.chat import ChatTokenizer
 from segue_contract.model.manifest import Manifest
+from segue_contract.transport.stalls import StallMonitor
 from segue_edge.compute import ComputeThread
 from segue_edge.planner.estimators import EdgeSpeeds
 from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
@@ -17,7 +18,7 @@ from segue_edge.uplink.sender import Encode, KvSender
 @dataclass(frozen=True)
 class EdgeTools:
     """`recipe`: the digest of the recipe of this node's KV; `encode`: a block to frames in the
-    codec of that recipe, run in `encoder`."""
+    codec of that recipe, run in `encoder`; `stalls`: the watch over `compute`."""
 
     model: EdgeModelPort
     manifest: Manifest
@@ -28,6 +29,7 @@ class EdgeTools:
     encoder: Executor
     encode: Encode
     speeds: EdgeSpeeds
+    stalls: StallMonitor
 
     def may_ship(self, accepted: Collection[str]) -> bool:
         """Whether KV goes to a cloud that accepts these recipes: our manifest must allow it."""

@@ -133,6 +133,12 @@ class TurnState:
         self._last_error: SegueError = Unreachable("No cloud answers for this turn.")
 
     @property
+    def waits_for_maker(self) -> bool:
+        """The next token can only be made here."""
+        served = self._link is not None and self._link.opened
+        return self._maker in (Maker.MAKING, Maker.FAILED) and not served
+
+    @property
     def tokens(self) -> list[int]:
         return self._merger.tokens
 

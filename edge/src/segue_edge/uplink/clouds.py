@@ -40,6 +40,7 @@ class Cloud:
     Attributes:
         view: estimates for the planner.
         expected_weights: the digest of this edge's model; "" before it is loaded.
+        alone: no other one is configured.
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
@@ -54,6 +55,7 @@ class Cloud:
         self.recipes: frozenset[str] = frozenset()
         self.weights_digest = ""
         self.expected_weights = ""
+        self.alone = True
         self.backlog_bytes = 0
         self._full_until = 0.0  # monotonic
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
@@ -68,7 +70,7 @@ class Cloud:
         self.weights_digest = facts.weights_digest
         if self.serves_others:
             raise self.refuse_weights()
-        self.healthy = True
+        self.healthy = not facts.stalled
         self.recipes = frozenset(facts.recipes)
         self.view.observe_facts(
             queue_s=facts.queue_s,
@@ -215,6 +217,8 @@ class CloudSet:
 
     def __init__(self, targets: Sequence[str], pacer: Pacer) -> None:
         self.clouds = {target: Cloud(target) for target in targets}
+        for cloud in self.clouds.values():
+            cloud.alone = len(self.clouds) == 1
         self.pacer = pacer
         self._prober: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()
@@ -285,9 +289,9 @@ class CloudSet:
             if not (isinstance(error, DeadlineExceeded) and cloud.carries_kv):
                 cloud.failed(error)
             return
-        if not was_healthy:
+        if cloud.healthy and not was_healthy:
             log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)
-        if not was_healthy or first:
+        if (cloud.healthy and not was_healthy) or first:
             self._returned.set()
 
     async def close(self) -> None:

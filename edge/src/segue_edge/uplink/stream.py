@@ -111,7 +111,10 @@ class TurnStream:
         try:
             # what is sent first may wait behind KV of other turns on its way up
             heard = Listening(
-                self._call, silence_s=TURN_SILENCE_S, patient=lambda: self.cloud.carries_kv
+                self._call,
+                silence_s=TURN_SILENCE_S,
+                patient=lambda: self.cloud.carries_kv,
+                others=not self.cloud.alone,
             )
             async for reply in heard:
                 yield reply

@@ -92,9 +92,11 @@ class Listening:
     Args:
         patient: while it is true, a first message may take as long as it likes: the request itself
             waits on its way, behind what else this link carries.
+        others: somebody else could go on: a peer whose compute hangs is as good as lost then.
 
     Attributes:
-        silent: the peer said nothing for `silence_s`: the call was cancelled for that.
+        silent: the peer said nothing for `silence_s`, or that its compute hangs: the call was
+            cancelled for that.
     """
 
     def __init__(
@@ -103,8 +105,10 @@ class Listening:
         *,
         silence_s: float = SILENCE_S,
         patient: Callable[[], bool] = lambda: False,
+        others: bool = False,
     ) -> None:
         self.silent = False
+        self._others = others
         self._call = call
         self._patient = patient
         self._begun = False  # the peer said something
@@ -119,14 +123,14 @@ class Listening:
         """The next message, or `EOF` where the peer ended the call.
 
         Raises:
-            Unreachable: it fell silent.
+            Unreachable: it fell silent, or hangs.
             AioRpcError, CancelledError: as the call's own `read`.
         """
         while True:
             self._silence.heard()
             self._waiting = True
             try:
-                message = await self._next()
+                message = await self._call.read()
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if self.silent and not (task is not None and task.cancelling()):
@@ -144,18 +148,12 @@ class Listening:
                 return message
             if message.WhichOneof("kind") != "heartbeat":
                 return message
-
-    async def _next(self) -> Any:
-        """The next message but for those that say as much as silence does."""
-        while True:
-            message = await self._call.read()
-            stalled = (
-                message is not EOF
-                and message.WhichOneof("kind") == "heartbeat"
-                and message.heartbeat.stalled
-            )
-            if not stalled:
-                return message
+            if message.heartbeat.stalled and self._others:
+                self.silent = True
+                self.cancel()
+                raise Unreachable(
+                    "The other side's compute makes no progress.", hint="Somebody else goes on."
+                )
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """All messages up to the end."""

@@ -118,6 +118,7 @@ class CloudFacts(_message.Message):
     FREE_PAGES_FIELD_NUMBER: _builtins.int
     RECIPES_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    STALLED_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     queue_s: _builtins.float
     prefill_tokens_per_s: _builtins.float
@@ -125,6 +126,8 @@ class CloudFacts(_message.Message):
     running_turns: _builtins.int
     free_pages: _builtins.int
     weights_digest: _builtins.str
+    stalled: _builtins.bool
+    """Its engine hangs in a step: other instances come first."""
     @_builtins.property
     def recipes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The KV recipe digests that the cloud's engine accepts."""
@@ -140,10 +143,11 @@ class CloudFacts(_message.Message):
         free_pages: _builtins.int = ...,
         recipes: _abc.Iterable[_builtins.str] | None = ...,
         weights_digest: _builtins.str = ...,
+        stalled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "instance", b"instance", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "instance", b"instance", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "stalled", b"stalled", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
