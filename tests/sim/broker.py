@@ -56,6 +56,16 @@ class Broker:
         self._sessions.clear()
         self.world.loop.call_later(down_s, self._start, context=self.world.network._outside.copy())
 
+    def drop_sessions(self, *, silently: bool) -> None:
+        """Forget every session: connections break, or stand and bring nothing any more."""
+        self.world.say("broker", "drop sessions", silently)
+        sessions, self._sessions = self._sessions, []
+        for session in sessions:
+            session.topics.clear()
+            session.will = None
+            if not silently:
+                session.end.close()
+
     def _accept(self, end: End) -> None:
         session = _Session(end, set())
         self._sessions.append(session)

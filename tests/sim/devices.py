@@ -34,8 +34,16 @@ class Device:
     """One device with one session open. Its process lives through the run."""
 
     def __init__(
-        self, world: World, history: History, name: str, session: str, addresses: Sequence[str]
+        self,
+        world: World,
+        history: History,
+        name: str,
+        session: str,
+        addresses: Sequence[str],
+        *,
+        device: str = "",
     ) -> None:
+        """`name` is the process's; `device`, where it is another, the one that it says it is."""
         self.world = world
         self.history = history
         self.name = name
@@ -48,10 +56,11 @@ class Device:
         self.client: segue.Client
         self.session: segue.Session
         self._addresses = list(addresses)
+        self._device = device or name
         self._values = 0
 
     async def open(self) -> None:
-        self.client = segue.Client(self._addresses, device=self.name)
+        self.client = segue.Client(self._addresses, device=self._device)
         while True:
             try:
                 await self.client._nodes.connect()

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,22 +113,24 @@ class EdgeProgram:
         self._clouds = ",".join(clouds)
         self._plan = plan
         self._salt = world.rng("edges").choice([0, 0, 5])
-        self._lives = 0
+        self._outbox: Path | None = None
         self._stop: asyncio.Event
         self._task: asyncio.Task[Any]
         self.start()
 
     def start(self) -> None:
-        self._lives += 1
         self.process = self.world.process(self.name)
         self._stop = asyncio.Event()
         self._task = self.process.start(self._serve(), self.name)
 
     async def _serve(self) -> None:
         node: Any = importlib.import_module("segue_edge.node")
-        # Of each life its own file: an operating system frees the lock of a dead process, which
-        # here is the same one.
-        outbox = Path(_FOLDER.name) / f"{os.getpid()}-{next(_FILES)}.outbox"
+        # Each life goes on with a copy of what the last one left: an operating system frees the
+        # lock of a dead process, which here is the same one.
+        before = self._outbox
+        self._outbox = outbox = Path(_FOLDER.name) / f"{os.getpid()}-{next(_FILES)}.outbox"
+        if before is not None and before.exists():
+            shutil.copy(before, outbox)
         config = node.EdgeConfig(
             port=7100 + self._number, cloud=self._clouds, plan=self._plan, outbox=outbox
         )

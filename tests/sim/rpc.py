@@ -236,6 +236,11 @@ class Channel:
     ) -> Callable[..., Call]:
         return self._method(path, (request_serializer, response_deserializer), True, False)
 
+    def stream_unary(
+        self, path: str, request_serializer: Any = None, response_deserializer: Any = None, **_: Any
+    ) -> Callable[..., Call]:
+        return self._method(path, (request_serializer, response_deserializer), False, True)
+
     def stream_stream(
         self, path: str, request_serializer: Any = None, response_deserializer: Any = None, **_: Any
     ) -> Callable[..., Call]:
@@ -502,6 +507,9 @@ class _Served:
 
         if handler.request_streaming:
             request: Any = requests()
+            if not handler.response_streaming:
+                send(await handler.stream_unary(request, context))
+                return
             served = handler.stream_stream(request, context)
         else:
             request = handler.request_deserializer(await queue.get())

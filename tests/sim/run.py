@@ -64,7 +64,8 @@ def minimise(outcome: Outcome) -> Outcome:
 
 
 def faults_of(seed: int) -> list[Fault]:
-    return faults.draw(World(seed).rng("faults"), scenarios.BUSY_S, faults.KINDS)
+    kinds = faults.kinds_for(scenarios.has_edges(seed))
+    return faults.draw(World(seed).rng("faults"), scenarios.BUSY_S, kinds)
 
 
 def run(seed: int, given: list[Fault] | None = None) -> Outcome:

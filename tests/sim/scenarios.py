@@ -40,6 +40,10 @@ class Scene:
     devices: list[Device] = field(default_factory=list)
 
 
+def has_edges(seed: int) -> bool:
+    return bool(EDGES_EVERY) and seed % EDGES_EVERY == EDGES_EVERY - 1
+
+
 async def clouds_and_devices(world: World, faults: list[Fault]) -> Scene:
     """Two clouds; two or three devices of one session, each of which prefers one of them."""
     rng = world.rng("scene")
@@ -49,7 +53,7 @@ async def clouds_and_devices(world: World, faults: list[Fault]) -> Scene:
     world.network.jitter_s = world.network.latency_s * rng.choice([0.5, 2.0])
     scene.clouds = [CloudProgram(world, number) for number in (1, 2)]
     addresses = [cloud.address for cloud in scene.clouds]
-    if EDGES_EVERY and world.seed % EDGES_EVERY == EDGES_EVERY - 1:
+    if has_edges(world.seed):
         plan = rng.choice(["auto", "auto", "edge", "ship", "text"])
         scene.edges = [EdgeProgram(world, number, addresses, plan) for number in (1, 2)]
     for name in ("phone", "laptop", "tablet")[: rng.choice([2, 2, 3])]:
@@ -58,6 +62,9 @@ async def clouds_and_devices(world: World, faults: list[Fault]) -> Scene:
             near = [edge.address for edge in rng.sample(scene.edges, 2)]
             order = near + order * rng.choice([0, 1])
         scene.devices.append(Device(world, scene.history, name, "trip", order))
+        if len(scene.devices) == 1 and rng.random() < 0.2:  # two apps of one device
+            twin = Device(world, scene.history, "phone-2", "trip", order[::-1], device=name)
+            scene.devices.append(twin)
     for fault in faults:
         world.loop.call_later(
             fault.at_s, _begin, scene, fault, context=world.network._outside.copy()
@@ -80,7 +87,7 @@ async def _live(scene: Scene, device: Device) -> None:
     following.add_done_callback(lambda task: _unexpected(scene.world, task))
     async with asyncio.TaskGroup() as group:
         group.create_task(_write(device))
-        group.create_task(_ask(device))
+        group.create_task(_ask(device, bool(scene.edges)))
 
 
 def _unexpected(world: World, task: asyncio.Task[None]) -> None:
@@ -94,22 +101,24 @@ async def _write(device: Device) -> None:
         await device.set_value()
 
 
-async def _ask(device: Device) -> None:
-    for number in range(device.rng.choice([0, 1, 1, 2])):
-        await asyncio.sleep(device.rng.uniform(0.0, 3.0))
+async def _ask(device: Device, edges: bool) -> None:
+    """More and longer turns where there are edges: most of an edge is its part in a turn."""
+    rng = device.rng
+    for number in range(rng.choice([1, 2, 3] if edges else [0, 1, 1, 2])):
+        await asyncio.sleep(rng.uniform(0.0, 2.0 if edges else 3.0))
         prompt = f"{device.name} asks {number}. "
-        await device.ask(prompt, device.rng.choice([1, 4, 12, 30]))
+        await device.ask(prompt, rng.choice([1, 4, 12, 30, 60] if edges else [1, 4, 12, 30]))
 
 
 def _heal(scene: Scene) -> None:
     scene.world.say("calm")
     scene.world.network.heal_all()
     scene.store.go_on()
-    scene.store.refusal = ""
+    scene.store.refusal = scene.store.away = ""
     scene.broker.process.resume()
     scene.broker.drops = scene.broker.doubles = 0.0
     scene.broker.refuses = False
-    for program in (*scene.clouds, *scene.edges):
+    for program in (*scene.clouds, *scene.edges, *scene.devices):
         program.process.resume()
 
 
@@ -148,6 +157,10 @@ def _behind(scene: Scene) -> str | None:
         for name, turn in history.turns.items():
             if not turn.ended:
                 return f"{session}: turn {name} has no end"
+        for device in scene.devices:
+            for shown in device.asked:
+                if shown.ended and shown.turn not in history.turns and history.lost_at_s < 0:
+                    return f"{session}: {shown.turn}, served offline, is not in the log"
         state = history.fold()
         for device in scene.devices:
             if device.session_name != session:

@@ -32,14 +32,15 @@ class Store:
         space: what the primary holds now.
         life: counts the lives; a new one begins with each restart and fail-over.
         refusal: the error that every write is answered with, "" where it is taken.
+        away: the error that every command is answered with, "" where it is served.
         evicts: keys may go at any time (a wrong maxmemory-policy).
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.life = 0
-        self.refusal = ""
-        self.skew_s = 0.0
+        self.refusal = self.away = ""
+        self.skew_s = 0.0  # of the server's clock
         self.wrote: list[Observer] = []
         self.changed: list[Callable[[str], None]] = []
         self._rng = world.rng("store")
@@ -102,7 +103,7 @@ class Store:
 
     def _begin_life(self) -> None:
         self.life += 1
-        self.refusal = ""
+        self.refusal = self.away = ""
         self._listening.clear()
         self._info = {
             "redis_version": "7.2.4",
@@ -125,7 +126,7 @@ class Store:
         self._client = end.peer.process
         replies: list[Any] = []
         for command in batch:
-            if command[0] in (b"SUBSCRIBE", b"UNSUBSCRIBE"):
+            if command[0] in (b"SUBSCRIBE", b"UNSUBSCRIBE") and not self.away:
                 replies += [self._subscribe(end, command[0], channel) for channel in command[1:]]
                 continue
             try:
@@ -162,6 +163,8 @@ class Store:
 
     def _run(self, command: tuple[bytes, ...]) -> Reply:
         name = command[0].upper()
+        if self.away:
+            raise ReplyError(self.away)
         if name == b"SCRIPT":
             digest = sha1(command[2], usedforsecurity=False).hexdigest().encode()
             self._sources[digest] = command[2].decode()
