@@ -10,7 +10,6 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from redis.exceptions import ReadOnlyError
 import segue
 from segue.local.probes import probe_store
 from segue_cloud.sessions.node import Connections, Node
-from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
@@ -31,12 +29,12 @@ from tests.support.cloud_rpc import CloudRpc, cloud_rpc
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.sentinels import Watched, watched_pair
 from tests.support.servers import require_valkey
+from tests.support.store_writers import Writer, check_log
 from tests.support.tiny_edge import MANIFEST, tiny_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SESSIONS = 8
-STRIKE_AFTER = 20  # appends to each session
 REPLY = tuple(b"the keeper of the light counts ships and waves") * 2
 WAIT_S = 60.0
 
@@ -47,59 +45,6 @@ async def watched() -> AsyncIterator[Watched]:
     with tempfile.TemporaryDirectory() as folder:
         async with watched_pair(Path(folder)) as group:
             yield group
-
-
-@dataclass
-class Acknowledged:
-    """Of one session: the bytes that the store said it had put at each (generation, offset)."""
-
-    name: SessionName
-    ops: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    half_way: asyncio.Event = field(default_factory=asyncio.Event)
-    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-async def write(store: RedisStore, one: Acknowledged, enough: asyncio.Event) -> None:
-    """Append until `enough`, as a device does: what the store did not take is sent again."""
-    opened = await store.open_session(one.name, producer="p")
-    producer, seq, generation = opened.epoch, 1, 0
-    while not enough.is_set():
-        data = LogOp.of(ops.Set(id=f"{one.name.session}.{seq}", name="n", value=b"1")).data
-        try:
-            result = await store.append(one.name, Producer("p", producer, seq), [data])
-        except StoreUnavailable:
-            continue  # repeated as it was: it may have been taken
-        if result.status is Status.GAP:  # what was acknowledged is lost, and this says so
-            seq = result.expected_seq
-            continue
-        if result.status is Status.MISSING:  # the whole session is
-            opened = await store.open_session(one.name, producer="p")
-            producer, seq = opened.epoch, 1
-            continue
-        assert result.status in (Status.OK, Status.DUP), result
-        one.ops[result.generation, result.first_offset] = data
-        seq += 1
-        if seq > STRIKE_AFTER:
-            one.half_way.set()
-        if generation and result.generation != generation:
-            one.goes_on.set()
-        generation = result.generation
-
-
-async def check_log(store: RedisStore, one: Acknowledged) -> int:
-    """How many acknowledged ops are lost. Each of them was told: the generation changed."""
-    page = await store.read(one.name, Cursor(0, 0), 100_000)
-    found = {entry.cursor.offset: entry.op for entry in page.entries}
-    assert sorted(found) == list(range(1, page.tail.offset + 1))
-    lost = 0
-    for (generation, offset), data in one.ops.items():
-        if found.get(offset) == data:
-            continue
-        lost += 1
-        assert generation < page.tail.generation, f"{offset} was lost and nobody told"
-        judged = await store.read(one.name, Cursor(generation, offset), 1, judged=True)
-        assert judged.status.value == "lost"
-    return lost
 
 
 async def ask(session: segue.Session, cloud: CloudRpc, struck: asyncio.Event) -> segue.Turn:
@@ -132,7 +77,7 @@ async def test_a_primary_that_dies_or_hangs_in_the_middle_of_everything(
     old = await watched.primary()
     engine = ScriptedEngine(REPLY, free=False)
     name = SessionName("default", f"turn-{how}")
-    writers = [Acknowledged(SessionName("default", f"{how}{i}")) for i in range(SESSIONS)]
+    writers = [Writer(SessionName("default", f"{how}{i}")) for i in range(SESSIONS)]
     struck, enough = asyncio.Event(), asyncio.Event()
     async with (
         asyncio.timeout(WAIT_S),
@@ -146,7 +91,7 @@ async def test_a_primary_that_dies_or_hangs_in_the_middle_of_everything(
         session = await client.session(name.session)
         asking = group.create_task(ask(session, cloud, struck))
         for one in writers:
-            group.create_task(write(store, one, enough))
+            group.create_task(one.write(store, enough))
         await asyncio.gather(*(one.half_way.wait() for one in writers))
         await watched.in_step(old)
         old.process.kill() if how == "kill" else old.process.pause()

@@ -204,6 +204,8 @@ class BothWires:
     async def call(self, *commands: Any) -> list[Any]:
         return [await self._one(*command) for command in commands]
 
+    call_each = call
+
     async def _one(self, name: str, *args: Any) -> Any:
         if name == "TIME":
             return await self._both.send("HMGET", _CLOCK, "s", "us")

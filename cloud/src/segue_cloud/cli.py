@@ -23,7 +23,7 @@ def cloud(
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
         str | None,
-        typer.Option(help="redis://… or redis+sentinel://… ; embedded Valkey where not given."),
+        typer.Option(help="redis://…, redis+sentinel://… ; embedded Valkey where not given."),
     ] = None,
     mqtt_url: Annotated[
         str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")

@@ -4,7 +4,8 @@
     log.lua   every change of a session: one atomic call
     keys      names in the store
     wire      commands, repeated until their deadline
-    routes    which server a command goes to: the one there is, or the Sentinels' primary
+    routes    which server a command goes to: the one there is, or the Sentinels' primary,
+    cluster   or the node of a Cluster that has its slot
     node      pooled connections to one server
     store     the port over wire and script; `rows` translates
     reader    folded states and pages, kept at hand

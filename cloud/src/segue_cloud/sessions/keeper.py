@@ -55,7 +55,7 @@ class SessionKeeper:
     async def deleted(self, sessions: Sequence[SessionName]) -> set[SessionName]:
         if not sessions:
             return set()
-        rows = await self._wire.call(*(self._call(one, "past") for one in sessions))
+        rows = await self._wire.call_each(*(self._call(one, "past") for one in sessions))
         return {one for one, (_, gone) in zip(sessions, rows, strict=True) if gone}
 
     # -- deletion -----------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class SessionKeeper:
 
     async def _summaries(self, sessions: Sequence[SessionName]) -> list[SessionSummary | None]:
         fields = ("gen", "tail", "u", "title", "n", "cur")
-        rows = await self._wire.call(
+        rows = await self._wire.call_each(
             *(("HMGET", SessionKeys.of(one).meta, *fields) for one in sessions)
         )
         return [

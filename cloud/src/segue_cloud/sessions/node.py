@@ -55,6 +55,12 @@ class Script:
         return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
 
+def heard(task: asyncio.Task[Any]) -> None:
+    """Whoever waited for it may be gone: its error is no surprise then."""
+    if not task.cancelled():
+        task.exception()
+
+
 class Connections:
     """Makes connections as a URL says: with its password, database and TLS, to any address."""
 
@@ -194,6 +200,9 @@ class Node:
             if isinstance(reply, ResponseError):
                 raise reply
         return await exchange(connection, commands)
+
+
+NewNode = Callable[[Make, bool], Node]
 
 
 async def exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
+from redis.exceptions import AskError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as LinkError
-from redis.exceptions import RedisError, ResponseError
 
-from segue_cloud.sessions.node import Command, Connections, Make, Node, elsewhere, exchange
+from segue_cloud.sessions.node import (
+    Command,
+    Connections,
+    NewNode,
+    Node,
+    elsewhere,
+    exchange,
+    heard,
+)
 from segue_contract.limits import SILENCE_S, STORE_LOOKUP_S
 from segue_contract.store_url import Address, StoreUrl
-
-NewNode = Callable[[Make, bool], Node]
 
 
 class Route(Protocol):
@@ -33,8 +40,20 @@ class Route(Protocol):
         """`commands` in runs, in order, that one server serves each."""
         ...
 
+    async def spread(self, commands: Sequence[Command]) -> list[list[int]]:
+        """The places of `commands` that one server serves each, in any order."""
+        ...
+
     async def node(self, commands: Sequence[Command]) -> Node:
         """The server for a run. Raises LinkError where none is known now."""
+        ...
+
+    async def nodes(self) -> list[Node]:
+        """All servers that take writes. Raises LinkError where none is known now."""
+        ...
+
+    async def asked(self, error: AskError) -> Node:
+        """The server that a Cluster's node sends a single command to."""
         ...
 
     async def failed(self, node: Node, error: Exception) -> None:
@@ -44,7 +63,26 @@ class Route(Protocol):
     async def close(self) -> None: ...
 
 
-class OneServer:
+class _Single(ABC):
+    """One server at a time serves everything."""
+
+    def split(self, commands: Sequence[Command]) -> list[Sequence[Command]]:
+        return [commands]
+
+    async def spread(self, commands: Sequence[Command]) -> list[list[int]]:
+        return [list(range(len(commands)))]
+
+    @abstractmethod
+    async def node(self, commands: Sequence[Command]) -> Node: ...
+
+    async def nodes(self) -> list[Node]:
+        return [await self.node(())]
+
+    async def asked(self, error: AskError) -> Node:
+        raise error  # a Cluster's node, and the URL does not say so
+
+
+class OneServer(_Single):
     """The server that the URL names, whatever stands behind that address."""
 
     hint = "Check that Redis runs there (SEGUE_REDIS_URL), then try again."
@@ -53,9 +91,6 @@ class OneServer:
     def __init__(self, connections: Connections, new_node: NewNode) -> None:
         self.shown = connections.address
         self._node = new_node(connections.to_url(), False)
-
-    def split(self, commands: Sequence[Command]) -> list[Sequence[Command]]:
-        return [commands]
 
     async def node(self, commands: Sequence[Command]) -> Node:
         return self._node
@@ -70,7 +105,7 @@ class OneServer:
         await self._node.forget()
 
 
-class SentinelPrimary:
+class SentinelPrimary(_Single):
     """The primary as the Sentinels name it, asked for each new connection.
 
     The answer of the highest configuration epoch counts, among those of a majority or of all that
@@ -94,15 +129,12 @@ class SentinelPrimary:
         self._doubtful = False
         self._looking: asyncio.Task[Node] | None = None
 
-    def split(self, commands: Sequence[Command]) -> list[Sequence[Command]]:
-        return [commands]
-
     async def node(self, commands: Sequence[Command]) -> Node:
         if self._node is not None and self._node.has_free and not self._doubtful:
             return self._node
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="find the store's primary")
-            self._looking.add_done_callback(_heard)
+            self._looking.add_done_callback(heard)
         return await asyncio.shield(self._looking)
 
     async def failed(self, node: Node, error: Exception) -> None:
@@ -186,9 +218,3 @@ class SentinelPrimary:
             raise LinkError("it watches none of that name")
         known = dict(zip(facts[::2], facts[1::2], strict=False))
         return int(known.get(b"config-epoch", 0)), (address[0].decode(), int(address[1]))
-
-
-def _heard(task: asyncio.Task[Node]) -> None:
-    """Whoever waited for it may be gone: its error is no surprise then."""
-    if not task.cancelled():
-        task.exception()

@@ -38,7 +38,7 @@ class RunningTurns:
         for session in sessions:
             shards[active_shard(session)].append(str(session))
         if shards:
-            await self._wire.call(
+            await self._wire.call_each(
                 *(
                     self._call(shard, "name", int(look_in_s * 1000), *members)
                     for shard, members in shards.items()
@@ -51,7 +51,7 @@ class RunningTurns:
         Others are not told of them for a moment. Raises StoreUnavailable.
         """
         each = -(-most // 4)  # orphans of one dead instance are spread over the shards
-        shards = await self._wire.call(
+        shards = await self._wire.call_each(
             *(self._call(shard, "due", each, _HIDE_MS) for shard in range(ACTIVE_SHARDS))
         )
         looked = [
@@ -61,7 +61,7 @@ class RunningTurns:
         ]
         if not looked:
             return []
-        (seconds, micros), *found = await self._wire.call(
+        (seconds, micros), *found = await self._wire.call_each(
             ("TIME",),
             *(("HMGET", SessionKeys.of(one).meta, "cur", "lease") for _, _, one in looked),
         )
@@ -81,7 +81,7 @@ class RunningTurns:
             shard = active_shard(session)
             results.append(self._call(shard, "name", 0, str(session)))
         if results:
-            await self._wire.call(*results)
+            await self._wire.call_each(*results)
         return [session for _, session in orphans[:most]]
 
     def _call(self, shard: int, verb: str, *args: str | int) -> Command:

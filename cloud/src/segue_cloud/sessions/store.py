@@ -69,11 +69,12 @@ def unknown_session(session: SessionName) -> UnknownSession:
 async def _check_policy(wire: Wire) -> None:
     """Raises StoreUnavailable where the store throws away keys when it is full."""
     try:
-        ((*_, policy),) = await wire.call(("CONFIG", "GET", "maxmemory-policy"))
+        replies = await wire.call_servers(("CONFIG", "GET", "maxmemory-policy"))
+        policies = {policy for (*_, policy) in replies}
     except (Internal, ValueError):  # a managed store, or an ACL, does not let us look
         log.warning("store_policy_unknown", hint="maxmemory-policy must be noeviction.")
         return
-    if policy != b"noeviction":
+    for policy in policies - {b"noeviction"}:
         raise StoreUnavailable(
             f"The session store evicts keys when it is full (maxmemory-policy {policy.decode()}): "
             "sessions would lose entries.",
@@ -301,7 +302,7 @@ class RedisStore:
         """The tail of each session; None where there is no such session."""
         if not sessions:
             return []
-        values = await self._wire.call(
+        values = await self._wire.call_each(
             *(("HMGET", SessionKeys.of(one).meta, "gen", "tail") for one in sessions)
         )
         return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
@@ -323,7 +324,7 @@ class RedisStore:
         """As the port says; each call looks at the next `max_sessions` active sessions."""
         each = -(-max_sessions // ACTIVE_SHARDS)
         start, stop = self._looked_at, self._looked_at + each - 1
-        shards = await self._wire.call(
+        shards = await self._wire.call_each(
             *(("ZREVRANGE", active_key(shard), start, stop) for shard in range(ACTIVE_SHARDS))
         )
         more = any(len(shard) == each for shard in shards)
@@ -331,7 +332,7 @@ class RedisStore:
         active = [SessionName.parse(member.decode()) for shard in shards for member in shard]
         if not active:
             return []
-        now, *since = await self._wire.call(
+        now, *since = await self._wire.call_each(
             ("TIME",), *(("HGET", SessionKeys.of(one).meta, "da") for one in active)
         )
         latest_ms = int(now[0]) * 1000 + int(now[1]) // 1000 - older_than_s * 1000
@@ -345,7 +346,7 @@ class RedisStore:
     async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
         """Sessions that nobody appended to for `idle_s`; each is handed out once."""
         each = -(-max_sessions // ACTIVE_SHARDS)
-        shards = await self._wire.call(
+        shards = await self._wire.call_each(
             *(
                 _ACTIVE.call((active_key(shard),), "take", int(idle_s * 1000), each)
                 for shard in range(ACTIVE_SHARDS)

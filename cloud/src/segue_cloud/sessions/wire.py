@@ -10,7 +10,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from redis.exceptions import (
+    AskError,
     ClusterError,
+    MovedError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -19,6 +21,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from segue_cloud.sessions.cluster import Cluster
 from segue_cloud.sessions.node import Command, Connections, Make, Node, Script, elsewhere
 from segue_cloud.sessions.routes import OneServer, Route, SentinelPrimary
 from segue_contract.errors import Internal, StoreUnavailable
@@ -37,6 +40,7 @@ Sleep = Callable[[float], Awaitable[None]]
 
 # Answers that say "not now" rather than "not this".
 _LATER = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError, NoScriptError)
+_ASKING: Command = ("ASKING",)
 _LATER_CODES = ("BUSY", "NOREPLICAS", "MISCONF", "UNBLOCKED")
 
 
@@ -72,6 +76,8 @@ class Wire:
         self._route: Route
         if where.kind is StoreKind.SENTINEL:
             self._route = SentinelPrimary(where, connections, new_node)
+        elif where.kind is StoreKind.CLUSTER:
+            self._route = Cluster(where, connections, new_node)
         else:
             self._route = OneServer(connections, new_node)
         self._timeout_s = timeout_s
@@ -87,20 +93,101 @@ class Wire:
             StoreUnavailable: no answer within the deadline.
             Internal: the store refused a command for good.
         """
+
+        async def attempt(patience_s: float) -> list[Any]:
+            replies: list[Any] = []
+            for run in self._route.split(commands):
+                replies += whole(await self._send(run, patience_s))
+            return replies
+
+        return await self._repeat(attempt)
+
+    async def call_each(self, *commands: Command) -> list[Any]:
+        """As `call`, of commands that do not depend on each other: several servers are asked at
+        once, and only what failed is repeated."""
+        replies: list[Any] = [None] * len(commands)
+        left = list(range(len(commands)))
+
+        async def attempt(patience_s: float) -> list[Any]:
+            nonlocal left
+            places = [
+                [left[number] for number in group]
+                for group in await self._route.spread([commands[number] for number in left])
+            ]
+            sending = (self._send([commands[one] for one in group], patience_s) for group in places)
+            answers = await asyncio.gather(*sending, return_exceptions=True)
+            error: BaseException | None = None
+            left = []
+            for group, answer in zip(places, answers, strict=True):
+                for place, reply in zip(
+                    group,
+                    [answer] * len(group) if isinstance(answer, BaseException) else answer,
+                    strict=True,
+                ):
+                    if isinstance(reply, BaseException):
+                        left.append(place)
+                        error = error or reply
+                    replies[place] = reply
+            if error is not None:
+                raise error
+            return replies
+
+        return await self._repeat(attempt)
+
+    async def call_servers(self, command: Command) -> list[Any]:
+        """The reply of each server that takes writes. Raises as `call`."""
+
+        async def attempt(patience_s: float) -> list[Any]:
+            replies: list[Any] = []
+            for node in await self._route.nodes():
+                replies += whole(await self._send([command], patience_s, node))
+            return replies
+
+        return await self._repeat(attempt)
+
+    async def dedicated(self) -> Any:
+        """A connection of the caller's own, for what is no call; the caller disconnects it.
+
+        Raises:
+            StoreUnavailable: none can be made within the deadline.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                node = await self._route.node(())
+                try:
+                    return await node.connect()
+                except (RedisError, OSError) as error:
+                    await self._route.failed(node, error)
+                    raise
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            raise StoreUnavailable(
+                f"The session store at {self._route.shown} cannot be reached.",
+                hint=self._route.hint,
+            ) from error
+
+    async def close(self) -> None:
+        """Close all connections; calls in progress end with StoreUnavailable."""
+        self._closed = True
+        await self._route.close()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    async def _repeat(self, attempt: Callable[[float], Awaitable[list[Any]]]) -> list[Any]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
         pause = STORE_RETRY_S
-        reason = "no answer"
+        reason = ""
         while not self._closed:
             try:
                 async with asyncio.timeout_at(deadline):
                     # Half of the time left: a connection that fell silent must not use it up.
                     patience = max((deadline - loop.time()) / 2, 0.05)
-                    return await self._attempt(commands, min(patience, self._route.patience_s))
+                    return await attempt(min(patience, self._route.patience_s))
             except TimeoutError:
-                reason = "no answer in time"
+                reason = reason or "no answer in time"  # an answer that was no help says more
             except ResponseError as error:
-                reason = str(error)
+                moved = isinstance(error, AskError)  # MovedError is one; redis-py cuts the word off
+                reason = f"MOVED {error}" if moved else str(error)
                 if not isinstance(error, _LATER) and not (
                     reason.startswith(_LATER_CODES) or elsewhere(error)
                 ):
@@ -116,48 +203,38 @@ class Wire:
         raise StoreUnavailable(
             f"The session store at {self._route.shown} did not answer within "
             f"{self._timeout_s:g} s ({reason}).",
-            hint=self._route.hint,
+            hint=self._hint(reason),
         )
 
-    async def dedicated(self) -> Any:
-        """A connection of the caller's own, for what is no call; the caller disconnects it.
+    def _hint(self, reason: str) -> str:
+        if reason.startswith("MOVED") and isinstance(self._route, OneServer):
+            return "It is a node of a Cluster: write ?cluster=1 behind SEGUE_REDIS_URL."
+        return self._route.hint
 
-        Raises:
-            StoreUnavailable: none can be made within the deadline.
-        """
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                node = await self._route.node(())
-                return await node.connect()
-        except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            raise StoreUnavailable(
-                f"The session store at {self._route.shown} cannot be reached.",
-                hint=self._route.hint,
-            ) from error
-
-    async def close(self) -> None:
-        """Close all connections; calls in progress end with StoreUnavailable."""
-        self._closed = True
-        await self._route.close()
-
-    # -- one attempt --------------------------------------------------------------------------
-
-    async def _attempt(self, commands: Sequence[Command], patience_s: float) -> list[Any]:
-        replies: list[Any] = []
-        for run in self._route.split(commands):
-            replies += await self._send(run, patience_s)
-        return replies
-
-    async def _send(self, run: Sequence[Command], patience_s: float) -> list[Any]:
-        node = await self._route.node(run)
+    async def _send(
+        self, run: Sequence[Command], patience_s: float, node: Node | None = None
+    ) -> list[Any]:
+        """The replies, errors among them."""
+        node = node or await self._route.node(run)
         try:
             replies = await node.attempt(run, patience_s)
-            for reply in replies:
-                if isinstance(reply, ResponseError):
-                    raise reply
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             await self._route.failed(node, error)
             raise
+        for place, reply in enumerate(replies):
+            if isinstance(reply, AskError) and not isinstance(reply, MovedError):
+                there = await self._route.asked(reply)
+                replies[place] = (await there.attempt([_ASKING, run[place]], patience_s))[1]
+            if isinstance(replies[place], ResponseError):
+                await self._route.failed(node, replies[place])
         if self._closed:
             await node.forget()
         return replies
+
+
+def whole(replies: list[Any]) -> list[Any]:
+    """Raises the first error among them."""
+    for reply in replies:
+        if isinstance(reply, ResponseError):
+            raise reply
+    return replies
