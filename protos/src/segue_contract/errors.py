@@ -19,7 +19,7 @@ SegueError
 ├── SequenceGap                `expected` is the sequence number the log waits for
 ├── OutcomeUnknown             an append may be in the log or not: read before repeating it
 ├── CursorAhead                the log ends before the place that was asked for
-├── QuotaExceeded              the session is as large as it may be
+├── QuotaExceeded              the session holds as much as it may
 ├── SessionNotEmpty            an import needs a new name, or a session without entries
 ├── BadExport                  the file is no whole export of a session; nothing was written
 ├── StoreUnavailable           no answer of the store in time; a write may have been applied
@@ -199,7 +199,8 @@ class CursorAhead(SegueError):
 
 
 class QuotaExceeded(SegueError):
-    """Unlike Overloaded it does not pass by itself. `fields["limit"]`: bytes."""
+    """Unlike Overloaded it does not pass by itself. `fields["what"]` (bytes, values, docs or
+    kept_ops) and `fields["limit"]`: which bound, and how much it allows."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
 

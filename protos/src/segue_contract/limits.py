@@ -229,6 +229,19 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionQuotas:
+    """What one session may hold in its folded state, for ever: each late joiner is given all of it.
+
+    Beyond them an append is refused; what is there stays readable.
+    """
+
+    bytes: int = MAX_SESSION_BYTES
+    values: int = 4096  # names; a value that is set anew takes nothing more
+    docs: int = 1024  # names
+    kept_ops: int = 262_144  # updates of docs, claims and results of tool calls: folding keeps each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLimits:
     """Of a client of the SDK."""
 

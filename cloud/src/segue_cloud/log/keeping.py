@@ -198,7 +198,7 @@ class SessionKeeping:
             made = await asyncio.to_thread(_import_of, found, generation, self._now_ms())
             tail = await self._store.keeper.make(session, made, os.urandom(8).hex())
             log.info("session_imported", session=session.session, entries=len(made.ops))
-            return tail, len(made.turns)
+            return tail, len(made.session.turns)
 
     @contextmanager
     def _transfer(self) -> Iterator[None]:
@@ -241,7 +241,7 @@ def _import_of(found: Export, generation: int, now_ms: int) -> SessionImport:
         ops=[*found.entries, *map(encode_op, ends)],
         folded=found.head.folded,
         state=state,
-        turns=session.turns,
+        session=session,
         title=found.head.title,
     )
 

@@ -30,6 +30,7 @@ from segue_cloud.sessions.port import (
     TurnClaim,
     TurnHold,
 )
+from segue_cloud.sessions.quota import quota_exceeded, slots
 from segue_cloud.sessions.reader import LogReader, Page
 from segue_contract.errors import SegueError, StoreUnavailable
 from segue_contract.ids import SessionName
@@ -45,6 +46,13 @@ from segue_contract.sync.ops import Op, TurnEnded, Usage, UserMessage
 from segue_contract.sync.state import Cursor, SessionState, find_turn
 
 log = structlog.get_logger("segue.log")
+
+_QUOTAS = {
+    Status.NO_ROOM: "bytes",
+    Status.NO_VALUES: "values",
+    Status.NO_DOCS: "docs",
+    Status.NO_KEPT_OPS: "kept_ops",
+}
 
 
 class Publishing(Protocol):
@@ -165,7 +173,10 @@ class SessionLog:
     async def append(
         self, session: SessionName, producer: Producer, ops: Sequence[LogOp]
     ) -> AppendResult:
-        result = await self._store.append(session, producer, [op.data for op in ops])
+        """Raises QuotaExceeded, where nothing was written; else as the store's."""
+        data = [op.data for op in ops]
+        result = await self._store.append(session, producer, data, slots(op.op for op in ops))
+        self._check_quota(session, result.status)
         self._appended(session, result, ops)
         return result
 
@@ -194,12 +205,17 @@ class SessionLog:
         digest: str = "",
         abandon_s: float = 0.0,
     ) -> TurnClaim:
-        """As the store's; also ends the turn of an owner that let its lease run out."""
+        """As the store's; also ends the turn of an owner that let its lease run out.
+
+        Raises:
+            QuotaExceeded: the session has no room for it; nothing was written.
+        """
         encoded = [LogOp.of(op) for op in ops]
         data = [op.data for op in encoded]
         claim = await self._store.begin_turn(
             session, turn, data, lease_s, title=_title(ops), digest=digest, abandon_s=abandon_s
         )
+        self._check_quota(session, claim.status)
         if claim.status is Status.OK and claim.appended:
             self._spread(session, claim.cursor, encoded[len(encoded) - claim.appended :])
         if claim.status is Status.OK and claim.holder:
@@ -248,6 +264,11 @@ class SessionLog:
             each = max(result.log_bytes // max(result.log_entries, 1), 1)
             keep = min(self._compact_keep, COMPACT_KEEP_BYTES // each)
             self._spawn(self._compact(session, keep), f"compact {session}")
+
+    def _check_quota(self, session: SessionName, status: Status) -> None:
+        """Raises QuotaExceeded where `status` says that there was no room."""
+        if status in _QUOTAS:
+            raise quota_exceeded(session, _QUOTAS[status], self._store.quotas)
 
     def _spread(self, session: SessionName, tail: Cursor, ops: Sequence[LogOp]) -> None:
         """`ops` are in the log, and end at `tail`: tell everybody."""

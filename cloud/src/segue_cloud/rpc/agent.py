@@ -15,7 +15,7 @@ from segue_cloud.rpc.convert import (
 )
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
-from segue_cloud.sessions.port import LogOp, Producer, Status, full_session
+from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
@@ -223,8 +223,6 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 hint="Send the ops between first.",
                 expected=result.expected_seq,
             )
-        if result.status is Status.NO_ROOM:
-            raise full_session(session)
         if result.status in (Status.TAKEN, Status.UNKNOWN):
             raise OutcomeUnknown(
                 f"The sequence numbers from {request.first_seq} on were used before.",

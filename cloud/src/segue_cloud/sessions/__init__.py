@@ -2,6 +2,8 @@
 
     port      what a store does, and its values
     log.lua   every change of a session: one atomic call
+    keep.lua  whole sessions: deleted, made of an export; `keeper` calls it
+    quota     what a session may hold
     keys      names in the store
     wire      commands, repeated until their deadline
     routes    which server a command goes to: the one there is, or the Sentinels' primary,

@@ -10,6 +10,7 @@ from typing import Any
 
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import Deleted, SessionImport, SessionSummary
+from segue_cloud.sessions.quota import taken
 from segue_cloud.sessions.wire import Command, Script, Wire
 from segue_contract.errors import InvalidArgument, SessionBusy, SessionNotEmpty
 from segue_contract.ids import SessionName
@@ -111,7 +112,7 @@ class SessionKeeper:
             await self._wire.call(
                 ("SETRANGE", staged.snapshot, start, piece), ("PEXPIRE", staged.snapshot, kept_ms)
             )
-        await self._stage_turns(staged, made, kept_ms)
+        await self._stage_meta(staged, made, kept_ms)
         before_fold = sum(map(len, made.ops[: max(made.folded - made.first + 1, 0)]))
         # Named first, as for any session: see keys.py.
         shard = active_key(active_shard(session))
@@ -139,15 +140,21 @@ class SessionKeeper:
             hint="Import it again.",
         )
 
-    async def _stage_turns(self, staged: SessionKeys, made: SessionImport, kept_ms: int) -> None:
-        """What makes a turn's id, asked for again, join that turn: see log.lua."""
+    async def _stage_meta(self, staged: SessionKeys, made: SessionImport, kept_ms: int) -> None:
+        """What makes a turn's id, asked for again, join that turn, and what counts for quotas."""
+        turns = made.session.turns
+        names, counts = taken(made.session)
         fields: list[str | int] = [
-            "n", len(made.turns), "title", made.title, "mx", max(map(len, made.ops), default=1),
+            "n", len(turns), "title", made.title, "mx", max(map(len, made.ops), default=1),
         ]  # fmt: skip
-        for turn in made.turns:
+        for name, count in counts.items():
+            fields += [name, count]
+        for slot in names:
+            fields += [f"q:{slot}", 1]
+        for turn in turns:
             asked = request_digest(turn.prompt, turn.max_tokens, turn.sampling, turn.stop)
             fields += [f"d:{turn.turn}", asked]
-        known = made.turns[-TURN_ID_MEMORY:]
+        known = turns[-TURN_ID_MEMORY:]
         for turn in known:
             fields += [f"t:{turn.turn}", f"{turn.epoch}|0|", f"x:{turn.turn}", "1|"]
         for start in range(0, len(fields), 1024):

@@ -21,6 +21,7 @@
 --       pe           the producer epoch given last
 --       so, wo, sb   the snapshot: its offset, wb there, its bytes
 --       wb, mx       bytes of all ops ever written; the largest op's
+--       q:<slot>     a name that counts for a quota; qv, qd, qk: how many values, docs, kept ops
 --       p:<producer>, t:<turn>  "<epoch>|<seq>|<seq>:<offset>,<seq>:<offset>,..."
 --       x:<turn>     "<ended>|<nonce of the claim that made its epoch>": who appends names it, so
 --                    one epoch has one owner
@@ -353,13 +354,46 @@ function verbs.use(device)
   return {'ok'}
 end
 
+-- What the ops from the n-th on take of the quotas, by their slots: "v" or "d" and a name's hash, 17
+-- characters each (see quota.py). -> the status where there is no room, or the fields to set
+local function quota(slots, n, bounds)
+  local fields, news = {}, {v = 0, d = 0, k = 0}
+  for at = 17 * (n - 1) + 1, #slots, 17 do
+    local slot = string.sub(slots, at, at + 16)
+    local kind = string.sub(slot, 1, 1)
+    if kind == 'v' or kind == 'd' then
+      if not fields[slot] and not redis.call('HGET', META, 'q:' .. slot) then
+        fields[slot] = true
+        news[kind] = news[kind] + 1
+      end
+    end
+    if kind == 'd' or kind == 'k' then news.k = news.k + 1 end
+  end
+  local values, docs, kept = string.match(bounds, '^(%d+):(%d+):(%d+)$')
+  local said = {{'v', values, 'no_values'}, {'d', docs, 'no_docs'}, {'k', kept, 'no_kept_ops'}}
+  local set = {}
+  for _, one in ipairs(said) do
+    if news[one[1]] > 0 then
+      local count = tonumber(redis.call('HGET', META, 'q' .. one[1]) or '0') + news[one[1]]
+      if count > tonumber(one[2]) then return one[3] end
+      set[#set + 1] = 'q' .. one[1]
+      set[#set + 1] = int(count)
+    end
+  end
+  for slot in pairs(fields) do
+    set[#set + 1] = 'q:' .. slot
+    set[#set + 1] = '1'
+  end
+  return nil, set
+end
+
 -- producer, epoch, first seq, turn, nonce, generation, ends, lease ms, runs bound, producers
--- bound, session's bytes bound, ops...
+-- bound, session's bytes bound, quota slots, their bounds ("values:docs:kept ops"), ops...
 -- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended,
 --     entries since the snapshot, bytes since it, first offset that may be lost}
 function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease_ms, runs_bound,
-    bound, room)
-  local OPS = 13
+    bound, room, slots, bounds)
+  local OPS = 15
   epoch, first = tonumber(epoch), tonumber(first)
   local field = turn ~= '' and 't:' .. turn or 'p:' .. producer
   local known = meta('cur', 'stop', field)
@@ -397,6 +431,9 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   if turn == '' and session_bytes() + size_of(from, #ARGV) > tonumber(room) then
     return answer('no_room', 0, seq + 1, 0)
   end
+  local full, taken = quota(slots, news - first + 1, bounds)
+  if full then return answer(full, 0, seq + 1, 0) end
+  if #taken > 0 then redis.call('HSET', META, unpack(taken)) end
 
   local now = now_ms()
   runs = add_run(runs, news, tail + 1, tonumber(runs_bound))
@@ -644,4 +681,4 @@ function verbs.published(generation, offset)
   return {'ok'}
 end
 
-return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 12)))
+return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 14)))

@@ -19,20 +19,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from segue_contract.errors import QuotaExceeded
 from segue_contract.ids import SessionName
-from segue_contract.limits import MAX_SESSION_BYTES, READ_PAGE_BYTES
+from segue_contract.limits import READ_PAGE_BYTES, SessionQuotas
 from segue_contract.sync.ops import Op, decode_op, encode_op
-from segue_contract.sync.state import Cursor, SessionState, TurnState
-
-
-def full_session(session: SessionName) -> QuotaExceeded:
-    return QuotaExceeded(
-        f"The session {session.session} has no room for it: it may have "
-        f"{MAX_SESSION_BYTES >> 20} MiB, folded.",
-        hint='Set large values to b"", or begin a new session.',
-        limit=MAX_SESSION_BYTES,
-    )
+from segue_contract.sync.state import Cursor, SessionState
 
 
 class Status(StrEnum):
@@ -42,7 +32,11 @@ class Status(StrEnum):
     UNKNOWN = "unknown"  # they were used, and what for can no longer be compared
     STALE = "stale"  # `current_epoch` holds now (0: none is known), or another owner under this one
     MOVED = "moved"  # a turn's own: the log goes on under `generation`, see `lost_from`
-    NO_ROOM = "no_room"  # the session is as large as it may be
+    # A quota of the session is reached: see `SessionQuotas`.
+    NO_ROOM = "no_room"  # of bytes
+    NO_VALUES = "no_values"
+    NO_DOCS = "no_docs"
+    NO_KEPT_OPS = "no_kept_ops"
     GAP = "gap"  # `expected_seq` is what the log waits for
     BUSY = "busy"  # another turn holds the session
     MISSING = "missing"  # no such session
@@ -239,7 +233,7 @@ class SessionImport:
 
     `ops`: its entries, from the offset `first` up to `tail`; `state`: what the snapshot key holds
     ("<generation> <offset>\\n" and the encoded state at `folded`), empty where there is none.
-    `turns`: all of them, ended.
+    `session`: all of it, folded, its turns ended.
     """
 
     generation: int
@@ -247,7 +241,7 @@ class SessionImport:
     ops: Sequence[bytes]
     folded: int
     state: bytes
-    turns: Sequence[TurnState]
+    session: SessionState
     title: str
 
     @property
@@ -336,9 +330,10 @@ class Sessions(Protocol):
         ...
 
     async def append(
-        self, session: SessionName, producer: Producer, ops: Sequence[bytes]
+        self, session: SessionName, producer: Producer, ops: Sequence[bytes], takes: str = ""
     ) -> AppendResult:
-        """Append a batch atomically."""
+        """Append a batch atomically. `takes`: what its ops take of the session's quotas, see
+        `quota.slots`; empty: only their bytes."""
         ...
 
 
@@ -484,6 +479,9 @@ class Store(Sessions, Turns, Reading, Protocol):
 
     @property
     def keeper(self) -> Keeping: ...
+
+    @property
+    def quotas(self) -> SessionQuotas: ...
 
     async def compact(
         self, session: SessionName, state: SessionState, keep_from: int, written: int

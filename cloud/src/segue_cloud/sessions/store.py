@@ -39,7 +39,6 @@ from segue_contract.limits import (
     ACTIVE_REFRESH_S,
     ACTIVE_SHARDS,
     MAX_COUNT,
-    MAX_SESSION_BYTES,
     MAX_SESSION_DEVICES,
     MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
@@ -51,6 +50,7 @@ from segue_contract.limits import (
     TURN_ID_MEMORY,
     TURN_LEASE_S,
     WAITING_LEASE_S,
+    SessionQuotas,
 )
 from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
 
@@ -92,10 +92,12 @@ class RedisStore:
         lease_s: float = TURN_LEASE_S,
         monotonic: Callable[[], float] = time.monotonic,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        quotas: SessionQuotas | None = None,
     ) -> None:
         """`lease_s`: how long an append of a turn's owner renews its lease for."""
         self._wire = wire
         self.keeper = SessionKeeper(wire)
+        self.quotas = quotas or SessionQuotas()
         self._lease_ms = int(lease_s * 1000)
         self._monotonic = monotonic
         self._random_bytes = random_bytes
@@ -179,7 +181,7 @@ class RedisStore:
     # -- writing ------------------------------------------------------------------------------
 
     async def append(
-        self, session: SessionName, producer: Producer, ops: Sequence[bytes]
+        self, session: SessionName, producer: Producer, ops: Sequence[bytes], takes: str = ""
     ) -> AppendResult:
         """As the port says. A batch that repeats known ops and goes on beyond them appends only
         what is new: OK, with `first_offset` as the first op got it then and `appended` new ones.
@@ -188,7 +190,7 @@ class RedisStore:
         Raises:
             InvalidArgument: no ops, too many, too large, or numbers out of range.
         """
-        verb = self._append(session, producer, ops, None, ends=False)
+        verb = self._append(session, producer, ops, None, ends=False, takes=takes)
         return rows.append_result(await self._write(session, verb))
 
     async def append_turn(
@@ -221,7 +223,7 @@ class RedisStore:
         nonce = self._nonce()
         verb = self._log(
             session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, digest,
-            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), MAX_SESSION_BYTES, *ops,
+            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
         )  # fmt: skip
         return rows.claim(await self._write(session, self._index(session), verb), nonce)
 
@@ -370,6 +372,7 @@ class RedisStore:
         hold: TurnHold | None,
         *,
         ends: bool,
+        takes: str = "",
     ) -> Command:
         rows.check_ops(ops, least=1)
         if not (0 <= producer.epoch <= MAX_COUNT and 1 <= producer.first_seq <= MAX_COUNT):
@@ -379,10 +382,12 @@ class RedisStore:
                 hint="Epochs come from the log, sequence numbers count from 1.",
             )
         hold = hold or TurnHold("", 0, "")
+        quotas = self.quotas
         return self._log(
             session, "append", producer.name, producer.epoch, producer.first_seq, hold.turn,
             hold.nonce, hold.generation, int(ends), self._lease_ms, PRODUCER_RUNS,
-            PRODUCER_MEMORY, MAX_SESSION_BYTES, *ops,
+            PRODUCER_MEMORY, quotas.bytes, takes,
+            f"{quotas.values}:{quotas.docs}:{quotas.kept_ops}", *ops,
         )  # fmt: skip
 
     async def _take(

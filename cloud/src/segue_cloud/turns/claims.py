@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from segue_cloud.sessions.port import Status, TurnClaim, full_session
+from segue_cloud.sessions.port import Status, TurnClaim
 from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.patience import done_within
@@ -207,8 +207,6 @@ def _checked(claim: TurnClaim, request: TurnRequest) -> TurnClaim:
                 hint="Wait for the running reply, or stop it.",
                 retry_after_s=1.0,
             )
-        case Status.NO_ROOM:
-            raise full_session(request.session)
         case Status.MISSING:
             raise UnknownSession(f"There is no session {session!r}.", hint="Open it first.")
     return claim
