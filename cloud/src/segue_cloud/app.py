@@ -20,6 +20,7 @@ from segue_cloud.engine.port import Engine
 from segue_cloud.log.keeping import expiring
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.metrics import CloudMetrics
+from segue_cloud.mqtt.one_broker import OneBroker
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
@@ -96,7 +97,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     """Start everything onto `stack`, which stops it in reverse order.
 
     Raises:
-        NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra.
+        NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra, OtherBroker.
     """
     check_loopback(settings.host)
     directory = model_directory(settings.model)
@@ -104,10 +105,13 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     instance = settings.instance or new_id("cloud-", os.urandom)
     loading = asyncio.ensure_future(_load_engine(settings, directory, manifest))
     try:
-        redis_url, mqtt_url = await _backends(settings, stack)
+        redis_url = settings.redis_url or await _embedded_store(stack)
         store = await RedisStore.connect(redis_url)
         stack.push_async_callback(store.close)
-        publisher = Publisher(mqtt_url, store)
+        broker = OneBroker(store.broker_record(), instance, lambda: _embedded_broker(stack))
+        publisher = Publisher(await broker.settle(settings.mqtt_url), store)
+        broker.moved = publisher.move
+        await stack.enter_async_context(broker)
         await stack.enter_async_context(publisher)
         session_log = await stack.enter_async_context(SessionLog(store, publisher))
         if settings.session_ttl:
@@ -136,7 +140,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     manager = TurnManager(deps, running, model=manifest.name, max_turns=settings.max_turns)
     await stack.enter_async_context(recovering(manager, running))
     identity = Identity(
-        settings.tenant, instance, manifest.name, mqtt_url, manifest.geometry.context
+        settings.tenant, instance, manifest.name, lambda: publisher.url, manifest.geometry.context
     )
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
@@ -159,7 +163,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
     if settings.metrics_port:
         stack.enter_context(CloudMetrics(engine, manager).listen(settings.metrics_port))
-    return Cloud(server, manager, engine, instance, manifest.name, redis_url, mqtt_url)
+    return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
 
 
 async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
@@ -191,18 +195,16 @@ async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manif
         return await TorchEngine.load(directory, manifest, replace(options, device="cpu"))
 
 
-async def _backends(settings: CloudSettings, stack: AsyncExitStack) -> tuple[str, str]:
-    """URLs of the store and the broker; embedded ones where none is given."""
-    redis_url, mqtt_url = settings.redis_url, settings.mqtt_url
-    if not redis_url:
-        valkey = await stack.enter_async_context(Valkey.start())
-        redis_url = valkey.url
-        log.info("embedded_store", url=redis_url)
-    if not mqtt_url:
-        broker = await stack.enter_async_context(Broker.start())
-        mqtt_url = broker.url
-        log.info("embedded_broker", url=mqtt_url, kind=broker.kind)
-    return redis_url, mqtt_url
+async def _embedded_store(stack: AsyncExitStack) -> str:
+    valkey = await stack.enter_async_context(Valkey.start())
+    log.info("embedded_store", url=valkey.url)
+    return valkey.url
+
+
+async def _embedded_broker(stack: AsyncExitStack) -> str:
+    broker = await stack.enter_async_context(Broker.start())
+    log.info("embedded_broker", url=broker.url, kind=broker.kind)
+    return broker.url
 
 
 def _print_ready(cloud: Cloud, seconds: float) -> None:

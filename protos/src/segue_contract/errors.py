@@ -36,6 +36,7 @@ SegueError
 │   ├── BadMagic · BadVersion · BadLength · BadChecksum · BadRecipe · BadBlock · Truncated
 ├── NotLoopback                a listener would leave this machine without authentication
 ├── PortInUse                  another program listens there
+├── OtherBroker                the clouds on this store publish through another broker; `url`
 ├── MissingExtra               a package of an optional extra is not installed
 ├── StartFailed                a program that we started ended, or was not ready in time
 └── Internal                   a fault of ours
@@ -296,6 +297,10 @@ class NotLoopback(SegueError):
 
 class PortInUse(SegueError):
     grpc_code = "INVALID_ARGUMENT"
+
+
+class OtherBroker(SegueError):
+    grpc_code = "FAILED_PRECONDITION"
 
 
 class MissingExtra(SegueError):

@@ -136,6 +136,7 @@ MQTT_PACKET_ROOM: Final = 512  # of a broker's largest packet: topic, properties
 TAILS_INTERVAL_S: Final = 1.2  # a follower over MQTT asks how far the log goes; with a heal: < 2 s
 MAX_TAILS: Final = 256  # sessions in one such question
 TAILS_JOIN_S: Final = 0.05  # an edge's devices' questions are joined for so long
+BROKER_LEASE_S: Final = 5.0  # which broker a store's clouds use is kept so long after the last one
 BROKER_KEEPALIVE_S: Final = 15
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0

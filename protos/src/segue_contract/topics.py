@@ -9,6 +9,7 @@ from segue_contract.ids import SessionName
 from segue_contract.sync.state import Cursor
 
 ROOT = "segue/v1"
+BROKER_KEY = "segue:broker"  # of the store: a hash with the `url` of its clouds' broker
 
 
 def log_topic(name: SessionName) -> str:

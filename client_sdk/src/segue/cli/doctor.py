@@ -14,8 +14,9 @@ from rich.table import Table
 from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
 from segue.local.inspect import Check, State, fast, found, installed
-from segue.local.probes import RoundTrips, probe_broker, probe_node, probe_store
+from segue.local.probes import RoundTrips, broker_of, probe_broker, probe_node, probe_store
 from segue_contract.errors import SegueError
+from segue_contract.transport.mqtt import canonical_mqtt_url
 from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
@@ -70,7 +71,27 @@ async def _reachable(edge: str, cloud: str, redis_url: str, mqtt_url: str) -> li
         probes.append(_probe("store", redis_url, True, probe_store, SLOW_STORE_S))
     if mqtt_url:
         probes.append(_probe("broker", mqtt_url, True, probe_broker, SLOW_BROKER_S))
+    if redis_url and mqtt_url:
+        probes.append(same_broker(redis_url, mqtt_url))
     return list(await asyncio.gather(*probes))
+
+
+async def same_broker(redis_url: str, mqtt_url: str) -> Check:
+    """Whether the clouds of that store publish through that broker."""
+    try:
+        known = await broker_of(redis_url)
+        same = not known or canonical_mqtt_url(mqtt_url) == known
+    except SegueError:  # the store's and the broker's own checks say it
+        return Check("reachable", "one broker", State.NOTE, "not known")
+    if same:
+        return Check("reachable", "one broker", State.OK, known or "no cloud keeps one yet")
+    return Check(
+        "reachable",
+        "one broker",
+        State.BAD,
+        f"The clouds on this store publish through {known}, not {mqtt_url}.",
+        f"Devices would not see what they append. Use --mqtt-url {known}, or none.",
+    )
 
 
 def _addresses(setting: str) -> list[str]:

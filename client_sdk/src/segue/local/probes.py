@@ -12,7 +12,7 @@ import aiomqtt
 from segue.local.store_probe import RespError, answering_stores
 from segue_contract.errors import Unreachable
 from segue_contract.ids import new_id
-from segue_contract.topics import ROOT
+from segue_contract.topics import BROKER_KEY, ROOT
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
@@ -93,6 +93,23 @@ async def probe_store(url: str) -> RoundTrips:
     except (OSError, TimeoutError) as error:
         raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
     return RoundTrips(tuple(sorted(times)))
+
+
+async def broker_of(redis_url: str) -> str:
+    """The broker that the clouds of this store publish through; "" where none is kept.
+
+    Raises:
+        Unreachable: the store does not answer.
+    """
+    try:
+        async with asyncio.timeout(TIMEOUT_S), answering_stores(redis_url) as stores:
+            for store in stores:  # of a Cluster one has it, the others refuse
+                url = await store.ask("HGET", BROKER_KEY, "url")
+                if isinstance(url, str) and not isinstance(url, RespError):
+                    return url
+    except (OSError, TimeoutError) as error:
+        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
+    return ""
 
 
 async def probe_broker(url: str) -> RoundTrips:

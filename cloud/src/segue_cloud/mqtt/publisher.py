@@ -58,7 +58,9 @@ class Publisher:
         outbox: Outbox | None = None,
     ) -> None:
         """`url`: mqtt://host:port. Raises InvalidArgument where it is none."""
+        self.url = url
         self._host, self._port = parse_mqtt_url(url)
+        self._moving = asyncio.Event()
         self._store = store
         self._retry_s = retry_s
         self._sweep_s = sweep_s
@@ -128,6 +130,12 @@ class Publisher:
         """Entries that devices had to read instead, because no message carried them."""
         return self._outbox.dropped
 
+    def move(self, url: str) -> None:
+        """Go on through another broker. Raises InvalidArgument where `url` is no address."""
+        self._host, self._port = parse_mqtt_url(url)
+        self.url = url
+        self._moving.set()
+
     async def wait_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
         """True once the broker is there; False if that takes longer than `timeout_s`."""
         try:
@@ -158,6 +166,7 @@ class Publisher:
         said = False
         while True:
             try:
+                self._moving.clear()
                 async with mqtt_client.MqttClient(
                     self._host,
                     self._port,
@@ -172,6 +181,7 @@ class Publisher:
                         log.info("broker_back", host=self._host, port=self._port)
                     said = False
                     async with asyncio.TaskGroup() as group:
+                        group.create_task(self._move(), name="mqtt move")
                         group.create_task(_watch(client), name="mqtt watch")
                         group.create_task(self._pump(client, group), name="mqtt pump")
             except* (aiomqtt.MqttError, OSError, ValueError) as errors:
@@ -182,6 +192,11 @@ class Publisher:
             finally:
                 self._online.clear()
             await asyncio.sleep(self._retry_s)
+
+    async def _move(self) -> None:
+        """Ends the link once another broker is meant."""
+        await self._moving.wait()
+        raise aiomqtt.MqttError("the clouds publish through another broker now")
 
     async def _pump(self, client: mqtt_client.MqttClient, group: asyncio.TaskGroup) -> None:
         """Send what waits; many messages may be unacknowledged at a time, in order sent."""

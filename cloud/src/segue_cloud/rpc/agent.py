@@ -50,7 +50,7 @@ class Identity:
     tenant: str
     instance: str
     model: str
-    mqtt_url: str
+    mqtt_url: Callable[[], str]  # it may change while this instance runs
     max_context: int
 
 
@@ -94,7 +94,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             created=opened.created,
             epoch=opened.epoch,
             model=me.model,
-            mqtt_url=me.mqtt_url,
+            mqtt_url=me.mqtt_url(),
             tenant=me.tenant,
             role="cloud",
             instance=me.instance,

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from segue_cloud.sessions import rows
+from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
@@ -123,7 +124,7 @@ class RedisStore:
         """
         wire = Wire(
             url,
-            scripts=(_LOG, _ACTIVE, RUNNING, KEEP),
+            scripts=(_LOG, _ACTIVE, RUNNING, KEEP, BROKER),
             timeout_s=timeout_s,
             max_connections=max_connections,
             sleep=sleep,
@@ -308,6 +309,10 @@ class RedisStore:
             *(("HMGET", SessionKeys.of(one).meta, "gen", "tail") for one in sessions)
         )
         return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
+
+    def broker_record(self) -> BrokerRecord:
+        """Through which broker all clouds of this store publish."""
+        return BrokerRecord(self._wire)
 
     def changes(self, name: str) -> ChangeLink:
         """As the port says."""

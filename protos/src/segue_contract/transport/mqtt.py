@@ -41,3 +41,11 @@ def parse_mqtt_url(url: str) -> tuple[str, int]:
             hint="Write mqtt://host:port, of a broker that lets this machine in without them.",
         )
     return host, port or 1883
+
+
+def canonical_mqtt_url(url: str) -> str:
+    """One way to write an address, to compare two. Raises as `parse_mqtt_url`."""
+    host, port = parse_mqtt_url(url)
+    if host == "localhost":
+        host = "127.0.0.1"
+    return f"mqtt://[{host}]:{port}" if ":" in host else f"mqtt://{host}:{port}"
