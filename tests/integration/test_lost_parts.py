@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 import segue
 from segue.testing import LocalStack
 from tests.support.devices import WAIT_S, text_in_log, watching
+from tests.support.slow_proxy import SlowProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="package")]
 
+STORE_HOLD_S = 8.0  # a call of the store is given up after 5
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
 
 
@@ -136,3 +139,87 @@ async def test_what_was_said_offline_survives_the_edges_death(stack: LocalStack)
         await edge.restart()
         assert await laptop.until_ended(turn.id) == told.text
     assert await text_in_log(stack.cloud_address, "offline", turn.id) == told.text
+
+
+async def the_whole_reply(
+    turn: segue.Turn, see: Callable[[segue.events.TurnEvent], None] = lambda _: None
+) -> str:
+    """What the asker has in the end, the log's word on an offline reply included."""
+    async with asyncio.timeout(2 * WAIT_S):
+        async for event in turn:
+            see(event)
+        async for event in turn.settled():
+            see(event)
+    assert turn.ended is not None
+    assert turn.ended.durable
+    assert turn.ended.error is None
+    return turn.text
+
+
+@pytest.mark.parametrize("plan", ["text", "edge"])
+async def test_the_store_stands_still_for_longer_than_a_call_waits(
+    stack: LocalStack, plan: str
+) -> None:
+    store, name = stack.processes["store"], f"store-stands-{plan}"
+    async with (
+        segue.Client(stack.edge_address, device="phone") as phone,
+        watching(stack.edge_address, name, "laptop") as laptop,
+    ):
+        session = await phone.session(name)
+        async with session.run(STORY, max_tokens=100, seed=4, plan=plan) as turn:
+            reading = asyncio.create_task(the_whole_reply(turn))
+            await laptop.until_text(turn.id, 20)
+            store.pause()
+            try:
+                await asyncio.sleep(STORE_HOLD_S)
+            finally:
+                store.resume()
+            told = await reading
+        assert await laptop.until_ended(turn.id) == told
+        assert told == await text_in_log(stack.cloud_address, name, turn.id)
+        # A device that comes back to it through the same edge is told the same.
+        async with session.run(STORY, max_tokens=100, seed=4, turn=turn.id) as again:
+            assert (await again.result()).text == told
+
+
+async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
+    stack: LocalStack,
+) -> None:
+    """Killed in mid-reply, and out of the edge's reach until it goes on alone; meanwhile the cloud
+    finishes the same turn from what the log had of it, at this temperature with other tokens."""
+    async with SlowProxy(int(stack.cloud_address.rpartition(":")[2])) as link:
+        edge = await stack.add_edge("--cloud", f"127.0.0.1:{link.port}")
+        async with segue.Client(edge.address, device="phone") as phone:
+            session = await phone.session("back-early")
+            alone = asyncio.Event()
+            made_alone: list[int] = []
+            rewound: list[segue.Rewound] = []
+            turn = session.run(STORY, max_tokens=400, temperature=0.8, seed=3, plan="text")
+
+            def see(event: segue.events.TurnEvent) -> None:
+                if isinstance(event, segue.Frame) and event.made_by == "edge":
+                    made_alone.extend(event.tokens)
+                    if len(made_alone) > 40:
+                        alone.set()
+                elif isinstance(event, segue.Rewound):
+                    rewound.append(event)
+
+            async with turn:
+                async for event in turn:
+                    if isinstance(event, segue.Frame) and event.next_index > 20:
+                        break
+                reading = asyncio.create_task(the_whole_reply(turn, see))
+                link.refuse = True
+                link.cut()
+                await stack.cloud.kill()
+                await stack.cloud.restart()
+                await asyncio.wait_for(alone.wait(), WAIT_S)
+                link.refuse = False
+                told = await reading
+            print(f"rewound at {[event.index for event in rewound]} of {len(turn.tokens)} tokens")
+            assert told == await text_in_log(stack.cloud_address, "back-early", turn.id)
+            async with session.run(
+                STORY, max_tokens=400, temperature=0.8, seed=3, turn=turn.id
+            ) as again:
+                assert (await again.result()).text == told
+        await edge.stop()
