@@ -16,10 +16,12 @@ from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, TurnEvent
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.begin import Begun
+from segue_edge.turns.cloud.begin import Begun
+from segue_edge.turns.cloud.spec import TurnFacts
 from segue_edge.turns.executor import TurnExecutor
 from segue_edge.turns.measure import Measure
-from segue_edge.turns.turn import TurnLimits, TurnState
+from segue_edge.turns.state.patience import TurnLimits
+from segue_edge.turns.state.turn import TurnState
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, Wait, ended, frame, started
@@ -42,11 +44,7 @@ async def followed(
         outbox: Any = nothing
         executor = TurnExecutor(
             state,
-            Asked.of(ASKED),
-            Begun(clouds.best("trip"), [], joined=True),
-            None,
-            0,
-            None,
+            TurnFacts(Asked.of(ASKED), Begun(clouds.best("trip"), [], joined=True)),
             tools=tools,
             clouds=clouds,
             outbox=outbox,

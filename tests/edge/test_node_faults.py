@@ -23,7 +23,7 @@ from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
-from segue_edge.turns.turn import TurnLimits
+from segue_edge.turns.state.patience import TurnLimits
 from tests.support.edge_node import Device, Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import Script, scripted_cloud
 from tests.support.tiny_edge import MANIFEST, TinyModel, reply_text

@@ -189,7 +189,10 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
     finishes the same turn from what the log had of it, at this temperature with other tokens."""
     async with SlowProxy(int(stack.cloud_address.rpartition(":")[2])) as link:
         edge = await stack.add_edge("--cloud", f"127.0.0.1:{link.port}")
-        async with segue.Client(edge.address, device="phone") as phone:
+        async with (
+            segue.Client(edge.address, device="phone") as phone,
+            watching(stack.cloud_address, "back-early", "laptop") as laptop,
+        ):
             session = await phone.session("back-early")
             alone = asyncio.Event()
             made_alone: list[int] = []
@@ -208,12 +211,14 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
                 async for event in turn:
                     if isinstance(event, segue.Frame) and event.next_index > 20:
                         break
+                known = len(turn.text)
                 reading = asyncio.create_task(the_whole_reply(turn, see))
                 link.refuse = True
                 link.cut()
                 await stack.cloud.kill()
                 await stack.cloud.restart()
                 await asyncio.wait_for(alone.wait(), WAIT_S)
+                await laptop.until_text(turn.id, known + 150)  # the cloud goes on by itself
                 link.refuse = False
                 told = await reading
             print(f"rewound at {[event.index for event in rewound]} of {len(turn.tokens)} tokens")

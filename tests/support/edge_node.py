@@ -16,7 +16,7 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
-from segue_edge.turns.turn import TurnLimits
+from segue_edge.turns.state.patience import TurnLimits
 from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 

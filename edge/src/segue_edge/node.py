@@ -1,7 +1,7 @@
 """The edge node: everything is put together here, and only here.
 
 model, cache, compute thread ─┐
-clouds (channels, probes) ────┼─► EdgeDeps ─► TurnRegistry ─► Agent service ─► gRPC server
+clouds (channels, probes) ────┼─► TurnRun ─► TurnRegistry ─► Agent service ─► gRPC server
 histories, outbox, warmer ────┘
 """
 
@@ -39,22 +39,22 @@ from segue_edge.prefill.prefix_cache import PrefixCache
 from segue_edge.prefill.providers import Device
 from segue_edge.prefill.runtime import EdgeModel
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.begin import TurnOpening
 from segue_edge.turns.closing import TurnClosing
+from segue_edge.turns.cloud.begin import TurnOpening
+from segue_edge.turns.compute.model_port import EdgeModelPort
+from segue_edge.turns.compute.prefill_job import DecodeJob, NoCache, PrefillJob
+from segue_edge.turns.compute.tools import EdgeTools
+from segue_edge.turns.compute.warm import Warmer
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.ledger_file import LedgerFile
-from segue_edge.turns.model_port import EdgeModelPort
 from segue_edge.turns.offline.deliver import Delivery
 from segue_edge.turns.offline.journal import Journal
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.turns.planning import TurnPlanner
-from segue_edge.turns.prefill_job import DecodeJob, NoCache, PrefillJob
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.turns.run import TurnRun
-from segue_edge.turns.tools import EdgeTools
-from segue_edge.turns.turn import TurnLimits
-from segue_edge.turns.warm import Warmer
+from segue_edge.turns.state.patience import TurnLimits
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from segue_edge.uplink.sender import encode_with

@@ -12,10 +12,10 @@ from segue_contract.turn.events import Ended, Reason
 from segue_edge.planner.estimators import EdgeSpeeds
 from segue_edge.planner.ledger import ledger_line
 from segue_edge.turns.asked import Asked
+from segue_edge.turns.compute.warm import Warmer
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.ledger_file import LedgerFile
 from segue_edge.turns.measure import Measure
-from segue_edge.turns.warm import Warmer
 
 log = structlog.get_logger("segue.turn")
 

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 
-from segue_contract.errors import Internal, Overloaded, SegueError, Unreachable
+from segue_contract.errors import Internal, SegueError
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.plan import PlanReport, Shape, encode_plan
 from segue_contract.sync.ops import Usage
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, Reason, TurnEvent
-from segue_contract.v1 import decode_pb2 as dpb
-from segue_edge.turns import signals as s
-from segue_edge.turns.asked import Asked
-from segue_edge.turns.begin import Begun
-from segue_edge.turns.edge_part import EdgePart
-from segue_edge.turns.link import CloudLink, follow
+from segue_edge.turns.cloud.side import CloudSide
+from segue_edge.turns.cloud.spec import Sent, TurnFacts
+from segue_edge.turns.compute.edge_part import EdgePart
+from segue_edge.turns.compute.prefill_job import Prefill
+from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.offline.turn import OfflineTurn
-from segue_edge.turns.planning import Planned
-from segue_edge.turns.prefill_job import Prefill
-from segue_edge.turns.tools import EdgeTools
-from segue_edge.turns.turn import TurnState
-from segue_edge.uplink.clouds import Cloud, CloudSet
+from segue_edge.turns.state import signals as s
+from segue_edge.turns.state.turn import TurnState
+from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.sender import KvSender
-from segue_edge.uplink.stream import TurnStream
 
 log = structlog.get_logger("segue.turn")
 
@@ -42,18 +37,14 @@ class TurnExecutor:
 
     Args:
         part: a prefill of this prompt that has begun, if any; it is this executor's from now on.
-        planned: None for a turn that is only followed.
         follows: the session's turn before this one, as far as this node knows; "" for none.
     """
 
     def __init__(
         self,
         state: TurnState,
-        asked: Asked,
-        begun: Begun,
-        planned: Planned | None,
-        max_tokens: int,
-        part: EdgePart | None,
+        facts: TurnFacts,
+        part: EdgePart | None = None,
         *,
         tools: EdgeTools,
         clouds: CloudSet,
@@ -62,26 +53,22 @@ class TurnExecutor:
         measure: Measure,
         follows: str = "",
     ) -> None:
-        self.cloud = begun.cloud
         self.ended: Ended | None = None
         self._state = state
-        self._asked = asked
-        self._begun = begun
-        self._planned = planned
-        self._max_tokens = max_tokens
+        self._asked = facts.asked
+        self._begun = facts.begun
+        self._planned = facts.planned
+        self._max_tokens = facts.max_tokens
         self._part = part
         self._tools = tools
-        self._clouds = clouds
+        self._side = CloudSide(facts, tools, clouds, measure, self._emit)
         self._outbox = outbox
         self._feed = feed
         self._measure = measure
         self._follows = follows
-        self._room = begun.room
-        self._link: CloudLink | None = None
-        self._round: Iterator[Cloud] = iter(())
+        self._room = facts.begun.room
         self._signals: asyncio.Queue[s.Signal] = asyncio.Queue()  # a turn's tokens bound it
         self._tasks: set[asyncio.Task[None]] = set()
-        self._link_tasks: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
         """A device stops the turn, and no cloud serves it."""
@@ -97,22 +84,23 @@ class TurnExecutor:
         finally:
             if self._part is not None:
                 self._part.cancel()
-            tasks = self._tasks | self._link_tasks
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, *self._side.close(), return_exceptions=True)
             if self._room is not None:
                 self._room.free()
 
     def _emit(self, signal: s.Signal) -> None:
         self._signals.put_nowait(signal)
 
-    def _spawn(
-        self, work: Coroutine[Any, Any, None], name: str, tasks: set[asyncio.Task[None]]
-    ) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=f"{name} {self._asked.turn}")
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def _sender(self) -> KvSender | None:
+        return self._part.sender if self._part is not None else None
 
     # -- instructions --------------------------------------------------------------------------
 
@@ -132,11 +120,11 @@ class TurnExecutor:
             case s.SendTokens() | s.SendPlan() | s.HandOver() | s.SendEnd():
                 self._send(instruction)
             case s.Open() | s.TakeOver() | s.Follow():
-                self._open(instruction)
+                self._side.open(instruction, self._state.shape, self._sender)
             case s.CloseLink():
-                self._close_link()
+                self._side.close()
             case s.Wait():
-                self._spawn(self._wait(instruction.seconds), "pause", self._tasks)
+                self._spawn(self._wait(instruction.seconds), "pause")
             case s.KeepRoom():
                 self._keep_room()
             case s.FreeRoom():
@@ -144,7 +132,7 @@ class TurnExecutor:
                     self._room.free()
                     self._room = None
             case s.Store():
-                self._spawn(self._store(instruction.reason), "store", self._tasks)
+                self._spawn(self._store(instruction.reason), "store")
             case s.Close():
                 if instruction.error is not None:
                     log.warning("turn_broke", turn=self._asked.turn, error=str(instruction.error))
@@ -173,8 +161,8 @@ class TurnExecutor:
         if self._planned is None:
             return None
         report = self._measure.complete(self._planned.report, self._tools.manifest.geometry.kv)
-        if self.cloud is not None:
-            report.instance = self.cloud.instance
+        if self._side.cloud is not None:
+            report.instance = self._side.cloud.instance
         if self._state.offline:
             report.shape = Shape.EDGE.value
         return report
@@ -196,7 +184,7 @@ class TurnExecutor:
                 wanted.made,
             )
         self._part = part
-        self._spawn(self._run_maker(wanted.maker, part), "edge part", self._tasks)
+        self._spawn(self._run_maker(wanted.maker, part), "edge part")
 
     async def _run_maker(self, maker: int, part: EdgePart) -> None:
         def say(index: int, tokens: tuple[int, ...], pieces: tuple[str, ...]) -> None:
@@ -221,140 +209,20 @@ class TurnExecutor:
         self._measure.mark("prefilled")
         self._measure.model_s = prefill.model_s
         self._measure.edge_cached_blocks = prefill.cached_tokens // BLOCK_TOKENS
-        if self._link is not None:
-            self._measure.shipped_before_prefill_end = self._link.stream.sent_kv_bytes
+        self._measure.shipped_before_prefill_end = self._side.sent_kv_bytes
 
-    # -- the link ------------------------------------------------------------------------------
+    # -- the cloud -----------------------------------------------------------------------------
 
-    def _open(self, wanted: s.Open | s.TakeOver | s.Follow) -> None:
-        cloud = self._cloud_for(wanted)
-        if cloud is None:
-            self._emit(s.NoMoreClouds(wanted.link))
-            return
-        self.cloud = cloud
-        if isinstance(wanted, s.Follow):
-            following = follow(
-                wanted.link, cloud, self._asked.request, wanted.from_index, self._emit
-            )
-            self._spawn(following, "follow", self._link_tasks)
-            return
-        again = wanted if isinstance(wanted, s.TakeOver) else None
-        spec = self._spec(again, cloud)
-        measure = self._measure if again is None else Measure()
-        stream = TurnStream(cloud, spec, self._clouds.pacer)
-        link = self._link = CloudLink(wanted.link, cloud, stream, spec, self._emit, measure)
-        self._spawn(link.run(), "link", self._link_tasks)
-        if again is not None:
-            if spec.ship_blocks:
-                self._spawn(self._ship_again(wanted.link, link, spec), "ship", self._link_tasks)
-        elif self._part is not None and self._part.sender is not None:
-            shipping = self._ship(wanted.link, link, self._part.sender)
-            self._spawn(shipping, "ship", self._link_tasks)
-
-    def _cloud_for(self, wanted: s.Open | s.TakeOver | s.Follow) -> Cloud | None:
-        session = self._asked.session
-        if isinstance(wanted, s.Open):
-            return self._begun.cloud
-        if isinstance(wanted, s.Follow):
-            return next(iter(self._clouds.ranked(session)), None)
-        if wanted.fresh:
-            self._round = iter(self._clouds.ranked(session))
-        return next(self._round, None)
-
-    def _close_link(self) -> None:
-        self._link = None
-        for task in self._link_tasks:
-            task.cancel()
-        self._link_tasks = set()
-
-    def _spec(self, again: s.TakeOver | None, cloud: Cloud) -> dpb.TurnSpec:
-        request, planned = self._asked.request, self._planned
-        assert planned is not None
-        shape = self._state.shape
-        if again is not None:
-            ships = again.ship and bool(planned.ids) and self._tools.may_ship(cloud.recipes)
-            ships = ships and self._tools.cache.lookup(planned.ids) == len(planned.ids)
-            shape = Shape.SHIP if ships else Shape.TEXT
-        return dpb.TurnSpec(
-            session=request.session,
-            device=request.device,
-            turn=request.turn,
-            epoch=self._begun.epoch,
-            prompt=self._begun.prompt,
-            blocks=planned.ids,
-            recipe=self._tools.recipe,
-            max_tokens=self._max_tokens,
-            sampling=request.sampling,
-            stop=request.stop,
-            shape=shape.value,
-            ship_blocks=len(planned.ids) if shape is Shape.SHIP else 0,
-            edge_cached_tokens=planned.report.edge_cached_blocks * BLOCK_TOKENS,
-            takeover=again is not None,
-            known_tokens=again.known if again is not None else (),
-        )
-
-    def _send(self, wanted: s.SendTokens | s.SendPlan | s.HandOver | s.SendEnd) -> None:
-        link = self._link
-        if link is None:
-            return
-        match wanted:
-            case s.SendTokens():
-                frame = wanted.frame
-                made = dpb.EdgeTokens(index=frame.index, tokens=frame.tokens, pieces=frame.pieces)
-                message = dpb.RunRequest(tokens=made)
-            case s.SendPlan():
-                if self._part is not None and self._part.sender is not None:
-                    self._measure.bridge_tokens = max(0, self._state.maker_index - 1)
-                    self._note_shipped(self._part.sender)
-                report = self.report()
-                assert report is not None
-                message = dpb.RunRequest(plan=dpb.PlanNote(plan=encode_plan(report)))
-            case s.HandOver():
-                message = dpb.RunRequest(hand_over=dpb.HandOver(next_index=wanted.next_index))
-            case s.SendEnd():
-                ended = dpb.EdgeEnded(reason=wanted.reason, next_index=wanted.next_index)
-                message = dpb.RunRequest(ended=ended)
-        with contextlib.suppress(Unreachable):  # the link says why
-            link.stream.control(message)
-        if isinstance(wanted, s.HandOver) and wanted.last:
-            link.stream.finish()
-
-    async def _ship(self, number: int, link: CloudLink, sender: KvSender) -> None:
-        """A block that cannot be sent costs time, not the turn: the cloud computes it."""
-        assert self._planned is not None
-        opened = await asyncio.shield(link.opened)
-        per_token = self._tools.speeds.kv_bytes_per_token
-        missing = max(0, len(self._planned.ids) - opened.have_blocks)
-        try:
-            with link.cloud.shipping(int(per_token.value * BLOCK_TOKENS) * missing):
-                await sender.run(link.stream, opened.have_blocks)
-        except SegueError as error:
-            log.warning("kv_not_shipped", turn=self._asked.turn, error=str(error))
-            self._emit(s.ShipFailed(number))
-        finally:
-            self._note_shipped(sender)
-        if sender.sent_blocks:
-            per_token.observe(sender.sent_bytes / sender.sent_blocks / BLOCK_TOKENS)
-
-    def _note_shipped(self, sender: KvSender) -> None:
-        self._measure.shipped_blocks = sender.sent_blocks
-        self._measure.shipped_bytes = sender.sent_bytes
-
-    async def _ship_again(self, number: int, link: CloudLink, spec: dpb.TurnSpec) -> None:
-        """Send what an instance lacks that takes the turn over."""
-        opened = await asyncio.shield(link.opened)
-        blocks = list(spec.blocks)
-        sender = self._tools.sender(blocks)
-        try:
-            for index, block in enumerate(blocks):
-                kept = self._tools.cache.get(block)
-                if kept is None:  # evicted since: the cloud computes the rest
-                    raise Overloaded("The prefix cache dropped a block of the prompt.")
-                sender.offer(index, *kept)
-            await sender.run(link.stream, opened.have_blocks)
-        except SegueError as error:
-            log.info("kv_not_shipped", turn=self._asked.turn, error=str(error))
-            self._emit(s.ShipFailed(number))
+    def _send(self, wanted: Sent) -> None:
+        plan = b""
+        if isinstance(wanted, s.SendPlan):
+            if self._sender is not None:
+                self._measure.bridge_tokens = max(0, self._state.maker_index - 1)
+                self._measure.note_shipped(self._sender.sent_blocks, self._sender.sent_bytes)
+            report = self.report()
+            assert report is not None
+            plan = encode_plan(report)
+        self._side.send(wanted, plan)
 
     # -- offline -------------------------------------------------------------------------------
 

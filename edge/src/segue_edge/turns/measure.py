@@ -38,6 +38,10 @@ class Measure:
         """Note when a phase was over, for the log."""
         self.phases[phase] = round(self.elapsed_s, 5)
 
+    def note_shipped(self, blocks: int, size: int) -> None:
+        """So many blocks, `size` bytes on the wire, went up so far."""
+        self.shipped_blocks, self.shipped_bytes = blocks, size
+
     def saw_tokens(self, count: int, made_by: str) -> None:
         """Tokens were put before the device."""
         if self.first_token_s is None:

@@ -13,9 +13,9 @@ from segue_edge.planner.ledger import open_report
 from segue_edge.planner.plan import Plan, choose
 from segue_edge.prefill.chunks import chunk_size
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.begin import Begun
+from segue_edge.turns.cloud.begin import Begun
+from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.history import HistoryCache
-from segue_edge.turns.tools import EdgeTools
 
 
 @dataclass

@@ -3,7 +3,7 @@
     begin ─► plan ─► TurnState decides, TurnExecutor performs ─► remember, write down
 
 A turn is a task of the node. Devices read its feed; their coming and going changes nothing.
-What happens when something fails on the way: `segue_edge.turns.turn`.
+What happens when something fails on the way: `segue_edge.turns.state.turn`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from segue_contract.sync.state import TurnState as LoggedTurn
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.from_log import turn_events
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.begin import Begun, TurnOpening
 from segue_edge.turns.closing import TurnClosing
-from segue_edge.turns.edge_part import EdgePart
+from segue_edge.turns.cloud.begin import Begun, TurnOpening
+from segue_edge.turns.cloud.spec import TurnFacts
+from segue_edge.turns.compute.edge_part import EdgePart
+from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.executor import TurnExecutor
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.planning import NOTHING_YET, TurnPlanner, needs_edge
-from segue_edge.turns.tools import EdgeTools
-from segue_edge.turns.turn import TurnLimits, TurnState
+from segue_edge.turns.state.patience import TurnLimits
+from segue_edge.turns.state.turn import TurnState
 from segue_edge.uplink.clouds import Cloud, CloudSet
 
 log = structlog.get_logger("segue.turn")
@@ -150,11 +152,7 @@ class TurnRun:
         state = self._state = TurnState(self.asked.turn, 0, 0, Shape.TEXT, self._limits)
         executor = self._executor = TurnExecutor(
             state,
-            self.asked,
-            begun,
-            None,
-            0,
-            None,
+            TurnFacts(self.asked, begun),
             tools=self._tools,
             clouds=self._clouds,
             outbox=self._outbox,
@@ -180,10 +178,7 @@ class TurnRun:
         state = self._state = TurnState(self.asked.turn, epoch, offset, shape, self._limits)
         executor = self._executor = TurnExecutor(
             state,
-            self.asked,
-            begun,
-            planned,
-            max_tokens,
+            TurnFacts(self.asked, begun, planned, max_tokens),
             early,
             tools=self._tools,
             clouds=self._clouds,

@@ -27,7 +27,7 @@ from segue_contract.turn.merge import Merger
 from segue_contract.turn.wire import ended_of, frame_of
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
-from segue_edge.turns.begin import call_begin
+from segue_edge.turns.cloud.begin import call_begin
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.uplink.attempts import at_some_cloud

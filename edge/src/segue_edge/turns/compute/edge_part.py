@@ -11,11 +11,11 @@ from segue_contract.plan import Shape
 from segue_contract.turn.events import Reason
 from segue_edge.compute import Priority
 from segue_edge.turns.asked import Asked
-from segue_edge.turns.decoder import EdgeDecoder, Say
-from segue_edge.turns.model_port import Array
+from segue_edge.turns.compute.decoder import EdgeDecoder, Say
+from segue_edge.turns.compute.model_port import Array
+from segue_edge.turns.compute.prefill_job import Prefill, PrefillJob
+from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.planning import Planned, UnderWay
-from segue_edge.turns.prefill_job import Prefill, PrefillJob
-from segue_edge.turns.tools import EdgeTools
 
 BRIDGE_ROOM = 64  # tokens: a longer bridge makes the buffer grow once
 

@@ -1,6 +1,6 @@
 """What a turn is told (signals) and what it asks for (instructions). Pure values.
 
-`turn.TurnState` turns the one into the other; `executor.TurnExecutor` performs instructions and
+`turn.TurnState` makes the one of the other; `TurnExecutor` performs instructions and
 brings the signals. `link` and `maker` number the attempts: what an earlier one still says is known
 by its number and has no effect.
 """

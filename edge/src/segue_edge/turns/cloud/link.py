@@ -14,8 +14,8 @@ from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import durable_of, ended_of, frame_of, from_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
-from segue_edge.turns import signals as s
 from segue_edge.turns.measure import Measure
+from segue_edge.turns.state import signals as s
 from segue_edge.uplink.clouds import Cloud
 from segue_edge.uplink.stream import TurnStream
 

@@ -12,7 +12,7 @@ from segue_contract.sampling import sample
 from segue_contract.sync.ops import Sampling
 from segue_edge.compute import Job
 from segue_edge.prefill.chunks import LARGE_CHUNK, chunks
-from segue_edge.turns.model_port import Array, EdgeModelPort, PrefixCachePort
+from segue_edge.turns.compute.model_port import Array, EdgeModelPort, PrefixCachePort
 
 OnBlock = Callable[[int, Array, Array], None]
 

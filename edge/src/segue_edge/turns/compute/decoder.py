@@ -10,8 +10,8 @@ from segue_contract.sync.ops import Sampling
 from segue_contract.turn.events import Reason
 from segue_contract.turn.text import ReplyText
 from segue_edge.compute import Priority
-from segue_edge.turns.prefill_job import DecodeJob, Prefill
-from segue_edge.turns.tools import EdgeTools
+from segue_edge.turns.compute.prefill_job import DecodeJob, Prefill
+from segue_edge.turns.compute.tools import EdgeTools
 
 Say = Callable[[int, tuple[int, ...], tuple[str, ...]], None]
 

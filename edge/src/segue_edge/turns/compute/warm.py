@@ -13,8 +13,8 @@ from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.limits import WARM_QUEUE_TURNS
 from segue_edge.compute import ComputeThread, Priority
 from segue_edge.prefill.chunks import SMALL_CHUNK
-from segue_edge.turns.model_port import EdgeModelPort, PrefixCachePort
-from segue_edge.turns.prefill_job import PrefillJob
+from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCachePort
+from segue_edge.turns.compute.prefill_job import PrefillJob
 
 log = structlog.get_logger("segue.warm")
 

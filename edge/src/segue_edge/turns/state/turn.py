@@ -22,78 +22,14 @@ closes without an end, or with one that is not durable, is a broken link.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
-
 from segue_contract.errors import Internal, InvalidArgument, NotFound, SegueError, Unreachable
-from segue_contract.limits import (
-    RETRY_PAUSE_MAX_S,
-    RETRY_PAUSE_S,
-    TURN_TIMEOUT_S,
-    UPLINK_RETRY_S,
-)
 from segue_contract.plan import Shape
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy, Reason, Rewound, Started
-from segue_contract.turn.merge import Merged, Merger
-from segue_edge.turns import signals as s
-from segue_edge.turns.signals import Instruction, Signal
-
-
-@dataclass(frozen=True)
-class Duties:
-    """What a plan's shape asks of the edge."""
-
-    makes: bool  # it prefills and makes tokens
-    hands_over: bool  # it stops when the cloud is ready
-
-
-DUTIES = {
-    Shape.TEXT: Duties(makes=False, hands_over=False),
-    Shape.SHIP: Duties(makes=True, hands_over=True),
-    Shape.EDGE: Duties(makes=True, hands_over=False),
-}
-
-
-@dataclass(frozen=True)
-class TurnLimits:
-    """Seconds: `retry_s` without a cloud before the turn goes offline; `timeout_s` until a turn
-    that no cloud serves and that cannot be made here is given up."""
-
-    retry_s: float = UPLINK_RETRY_S
-    timeout_s: float = TURN_TIMEOUT_S
-    pause_s: float = RETRY_PAUSE_S
-    pause_max_s: float = RETRY_PAUSE_MAX_S
-
-
-class Maker(Enum):
-    """The edge's own decoder."""
-
-    NONE = "none"
-    MAKING = "making"
-    HALTED = "halted"
-    ENDED = "ended"
-    FAILED = "failed"
-
-
-@dataclass
-class Link:
-    """The one attempt at a cloud that counts now."""
-
-    number: int
-    shape: Shape = Shape.TEXT
-    takes_tokens: bool = False  # the first attempt: the edge's tokens go up over it
-    known: tuple[int, ...] = ()  # a take-over's: tokens that it was opened with
-    opened: bool = False
-    opened_at: float = 0.0
-    progressed: bool = False  # it brought something that was not known
-    resume_at: int = 0
-    attached: bool = False
-    ships: bool = False
-    ready: bool = False
-    last: bool = False  # KV failed: nothing follows a hand-over
-    settled: bool = False  # handed over, ended or stopped: the edge owes nothing more
-    follows: bool = False
+from segue_edge.turns.state import signals as s
+from segue_edge.turns.state.parts import DUTIES, Link, Maker
+from segue_edge.turns.state.patience import Patience, TurnLimits
+from segue_edge.turns.state.shown import Shown
+from segue_edge.turns.state.signals import Instruction, Signal
 
 
 class TurnState:
@@ -107,12 +43,10 @@ class TurnState:
     def __init__(
         self, turn: str, epoch: int, offset: int, shape: Shape, limits: TurnLimits | None = None
     ) -> None:
-        self._turn = turn
-        self._epoch = epoch
-        self._offset = offset
         self._shape = shape
-        self._limits = limits or TurnLimits()
-        self._merger = Merger()
+        self._shown = Shown(turn, epoch, offset)
+        self._merger = self._shown.merger
+        self._patience = Patience(limits or TurnLimits())
         self._maker = Maker.NONE
         self._makers = 0
         self._made_one = False
@@ -120,16 +54,12 @@ class TurnState:
         self._reason: Reason | None = None  # the maker's end
         self._link: Link | None = None
         self._links = 0
-        self._started = False
         self.offline = False
         self._in_log = True
         self._follow_only = False
         self._storing = False
         self.closed = False
         self._refusals = 0
-        self._lost_at: float | None = None
-        self._begun_at = 0.0
-        self._pause_s = self._limits.pause_s
         self._last_error: SegueError = Unreachable("No cloud answers for this turn.")
 
     @property
@@ -158,14 +88,14 @@ class TurnState:
 
     @property
     def epoch(self) -> int:
-        return max(self._epoch, self._merger.epoch)
+        return self._shown.epoch
 
     # -- the beginning -------------------------------------------------------------------------
 
     def begin(self, now: float) -> list[Instruction]:
         """The turn began in a cloud: do as planned."""
-        self._begun_at = now
-        out: list[Instruction] = [self._show_started()]
+        self._patience.begin(now)
+        out = self._shown.start()
         if DUTIES[self._shape].makes:
             out += self._make()  # before the link: the first token depends on nothing else
         self._links += 1
@@ -178,13 +108,13 @@ class TurnState:
 
     def begin_offline(self, now: float) -> list[Instruction]:
         """No cloud is there; the outbox has room for the turn."""
-        self._begun_at = now
+        self._patience.begin(now)
         self.offline, self._in_log = True, False
-        return [self._show_started(), *self._make()]
+        return [*self._shown.start(), *self._make()]
 
     def join(self, now: float) -> list[Instruction]:
         """The log knows the turn: whoever runs it, follow it."""
-        self._begun_at = now
+        self._patience.begin(now)
         self._follow_only = True
         return self._seek(now, fresh=True)
 
@@ -275,12 +205,11 @@ class TurnState:
         out: list[Instruction] = []
         if made.tokens:
             frame = Frame(self.epoch, made.index, made.tokens, made.pieces, made_by=MadeBy.EDGE)
-            out += self._show(self._merger.push(frame))
+            out += self._shown.show(self._merger.push(frame))
             if not self._merger.shows(made.index, made.tokens):
                 return out + self._halt()  # the log was first here, with other tokens
             self.maker_index = frame.next_index
-            link = self._link
-            if link is not None and link.takes_tokens and not link.settled and not link.attached:
+            if self._link is not None and self._link.owes:
                 out.append(s.SendTokens(frame))
         return out + self._maybe_hand_over()
 
@@ -289,7 +218,7 @@ class TurnState:
         if self.offline:
             # One that is being opened may take the turn: `_on_broke` says if it did not.
             return [] if link is not None else self._store(reason)
-        if link is None or not link.takes_tokens or link.settled or link.attached:
+        if link is None or not link.owes:
             return []
         link.settled = True
         return [s.SendPlan(), s.SendEnd(reason, self.maker_index)]
@@ -325,7 +254,7 @@ class TurnState:
         link.resume_at = opened.next_index
         link.ships = opened.ships
         link.attached = opened.attached or (link.takes_tokens and opened.next_index > 0)
-        self._epoch = max(self._epoch, opened.epoch)
+        self._shown.learn(opened.epoch)
         if link.takes_tokens and not link.attached:
             link.opened, link.opened_at = True, now
             return self._maybe_hand_over()
@@ -350,9 +279,8 @@ class TurnState:
         known = self._merger.durable_index
         match event:
             case Started():
-                self._epoch = max(self._epoch, event.epoch)
-                self._offset = self._offset or event.offset
-                return out if self._started else [*out, self._show_started()]
+                self._shown.learn(event.epoch, event.offset)
+                return [*out, *self._shown.start()]
             case Frame():
                 if event.index > self._merger.next_index:
                     gap = InvalidArgument(
@@ -365,10 +293,10 @@ class TurnState:
                 merged, over = self._merger.confirm(event.next_index, event.offset), False
             case Rewound():
                 merged, over = self._merger.rewind(event.epoch, event.index), True
-        out += self._show(merged)
+        out += self._shown.show(merged)
         if self._merger.durable_index != known:
             link.progressed = True
-            self._lost_at, self._pause_s = None, self._limits.pause_s
+            self._patience.served()
         if self._maker is Maker.MAKING and (
             over or any(isinstance(one, Rewound) for one in merged)
         ):
@@ -380,17 +308,15 @@ class TurnState:
             error = Unreachable("The cloud closed the turn before the log had its end.")
             return self._on_broke(link, error, now)
         out = self._halt(drop=True)
-        out += self._show(self._merger.end(ended.next_index))
-        if not self._started:
-            out.append(self._show_started())
-        out.append(s.Show(ended))
+        out += self._shown.show(self._merger.end(ended.next_index))
+        out += [*self._shown.start(), s.Show(ended)]
         return out + self._close(None)
 
     def _on_broke(self, link: Link, error: SegueError, now: float) -> list[Instruction]:
         self._link, self._last_error = None, error
         out: list[Instruction] = [s.CloseLink()]
-        if link.opened and now - link.opened_at > self._limits.retry_s:
-            self._lost_at = None
+        if link.opened:
+            self._patience.was_served(link.opened_at, now)
         if link.follows and not error.retryable and not isinstance(error, Internal):
             return out + self._close(error)
         if isinstance(error, NotFound) and not link.follows:
@@ -408,8 +334,7 @@ class TurnState:
 
     def _seek(self, now: float, *, fresh: bool) -> list[Instruction]:
         """Try the next cloud."""
-        if self._lost_at is None:
-            self._lost_at = now
+        self._patience.lost(now)
         if self._follow_only and not fresh:
             self._link = None
             return self._rest(now)
@@ -429,18 +354,14 @@ class TurnState:
     def _rest(self, now: float) -> list[Instruction]:
         """Pause; go offline, or give up, where that took too long."""
         out: list[Instruction] = []
-        lost_s = now - (self._lost_at if self._lost_at is not None else now)
-        if not self.offline and lost_s + self._pause_s > self._limits.retry_s:
-            if self._follow_only:
-                return self._close(self._last_error)
-            if now - self._begun_at > self._limits.timeout_s:
+        expired = self._patience.expired(now)
+        if not self.offline and self._patience.over(now):
+            if self._follow_only or expired:
                 return self._close(self._last_error)
             out.append(s.KeepRoom())
-        elif self._maker is Maker.FAILED and now - self._begun_at > self._limits.timeout_s:
+        elif self._maker is Maker.FAILED and expired:
             return self._close(self._last_error)
-        out.append(s.Wait(self._pause_s))
-        self._pause_s = min(2 * self._pause_s, self._limits.pause_max_s)
-        return out
+        return [*out, s.Wait(self._patience.pause())]
 
     def _on_woke(self, now: float) -> list[Instruction]:
         if self._link is not None or not self._in_log:
@@ -475,18 +396,6 @@ class TurnState:
 
     def _on_stored(self, stored: s.Stored) -> list[Instruction]:
         return [s.Show(stored.ended), *self._close(None)] if self._storing else []
-
-    # -- what readers see ----------------------------------------------------------------------
-
-    def _show_started(self) -> Instruction:
-        self._started = True
-        return s.Show(Started(self._turn, self.epoch, self._offset))
-
-    def _show(self, merged: Sequence[Merged]) -> list[Instruction]:
-        before: list[Instruction] = []
-        if merged and not self._started:  # a joined turn may begin with a frame
-            before.append(self._show_started())
-        return before + [s.Show(one) for one in merged]
 
     def _close(self, error: SegueError | None) -> list[Instruction]:
         self.closed = True
