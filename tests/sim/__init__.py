@@ -5,7 +5,8 @@
 | `loop`, `process` | an asyncio event loop with virtual time; processes that crash and pause |
 | `network` | links between processes: latency, loss of connections, partitions, half-open ones |
 | `redis_model`, `lua` | the commands of the store, and the product's real Lua scripts over them |
-| `store`, `broker`, `rpc` | a store, an MQTT broker and gRPC as the product's libraries see them |
+| `store`, `broker` | a store and an MQTT broker as the product's libraries see them |
+| `rpc_client`, `rpc_server` | gRPC as the product sees it: channels, calls, servers, handlers |
 | `world` | one run: seed, trace, random numbers, clocks |
 | `faults` | what goes wrong, drawn from the seed; a list that can be minimised |
 | `invariants` | what must hold after every step and at the end |

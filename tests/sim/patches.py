@@ -25,7 +25,7 @@ from unittest.mock import patch
 import aiomqtt
 import grpc
 
-from tests.sim import broker, rpc, store
+from tests.sim import broker, rpc_client, rpc_server, store
 from tests.sim.edge import SimCompute
 from tests.sim.engine import SimEngine
 from tests.sim.world import World
@@ -124,11 +124,13 @@ def patched(world: World) -> Iterator[None]:
     def connection(**options: Any) -> store.Connection:
         return store.Connection(world, **options)
 
-    def channel(target: str, credentials: Any = None, options: Any = None, **_: Any) -> rpc.Channel:
-        return rpc.Channel(world, target, options)
+    def channel(
+        target: str, credentials: Any = None, options: Any = None, **_: Any
+    ) -> rpc_client.Channel:
+        return rpc_client.Channel(world, target, options)
 
-    def server(*_: Any, interceptors: Any = (), **__: Any) -> rpc.Server:
-        return rpc.Server(world, interceptors)
+    def server(*_: Any, interceptors: Any = (), **__: Any) -> rpc_server.Server:
+        return rpc_server.Server(world, interceptors)
 
     def compute(*_: Any, **__: Any) -> SimCompute:
         return SimCompute(world.rng(f"compute {world.loop.steps}"))

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as LinkError
 from tests.sim.lua import Scripts
 from tests.sim.network import End
 from tests.sim.process import Process, current
-from tests.sim.redis_model import WRITES, Keyspace, Reply, ReplyError, Status
+from tests.sim.redis_model import COMMANDS, WRITES, Keyspace, Reply, ReplyError, Status
 from tests.sim.world import EPOCH_S, World
 
 ADDRESS = "store:6379"
@@ -96,7 +96,7 @@ class Store:
     # -- serving ------------------------------------------------------------------------------
 
     def _new_space(self) -> Keyspace:
-        space = Keyspace(lambda: EPOCH_S + self.world.now_s + self.skew_s, self._note)
+        space = Keyspace(COMMANDS, lambda: EPOCH_S + self.world.now_s + self.skew_s, self._note)
         space.info = dict(getattr(self, "_info", {}))
         space.published = self._publish
         return space

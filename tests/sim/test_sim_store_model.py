@@ -19,7 +19,7 @@ from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import Cursor
 from tests.sim.lua import Scripts
-from tests.sim.redis_model import Keyspace, ReplyError, Status
+from tests.sim.redis_model import COMMANDS, Keyspace, ReplyError, Status
 
 # The script's clock, read from a key, so that both sides see the same time.
 _CLOCK = b"sim:clock"
@@ -33,7 +33,7 @@ class Both:
 
     def __init__(self, real: Connection) -> None:
         self.real = real
-        self.model = Keyspace(time.time)
+        self.model = Keyspace(COMMANDS, time.time)
         self.scripts = Scripts()
         self.sources: dict[bytes, str] = {}
 
