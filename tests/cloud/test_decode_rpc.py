@@ -27,6 +27,7 @@ from segue_contract.errors import (
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
 from segue_contract.kv.steps import codec_named
+from segue_contract.limits import TurnLimits
 from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import decode_turns
@@ -40,9 +41,18 @@ WAIT_S = 20.0
 PROMPT = tuple(range(10, 10 + 2 * BLOCK_TOKENS + 5))
 
 
+UNOPENED = TurnLimits(open_timeout_s=0.05)  # for an edge that never opens its turn
+
+
 @pytest.fixture
-async def cloud(valkey: Valkey, model_dir: Path) -> AsyncIterator[CloudRpc]:
-    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine(range(100, 110))) as running:
+def limits() -> TurnLimits:
+    return TurnLimits()
+
+
+@pytest.fixture
+async def cloud(valkey: Valkey, model_dir: Path, limits: TurnLimits) -> AsyncIterator[CloudRpc]:
+    engine = ScriptedEngine(range(100, 110))
+    async with cloud_rpc(valkey.url, model_dir, engine, limits=limits) as running:
         await running.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
         yield running
 
@@ -288,10 +298,8 @@ async def test_an_edge_that_comes_back_attaches(cloud: CloudRpc) -> None:
     assert kinds == ["opened", "frame", "ended"]
 
 
-async def test_a_turn_that_is_begun_and_never_opened_runs_by_itself(
-    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("segue_cloud.turns.manager.OPEN_TURN_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize("limits", [UNOPENED])
+async def test_a_turn_that_is_begun_and_never_opened_runs_by_itself(cloud: CloudRpc) -> None:
     await begin(cloud)
     assert await until_ended(cloud) == list(range(100, 110))
 
@@ -312,12 +320,16 @@ async def test_tokens_that_the_model_does_not_have(cloud: CloudRpc) -> None:
     assert await until_ended(cloud) == list(range(100, 110))
 
 
-@pytest.mark.parametrize("beats", [True, False])
+@pytest.mark.parametrize(
+    ("limits", "beats"),
+    [
+        (TurnLimits(edge_look_s=0.02), True),
+        (TurnLimits(edge_look_s=0.02, kv_first_byte_s=0.2), False),
+    ],
+)
 async def test_an_edge_that_owes_tokens_and_says_nothing_is_not_waited_for(
-    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch, beats: bool
+    cloud: CloudRpc, beats: bool
 ) -> None:
-    monkeypatch.setattr("segue_cloud.rpc.run_stream._LOOK_S", 0.02)
-    monkeypatch.setattr("segue_cloud.rpc.run_stream.KV_FIRST_BYTE_TIMEOUT_S", 60 if beats else 0.2)
     begun = await begin(cloud)
     call = cloud.decode.Run()
     await call.write(opening(cloud, begun.epoch, shape="edge", ship_blocks=0))
@@ -338,10 +350,8 @@ async def test_a_prompt_longer_than_any_is_refused_before_it_is_looked_at(cloud:
     assert await until_ended(cloud) == list(range(100, 110))
 
 
-async def test_a_begin_whose_caller_left_runs_all_the_same(
-    cloud: CloudRpc, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("segue_cloud.turns.manager.OPEN_TURN_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize("limits", [UNOPENED])
+async def test_a_begin_whose_caller_left_runs_all_the_same(cloud: CloudRpc) -> None:
     asked = pb.RunTurnRequest(
         session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
     )

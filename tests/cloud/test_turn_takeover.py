@@ -18,11 +18,14 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import (
     LOST_OWNER_LOOKS,
     TURN_ENGINES,
+    TurnLimits,
 )
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.turn_bench import SESSION, WAIT_S, bench_on, shown_tokens
+
+SHORT = TurnLimits(lease_s=0.3, stall_offer_s=0.3)
 
 
 async def test_two_take_overs_at_once_leave_one_owner(
@@ -130,23 +133,12 @@ async def test_take_over_fences_the_old_owner_and_goes_on_where_the_log_ends(
         assert (await new.turn()).tokens == words
 
 
-def lease(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    for module in ("claims", "takeover", "writer", "manager", "recovery"):
-        monkeypatch.setattr(f"segue_cloud.turns.{module}.TURN_LEASE_S", seconds)
-
-
-@pytest.fixture
-def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    lease(monkeypatch, 0.3)
-
-
-@pytest.mark.usefixtures("short_lease")
 async def test_an_orphan_is_finished_though_nobody_asks(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
         await dead.begin()
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench:
         async with recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0):
             async with asyncio.timeout(WAIT_S):
                 while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
@@ -155,13 +147,12 @@ async def test_an_orphan_is_finished_though_nobody_asks(
         assert turn.epoch == 2
 
 
-@pytest.mark.usefixtures("short_lease")
 async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
         await dead.begin()
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench:
         async with asyncio.timeout(WAIT_S):
             _, owner = await bench.manager.run(bench.request("t2"))
         assert owner is not None
@@ -170,18 +161,17 @@ async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
         assert (orphan.tokens, orphan.reason) == (words, "stop")
 
 
-@pytest.mark.usefixtures("short_lease")
 async def test_orphans_go_to_those_with_room_and_none_ends_for_want_of_it(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     names = [SessionName("default", f"s{at}") for at in range(5)]
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
         for name in names:
             await dead.log.open_session(name, device="phone")
             await dead.begin(session=name)
     engine = ScriptedEngine(words, free=False)
     async with (
-        bench_on(valkey.url, model_dir, engine, max_turns=2) as bench,
+        bench_on(valkey.url, model_dir, engine, max_turns=2, limits=SHORT) as bench,
         recovering(bench.manager, bench.running, every_s=0.05, grace_s=0.0),
     ):
         async with asyncio.timeout(WAIT_S):
@@ -196,25 +186,26 @@ async def test_orphans_go_to_those_with_room_and_none_ends_for_want_of_it(
                 assert (turn.tokens, turn.reason) == (words, "stop")
 
 
-@pytest.mark.usefixtures("short_lease")
 async def test_an_instance_leaves_orphans_of_another_model_alone(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as dead:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
         await dead.begin()
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), model="n") as bench:
+    async with bench_on(
+        valkey.url, model_dir, ScriptedEngine(words), model="n", limits=SHORT
+    ) as bench:
         assert not await bench.running.due(8)
         assert not await bench.manager.recover(SESSION)
         assert (await bench.turn()).epoch == 1
 
 
 async def test_a_planned_stop_gives_the_lease_back(
-    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+    valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    monkeypatch.setattr("segue_cloud.turns.manager.SHUTDOWN_GRACE_S", 0.1)
     engine = ScriptedEngine(words, free=False)
+    at_once = TurnLimits(stop_grace_s=0.05)
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as new:
-        async with bench_on(valkey.url, model_dir, engine) as old:
+        async with bench_on(valkey.url, model_dir, engine, limits=at_once) as old:
             owner = old.manager.start(old.spec(await old.begin(), has_edge=False))
             engine.allow(3)
             await shown_tokens(owner, 3)
@@ -248,13 +239,12 @@ async def test_a_turn_is_opened_only_where_it_began(
 
 
 async def test_a_lost_owner_s_turn_goes_on_before_its_lease_has_run_out(
-    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+    valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    lease(monkeypatch, 300.0)
-    monkeypatch.setattr("segue_cloud.turns.manager.LOST_OWNER_QUIET_S", 0.1)
+    limits = TurnLimits(lease_s=300.0, lost_owner_quiet_s=0.1)
     async with (
-        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as silent,
-        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=limits) as silent,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=limits) as bench,
     ):
         await silent.begin()
         assert not await bench.manager.recover(SESSION), "its lease holds"
@@ -293,14 +283,13 @@ async def test_a_living_owner_keeps_a_turn_whose_reader_lost_it(
     assert (turn.tokens, turn.epoch) == (words, 1)
 
 
-@pytest.mark.usefixtures("short_lease")
 async def test_a_turn_behind_a_hung_engine_is_offered_to_others(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     engine = ScriptedEngine(words, free=False)
     async with (
-        bench_on(valkey.url, model_dir, engine) as hung,
-        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench,
+        bench_on(valkey.url, model_dir, engine, limits=SHORT) as hung,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench,
     ):
         owner = hung.manager.start(hung.spec(await hung.begin(), has_edge=False))
         engine.allow(3)
@@ -316,13 +305,11 @@ async def test_a_turn_behind_a_hung_engine_is_offered_to_others(
     assert (turn.tokens, turn.epoch, turn.reason) == (words, 2, "stop")
 
 
-@pytest.mark.usefixtures("short_lease")
 async def test_where_nobody_takes_it_a_turn_stays_with_its_hung_engine(
     valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segue_cloud.turns.writer.STALL_OFFER_S", 0.3)
     engine = ScriptedEngine(words, free=False)
-    async with bench_on(valkey.url, model_dir, engine) as hung:
+    async with bench_on(valkey.url, model_dir, engine, limits=SHORT) as hung:
         owner = hung.manager.start(hung.spec(await hung.begin(), has_edge=False))
         engine.stalled = True
         renewed = asyncio.Event()

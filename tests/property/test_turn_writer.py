@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segue_cloud.turns import patience
 from segue_cloud.turns.frames import Chunk
 from segue_cloud.turns.writer import TurnKey, TurnWriter
 from segue_contract.errors import StaleEpoch, StoreUnavailable
 from segue_contract.ids import SessionName
+from segue_contract.limits import TurnLimits
 from segue_contract.sync.ops import Frame, Op, TurnEnded, TurnStarted, UserMessage
 from segue_contract.sync.state import find_turn
 from tests.support.model_log import ModelLog
@@ -57,9 +57,7 @@ class FailingLog(ModelLog):
 FAULTS = st.tuples(st.sampled_from(["", "lose", "refused", "unanswered"]), st.integers(0, 6))
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "STORE_RETRY_MAX_S", 0.0)
+NO_PAUSES = TurnLimits(store_pause_s=0.0)
 
 
 @given(
@@ -94,6 +92,7 @@ async def _write(sizes: list[int], takeovers: int, faults: list[tuple[str, int]]
         on_durable=durable,
         on_stop=lambda: None,
         now_ms=lambda: 0,
+        limits=NO_PAUSES,
     )
     running = asyncio.create_task(writer.run())
     at = 0
@@ -131,6 +130,7 @@ async def test_what_the_log_lost_is_put_back_and_goes_on_after_it() -> None:
         on_durable=lambda frame, offset: shown.extend(frame.tokens),
         on_stop=lambda: None,
         now_ms=lambda: 0,
+        limits=NO_PAUSES,
     )
     running = asyncio.create_task(writer.run())
     for token in range(3):
@@ -159,6 +159,7 @@ async def test_a_reply_that_went_another_way_is_left_to_its_owner() -> None:
         on_durable=lambda frame, offset: None,
         on_stop=lambda: None,
         now_ms=lambda: 0,
+        limits=NO_PAUSES,
     )
     other = await log.take_over(S, "t1", 1.0)
     frame = Frame(id="f", turn="t1", epoch=2, index=0, tokens=(7,), pieces=("z",))

@@ -17,6 +17,7 @@ from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.chat import ChatTokenizer
+from segue_contract.limits import TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
@@ -46,6 +47,7 @@ async def cloud_rpc(
     manifest: Manifest | None = None,
     tokenizer: ChatTokenizer | None = None,
     mqtt_url: str = "",
+    limits: TurnLimits = TurnLimits(),
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
     that devices follow over."""
@@ -67,6 +69,7 @@ async def cloud_rpc(
             vocab=manifest.geometry.vocab,
             now_ms=lambda: time.time_ns() // 1_000_000,
             monotonic=time.monotonic,
+            limits=limits,
         )
         manager = TurnManager(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns

@@ -20,8 +20,9 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.chat import ChatTokenizer
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    STORE_PATIENCE_CALLS,
     STORE_TIMEOUT_S,
+    TURN_ID_MEMORY,
+    TurnLimits,
 )
 from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
@@ -83,14 +84,15 @@ async def bench_on(
     max_turns: int = 8,
     model: str = "m",
     store_timeout_s: float = STORE_TIMEOUT_S,
-    store_patience_calls: int = STORE_PATIENCE_CALLS,
+    turn_ids: int = TURN_ID_MEMORY,
+    limits: TurnLimits = TurnLimits(),
 ) -> AsyncIterator[Bench]:
     tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
-    store = await RedisStore.connect(url, timeout_s=store_timeout_s)
+    store = await RedisStore.connect(url, timeout_s=store_timeout_s, turn_ids=turn_ids)
     async with SessionLog(store) as log:
         deps = OwnerDeps(
             log, engine, tokenizer, frozenset({2}), 8192, 49152,
-            lambda: time.time_ns() // 1_000_000, time.monotonic, store_patience_calls,
+            lambda: time.time_ns() // 1_000_000, time.monotonic, limits,
         )  # fmt: skip
         running = store.running_turns(model)
         manager = TurnManager(deps, running, model=model, max_turns=max_turns)

@@ -82,11 +82,9 @@ TURN_TIMEOUT_S: Final = 600.0  # the longest reply at the slowest decode rate we
 TURN_LOOKS: Final = 60  # TURN_TIMEOUT_S in so many parts: a pause of the process costs one
 TURN_WAIT_TIMEOUT_S: Final = 120.0  # for the session's turn, where the caller chose to wait
 STORE_TIMEOUT_S: Final = 5.0  # writes wait this long for the store, then StoreUnavailable
-STORE_PATIENCE_CALLS: Final = 110  # a running turn's, one after another: some 10 minutes in all
 STORE_RETRY_S: Final = 0.05  # first pause between attempts; doubles up to half a second
 STORE_LOOKUP_S: Final = 0.5  # to ask where the store's primary is; who is slower is not heard
 TURN_LEASE_S: Final = 2.5  # an owner renews it with every append and every quarter of it
-LOST_OWNER_QUIET_S: Final = 1.1  # a lease as old as this is none, of an owner that its reader lost
 LOST_OWNER_LOOKS: Final = 8  # at such a lease, each LOST_OWNER_PAUSE_S; then it runs out anyway
 LOST_OWNER_PAUSE_S: Final = 0.2
 RECOVERY_SWEEP_S: Final = 0.5  # with the lease: the longest that an orphaned turn lies still
@@ -99,14 +97,10 @@ WAIT_POLL_S: Final = 0.25  # the first that waits looks this often: a turn may e
 WAIT_POLL_LATER_S: Final = 1.0  # those behind it; well below WAITING_LEASE_S
 RELEASE_TIMEOUT_S: Final = 1.0  # to give a lease back; then it runs out
 TURN_ENGINES: Final = 4  # epochs of a turn after which a dying engine ends it: it may be the cause
-OPEN_TURN_TIMEOUT_S: Final = 3.0  # Begin without Run: the cloud then runs the turn by itself
-KV_STALL_TIMEOUT_S: Final = 10.0  # KV began and stopped: then the cloud recomputes. A part takes
-# this long on a link of 26 kB/s, and so may a chunk's prefill on a slow edge.
 KV_DRAIN_S: Final = 30.0  # the longest that sent KV is believed to be in buffers on the way
 ENGINE_RETRY_S: Final = 0.1  # an admitted turn asks again, where another's place is being cleared
 DECODE_RETURN_S: Final = 0.005  # an edge reply between two tokens: one switch of Python's threads
 READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
-KV_FIRST_BYTE_TIMEOUT_S: Final = 60.0  # an edge with a full prefill queue may start this late
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
@@ -126,7 +120,6 @@ STALL_LOOK_S: Final = 0.2  # whoever watches a compute thread looks at this pace
 STALL_S: Final = 1.0  # one step for so long, and for STALL_FACTOR times what such steps take: it
 # hangs. Where somebody else can go on that is noticed like silence.
 STALL_FACTOR: Final = 10.0  # a machine with other work makes a step several times as long
-STALL_OFFER_S: Final = 5.0  # a turn behind a hung engine is left to others for so long
 PING_TIMEOUT_S: Final = 5.0  # of gRPC's own pings; 60 s where it is not set
 SWEEP_INTERVAL_S: Final = 1.0  # dirty sessions are re-published at this pace
 HEAD_IDLE_S: Final = 300.0  # a retained head is cleared after this long without an append
@@ -240,6 +233,24 @@ class SessionQuotas:
     values: int = 4096  # names; a value that is set anew takes nothing more
     docs: int = 1024  # names
     kept_ops: int = 262_144  # updates of docs, claims and results of tool calls: folding keeps each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnLimits:
+    """Of the turns that a cloud owns."""
+
+    lease_s: float = TURN_LEASE_S
+    open_timeout_s: float = 3.0  # Begin without Run: the cloud then runs the turn by itself
+    stop_grace_s: float = SHUTDOWN_GRACE_S / 2  # at shutdown, for turns that are about to end
+    store_calls: int = 110  # that fail one after another: some 10 minutes in all
+    store_pause_s: float = STORE_RETRY_MAX_S  # after one of them
+    lost_owner_quiet_s: float = 1.1  # so old a lease is none, of an owner that its reader lost
+    stall_offer_s: float = 5.0  # a turn behind a hung engine is left to others for so long
+    edge_look_s: float = TURN_SILENCE_S / SILENCE_LOOKS  # at an edge that owes a turn's tokens
+    kv_first_byte_s: float = 60.0  # an edge with a full prefill queue may start this late
+    # KV began and stopped: then the cloud recomputes. A part takes this long on a link of 26 kB/s,
+    # and so may a chunk's prefill on a slow edge.
+    kv_stall_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,6 +129,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             self._engine,
             attached=attached,
             from_index=0,
+            limits=self._manager.limits,
         )
         opened = dpb.Opened(
             epoch=owner.spec.key.epoch,

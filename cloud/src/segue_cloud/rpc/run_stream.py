@@ -13,18 +13,13 @@ from segue_cloud.turns.patience import done_within
 from segue_contract.errors import DeadlineExceeded, InvalidArgument
 from segue_contract.limits import (
     EDGE_SILENCE_LOOKS,
-    KV_FIRST_BYTE_TIMEOUT_S,
-    KV_STALL_TIMEOUT_S,
     READY_POLL_S,
-    SILENCE_LOOKS,
     TURN_EVENT_QUEUE,
-    TURN_SILENCE_S,
+    TurnLimits,
 )
 from segue_contract.liveness import Silence
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
-
-_LOOK_S = TURN_SILENCE_S / SILENCE_LOOKS
 
 
 class RunStream:
@@ -42,12 +37,14 @@ class RunStream:
         *,
         attached: bool,
         from_index: int,
+        limits: TurnLimits = TurnLimits(),
     ) -> None:
         self._owner = owner
         self._intake = intake
         self._engine = engine
         self._attached = attached
         self._from_index = from_index
+        self._limits = limits
         self._replies: asyncio.Queue[dpb.RunReply | None] = asyncio.Queue(TURN_EVENT_QUEUE)
 
     async def serve(
@@ -96,14 +93,15 @@ class RunStream:
         iterator = aiter(requests)
         silence = Silence(EDGE_SILENCE_LOOKS)
         beats = False  # the edge sends heartbeats: then their absence says something
+        look_s = self._limits.edge_look_s
         quiet = 0  # looks since the last message that says more than that the edge lives
         while True:
             reading = asyncio.ensure_future(anext(iterator, None))
             try:
-                while not await done_within({reading}, _LOOK_S, looks=1):
+                while not await done_within({reading}, look_s, looks=1):
                     quiet += 1
                     silence.look()
-                    self._check_patience(quiet * _LOOK_S, beats and silence.lost)
+                    self._check_patience(quiet * look_s, beats and silence.lost)
             finally:
                 reading.cancel()
             request = reading.result()
@@ -128,7 +126,7 @@ class RunStream:
             return
         shipping = not self._intake.complete.is_set()
         begun = self._intake.received_bytes > 0 if shipping else self._owner.next_index > 0
-        bound_s = KV_STALL_TIMEOUT_S if begun else KV_FIRST_BYTE_TIMEOUT_S
+        bound_s = self._limits.kv_stall_s if begun else self._limits.kv_first_byte_s
         # While KV is on its way, heartbeats wait behind it on a thin link.
         if quiet_s < bound_s and not (silent and not shipping):
             return

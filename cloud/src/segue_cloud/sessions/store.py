@@ -91,15 +91,18 @@ class RedisStore:
         wire: Wire,
         *,
         lease_s: float = TURN_LEASE_S,
+        turn_ids: int = TURN_ID_MEMORY,
         monotonic: Callable[[], float] = time.monotonic,
         random_bytes: Callable[[int], bytes] = os.urandom,
         quotas: SessionQuotas | None = None,
     ) -> None:
-        """`lease_s`: how long an append of a turn's owner renews its lease for."""
+        """`lease_s`: how long an append of a turn's owner renews its lease for. `turn_ids`: so
+        many of a session's latest are kept at hand in the store; older ones are looked up."""
         self._wire = wire
         self.keeper = SessionKeeper(wire)
         self.quotas = quotas or SessionQuotas()
         self._lease_ms = int(lease_s * 1000)
+        self._turn_ids = turn_ids
         self._monotonic = monotonic
         self._random_bytes = random_bytes
         # When this process last named a session active; see `_touch`.
@@ -113,6 +116,7 @@ class RedisStore:
         *,
         lease_s: float = TURN_LEASE_S,
         timeout_s: float = STORE_TIMEOUT_S,
+        turn_ids: int = TURN_ID_MEMORY,
         max_connections: int = STORE_CONNECTIONS,
         sleep: Sleep = asyncio.sleep,
     ) -> RedisStore:
@@ -135,7 +139,7 @@ class RedisStore:
         except BaseException:
             await wire.close()
             raise
-        return cls(wire, lease_s=lease_s)
+        return cls(wire, lease_s=lease_s, turn_ids=turn_ids)
 
     async def close(self) -> None:
         await self._wire.close()
@@ -223,7 +227,7 @@ class RedisStore:
         rows.check_ops(ops, least=0)
         nonce = self._nonce()
         verb = self._log(
-            session, "begin", turn, int(lease_s * 1000), TURN_ID_MEMORY, title, nonce, digest,
+            session, "begin", turn, int(lease_s * 1000), self._turn_ids, title, nonce, digest,
             int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
         )  # fmt: skip
         return rows.claim(await self._write(session, self._index(session), verb), nonce)

@@ -30,7 +30,6 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import (
     MAX_TURNS_WAITING_PER_SESSION,
     ORPHAN_PATIENCE_S,
-    TURN_LEASE_S,
     TURN_WAIT_TIMEOUT_S,
     WAIT_POLL_LATER_S,
     WAIT_POLL_S,
@@ -112,13 +111,13 @@ class SessionClaims:
             return claim
         begun = False
         try:
-            await self._running.name([request.session], TURN_LEASE_S)
+            await self._running.name([request.session], self._deps.limits.lease_s)
             opening = await self._opening(request)
             claim = await self._deps.log.begin_turn(
                 request.session,
                 request.turn,
                 opening,
-                TURN_LEASE_S,
+                self._deps.limits.lease_s,
                 digest=digest,
                 abandon_s=ORPHAN_PATIENCE_S,
             )
@@ -162,7 +161,7 @@ class SessionClaims:
                             return claim
                 elif claim.lease_left_s <= 0:  # the running turn's owner died
                     await self._recover(session)
-                first = claim.status is Status.OK or claim.lease_left_s <= TURN_LEASE_S
+                first = claim.status is Status.OK or claim.lease_left_s <= self._deps.limits.lease_s
                 pause_s = WAIT_POLL_S if first else WAIT_POLL_LATER_S
                 await done_within({woken}, pause_s, looks=1)
                 waited_s += pause_s  # not by a clock: a process that was stopped has not waited

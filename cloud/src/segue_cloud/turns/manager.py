@@ -33,11 +33,8 @@ from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     LOST_OWNER_LOOKS,
     LOST_OWNER_PAUSE_S,
-    LOST_OWNER_QUIET_S,
-    OPEN_TURN_TIMEOUT_S,
     RELEASE_TIMEOUT_S,
-    SHUTDOWN_GRACE_S,
-    TURN_LEASE_S,
+    TurnLimits,
 )
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Op, TurnStarted
@@ -96,6 +93,10 @@ class TurnManager:
         self._closing = False
 
     @property
+    def limits(self) -> TurnLimits:
+        return self._deps.limits
+
+    @property
     def running(self) -> int:
         return len(self._owners)
 
@@ -115,7 +116,7 @@ class TurnManager:
         """Claim the session and append user_message and turn_started.
 
         With `expect_open` an edge will open the turn; if it does not within
-        `OPEN_TURN_TIMEOUT_S`, this instance runs the turn by itself. A caller that is cancelled
+        `open_timeout_s`, this instance runs the turn by itself. A caller that is cancelled
         leaves the turn to begin: `StopTurn` takes it back, a disconnect does not.
 
         Raises:
@@ -166,13 +167,14 @@ class TurnManager:
     async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:
         """Hold a turn for the edge that began it, for a while."""
         hold = TurnHold(request.turn, begun.epoch, begun.nonce)
-        looks = max(1, math.ceil(OPEN_TURN_TIMEOUT_S / (TURN_LEASE_S / 4)))
+        limits = self.limits
+        looks = max(1, math.ceil(limits.open_timeout_s / (limits.lease_s / 4)))
         for _ in range(looks):
-            await asyncio.sleep(OPEN_TURN_TIMEOUT_S / looks)
+            await asyncio.sleep(limits.open_timeout_s / looks)
             if request.name not in self._begun:
                 return
             with contextlib.suppress(StoreUnavailable):
-                await self._deps.log.renew_turn(request.session, hold, TURN_LEASE_S)
+                await self._deps.log.renew_turn(request.session, hold, limits.lease_s)
         if request.name in self._begun:
             log.warning("turn_not_opened", session=request.session.session, turn=request.turn)
             await self._run_here(request, begun)
@@ -311,7 +313,7 @@ class TurnManager:
         for _ in range(LOST_OWNER_LOOKS):
             if self._closing or self.knows(session, turn):
                 return
-            await self._takeover.recover(session, LOST_OWNER_QUIET_S)
+            await self._takeover.recover(session, self.limits.lost_owner_quiet_s)
             await asyncio.sleep(LOST_OWNER_PAUSE_S)
 
     # -- ending --------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class TurnManager:
     async def name_running(self) -> None:
         """Name the sessions of this instance's turns again, for whoever looks for orphans."""
         sessions = {name.session for name in (*self._owners, *self._begun)}
-        await self._running.name(sorted(sessions), TURN_LEASE_S)
+        await self._running.name(sorted(sessions), self.limits.lease_s)
 
     async def close(self) -> None:
         """Let running turns end within a part of the grace period, then give the leases of the
@@ -327,7 +329,7 @@ class TurnManager:
         self._closing = True
         ending = [asyncio.ensure_future(owner.ended.wait()) for owner in self._owners.values()]
         if ending:
-            await asyncio.wait(ending, timeout=SHUTDOWN_GRACE_S / 2)
+            await asyncio.wait(ending, timeout=self.limits.stop_grace_s)
         for one in ending:
             one.cancel()
         left = [name.session for name in (*self._owners, *self._begun)]

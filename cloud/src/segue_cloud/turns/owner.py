@@ -42,10 +42,10 @@ from segue_contract.errors import (
 from segue_contract.limits import (
     ENGINE_RETRY_S,
     RELEASE_TIMEOUT_S,
-    STORE_PATIENCE_CALLS,
     TURN_ENGINES,
     TURN_LOOKS,
     TURN_TIMEOUT_S,
+    TurnLimits,
 )
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
@@ -65,7 +65,7 @@ class OwnerDeps:
     vocab: int
     now_ms: Callable[[], int]
     monotonic: Callable[[], float]
-    store_patience_calls: int = STORE_PATIENCE_CALLS
+    limits: TurnLimits = TurnLimits()
 
 
 class TurnOwner:
@@ -104,7 +104,7 @@ class TurnOwner:
             on_durable=self._publish_durable,
             on_stop=self.stop,
             now_ms=deps.now_ms,
-            patience_calls=deps.store_patience_calls,
+            limits=deps.limits,
             stalled=lambda: self.stalled,
         )
         self._settle_edge()

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import structlog
 
 from segue_contract.errors import StoreUnavailable
-from segue_contract.limits import STORE_PATIENCE_CALLS, STORE_RETRY_MAX_S
 
 log = structlog.get_logger("segue.turns")
 
@@ -40,12 +39,14 @@ async def done_within(
 async def store_call(
     call: Callable[[], Awaitable[_T]],
     *,
-    calls: int = STORE_PATIENCE_CALLS,
+    calls: int,
+    pause_s: float,
     what: str = "",
 ) -> _T:
     """The result of an idempotent call to the store, repeated while the store stands still.
 
-    Counted in calls, each of which has a deadline of its own. `what`: who waits, for the log.
+    Counted in calls, each of which has a deadline of its own, with a pause after one that failed.
+    `what`: who waits, for the log.
 
     Raises:
         StoreUnavailable: `calls` of them failed.
@@ -64,4 +65,4 @@ async def store_call(
             if failed:
                 log.info("store_answers", what=what, calls_failed=failed)
             return result
-        await asyncio.sleep(STORE_RETRY_MAX_S)
+        await asyncio.sleep(pause_s)

@@ -16,7 +16,6 @@ from segue_contract.limits import (
     RECOVERIES_PER_SWEEP,
     RECOVERY_SWEEP_S,
     RUNNING_REFRESH_S,
-    TURN_LEASE_S,
 )
 
 log = structlog.get_logger("segue.turns")
@@ -28,10 +27,11 @@ async def recovering(
     running: RunningTurns,
     *,
     every_s: float = RECOVERY_SWEEP_S,
-    grace_s: float = TURN_LEASE_S,
+    grace_s: float | None = None,
 ) -> AsyncIterator[None]:
     """While inside, orphans are looked for every `every_s`, as many as there is room for, after
-    `grace_s` at first."""
+    `grace_s` (None: a lease's time) at first."""
+    grace_s = manager.limits.lease_s if grace_s is None else grace_s
     task = asyncio.create_task(_sweep(manager, running, every_s, grace_s), name="recovery sweep")
     try:
         yield
@@ -59,10 +59,10 @@ async def _sweep(
                 answered = clock()
                 continue
             due = await running.due(most)
-            if clock() - answered > every_s + TURN_LEASE_S / 2:
+            if clock() - answered > every_s + manager.limits.lease_s / 2:
                 # The store, or this process, stood still: nobody could renew a lease meanwhile,
                 # and owners that are alive shall do so first.
-                wait_until = clock() + TURN_LEASE_S
+                wait_until = clock() + manager.limits.lease_s
             else:
                 for session in due:
                     await manager.recover(session)

@@ -19,7 +19,6 @@ from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import UnknownTurn
 from segue_contract.ids import SessionName, TurnName
-from segue_contract.limits import TURN_LEASE_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState, find_turn
 
@@ -55,6 +54,7 @@ class Takeover:
         model: str,
     ) -> None:
         self._deps = deps
+        self._lease_s = deps.limits.lease_s
         self._turns = turns
         self._places = places
         self._running = running
@@ -81,8 +81,8 @@ class Takeover:
             self._turns.admit(key.name)
             owner: TurnOwner | None = None
             try:
-                await self._running.name([key.session], TURN_LEASE_S)
-                claim = await self._deps.log.take_over(key.session, key.turn, TURN_LEASE_S)
+                await self._running.name([key.session], self._lease_s)
+                claim = await self._deps.log.take_over(key.session, key.turn, self._lease_s)
                 state = await self._deps.log.state(key.session)
                 turn = find_turn(state, key.turn)
                 if turn is None or claim.status is not Status.OK:
@@ -130,7 +130,7 @@ class Takeover:
             started = False
             try:
                 started = await self._finish_orphan(
-                    name, TURN_LEASE_S if quiet_s is None else quiet_s
+                    name, self._lease_s if quiet_s is None else quiet_s
                 )
             finally:
                 if not started:
@@ -139,8 +139,8 @@ class Takeover:
 
     async def _finish_orphan(self, name: TurnName, quiet_s: float) -> bool:
         session = name.session
-        await self._running.name([session], TURN_LEASE_S)
-        claim = await self._deps.log.take_over(session, name.turn, TURN_LEASE_S, quiet_s=quiet_s)
+        await self._running.name([session], self._lease_s)
+        claim = await self._deps.log.take_over(session, name.turn, self._lease_s, quiet_s=quiet_s)
         if claim.status is not Status.OK:
             return False
         state = await self._deps.log.state(session)  # with all that the old owner wrote

@@ -25,9 +25,7 @@ from segue_contract.errors import Internal, StaleEpoch, StoreUnavailable, Unknow
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     MAX_APPEND_OPS,
-    STALL_OFFER_S,
-    STORE_PATIENCE_CALLS,
-    TURN_LEASE_S,
+    TurnLimits,
 )
 from segue_contract.sync.ops import Frame, Op, TurnEnded
 from segue_contract.sync.state import find_turn
@@ -66,7 +64,7 @@ class TurnWriter:
         on_durable: told each frame with the offset it got, in order, each token once.
         on_stop: told that somebody asked this turn to stop; maybe more than once.
         now_ms: wall clock for the ops' `at_ms`.
-        patience_calls: calls to the store that may fail one after another.
+        limits: how long the turn is held, and the store waited for.
         stalled: whether the turn waits for an engine that hangs.
     """
 
@@ -81,7 +79,7 @@ class TurnWriter:
         on_durable: Callable[[Frame, int], None],
         on_stop: Callable[[], None],
         now_ms: Callable[[], int],
-        patience_calls: int = STORE_PATIENCE_CALLS,
+        limits: TurnLimits = TurnLimits(),
         stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._key = key
@@ -91,7 +89,8 @@ class TurnWriter:
         self._on_durable = on_durable
         self._on_stop = on_stop
         self._now_ms = now_ms
-        self._patience_calls = patience_calls
+        self._limits = limits
+        self._lease_s = limits.lease_s
         self._all: list[Chunk] = [made] if made is not None else []
         self._sent = len(self._all)  # chunks of `_all` that the log has, or had
         self._published = made.next_index if made is not None else 0
@@ -143,20 +142,20 @@ class TurnWriter:
 
     async def _wait_or_renew(self) -> None:
         try:
-            async with asyncio.timeout(TURN_LEASE_S / 4):
+            async with asyncio.timeout(self._lease_s / 4):
                 await self._wake.wait()
             self._wake.clear()
         except TimeoutError:
             if await self._offered():
                 return
             result = await self._call(
-                lambda: self._log.renew_turn(self._key.session, self._key.hold, TURN_LEASE_S)
+                lambda: self._log.renew_turn(self._key.session, self._key.hold, self._lease_s)
             )
             await self._accept(result)
 
     async def _offered(self) -> bool:
         """While the engine hangs the turn is left to whoever has one that does not, for
-        `STALL_OFFER_S`; where nobody took it by then it stays here."""
+        `stall_offer_s`; where nobody took it by then it stays here."""
         if not self._stalled():
             self._offers = 0
             return False
@@ -164,7 +163,7 @@ class TurnWriter:
         if self._offers == 1:
             log.warning("turn_offered", turn=self._key.turn)
             await self._call(lambda: self._log.release_turn(self._key.session, self._key.hold))
-        return self._offers * TURN_LEASE_S / 4 < STALL_OFFER_S
+        return self._offers * self._lease_s / 4 < self._limits.stall_offer_s
 
     async def _flush(self) -> None:
         upto = len(self._all)
@@ -208,7 +207,12 @@ class TurnWriter:
         return result if await self._accept(result) else None
 
     async def _call(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        return await store_call(call, calls=self._patience_calls, what=self._key.turn)
+        return await store_call(
+            call,
+            calls=self._limits.store_calls,
+            pause_s=self._limits.store_pause_s,
+            what=self._key.turn,
+        )
 
     async def _accept(self, result: AppendResult) -> bool:
         """False where the log lost some of the turn. Raises StaleEpoch, Internal."""
@@ -272,7 +276,7 @@ class TurnWriter:
         key = self._key
         while True:
             claim = await self._call(
-                lambda: self._log.take_over(key.session, key.turn, TURN_LEASE_S)
+                lambda: self._log.take_over(key.session, key.turn, self._lease_s)
             )
             if claim.status is not Status.OK:
                 raise self._taken_over(claim.epoch)
@@ -285,7 +289,7 @@ class TurnWriter:
         """The log lost the turn from its first op on."""
         key = self._key
         claim = await self._call(
-            lambda: self._log.begin_turn(key.session, key.turn, self._opening, TURN_LEASE_S)
+            lambda: self._log.begin_turn(key.session, key.turn, self._opening, self._lease_s)
         )
         if claim.status is not Status.OK or claim.known:
             raise self._taken_over(claim.epoch)
