@@ -4,6 +4,6 @@
 """
 
 from segue_edge.compute.fair import Priority
-from segue_edge.compute.thread import Call, ComputeThread, Job, Load, Progress
+from segue_edge.compute.thread import ComputeThread, Job, Load
 
-__all__ = ["Call", "ComputeThread", "Job", "Load", "Priority", "Progress"]
+__all__ = ["ComputeThread", "Job", "Load", "Priority"]

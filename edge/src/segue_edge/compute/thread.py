@@ -33,15 +33,6 @@ class Load:
     decoding: int
 
 
-@dataclass(frozen=True)
-class Progress:
-    """For whoever watches the thread: `steps` that have ended, and for how long the one that runs
-    has been running, seconds; 0 where none runs."""
-
-    steps: int
-    running_s: float
-
-
 class Job(Generic[T]):
     """One piece of work. `step` runs in the compute thread and returns True when it was the last.
 
@@ -68,22 +59,6 @@ class Job(Generic[T]):
         """Drop the job before its next step."""
         self.cancelled = True
         self.done.cancel()
-
-
-class Call(Job[T]):
-    """A job of one step: a plain function."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__()
-        self._function = function
-        self._value: list[T] = []
-
-    def step(self) -> bool:
-        self._value.append(self._function())
-        return True
-
-    def result(self) -> T:
-        return self._value[0]
 
 
 class ComputeThread:
@@ -117,12 +92,6 @@ class ComputeThread:
             jobs = self._queue.jobs(Priority.PREFILL)
             decoding = self._decoding
         return Load(sum(job.left for job in jobs if not job.cancelled), decoding)
-
-    def progress(self) -> Progress:
-        """Whether steps still end: one that hangs shows as a growing age and no new step."""
-        with self._wake:
-            began = self._step_began
-            return Progress(self._steps, 0.0 if began is None else max(0.0, self._now() - began))
 
     def running(self) -> tuple[float, float]:
         """The running step's number from 1 on (0 where none runs), and how long such steps take:

@@ -43,7 +43,7 @@ class TurnClosing:
         history = self._histories.of(asked.session)
         if ended.durable:
             held = [*prompt, *turn.tokens]
-            if report.shape == Shape.EDGE.value:  # that cloud computed nothing
+            if report.shape == Shape.EDGE.value:  # it logged the tokens and computed no KV of them
                 held = prompt[: report.cloud_cached_blocks * BLOCK_TOKENS]
             history.cloud_now_holds(report.instance, held)
         if ended.reason is Reason.ERROR:

@@ -103,7 +103,7 @@ class TurnRegistry:
 
     def _done(self, key: Key) -> None:
         run, _ = self._running.pop(key)
-        if run.whole:  # what broke here goes on elsewhere: whoever comes back reads it there
+        if run.whole:  # without an end it goes on elsewhere: who comes back joins through the log
             self._ended[key] = run
             while len(self._ended) > ENDED_TURNS_KEPT:
                 self._ended.popitem(last=False)

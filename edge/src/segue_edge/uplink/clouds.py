@@ -138,7 +138,7 @@ class Cloud:
         """
         await self._round_trip()
         if goodput:
-            await self._round_trip()  # the first one may have connected as well
+            await self._round_trip()  # the first one may include connecting
             await self._measure_goodput(pacer)
 
     async def _round_trip(self) -> None:
@@ -149,7 +149,7 @@ class Cloud:
 
     async def _measure_goodput(self, pacer: Pacer) -> None:
         rtt_s = self.view.rtt_s.value
-        sent, seconds = 0, 0.0  # of the last one
+        sent, seconds = 0, 0.0  # of the last probe
         while size := next_payload(sent, seconds, rtt_s):
             began = time.monotonic()
             await pacer.pass_through(size)
@@ -157,8 +157,8 @@ class Cloud:
                 # Random bytes: a link that compresses must not look faster than it is.
                 await self._probe_call(os.urandom(size))
             except DeadlineExceeded:
-                # It answered a moment ago: a link this thin is a fact, not a loss, and what did not
-                # come through bounds it.
+                # The round trip before was answered: the link is slow, not lost, and no faster than
+                # this probe, which did not end in time.
                 elapsed_s = time.monotonic() - began
                 if not sent or size / elapsed_s < sent / seconds:
                     sent, seconds = size, elapsed_s

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from segue_contract.limits import PROBE_FIRST_BYTES, PROBE_PAYLOAD_BYTES
 
-_LONG_S = 0.2  # beside clocks and scheduling that err by milliseconds
-_LONG_ROUND_TRIPS = 4.0  # by then TCP's window has grown past what one round trip carries
+_LONG_S = 0.2  # so that errors of clocks and scheduling, some milliseconds, do not matter
+_LONG_ROUND_TRIPS = 4.0  # after so many TCP's window is no longer what limits the sending
 _GROWTH = 4
 
 

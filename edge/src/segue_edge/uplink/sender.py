@@ -96,8 +96,8 @@ class KvSender:
                 data = await loop.run_in_executor(self._encoder, self._encode, index, block)
                 await encoded.put(data)
         except Exception:
-            while encoded.full():  # what waits is lost with the stream
+            while encoded.full():  # room for the end: these blocks will not be sent any more
                 encoded.get_nowait()
-            encoded.put_nowait(None)  # the sender wakes up and meets the exception
+            encoded.put_nowait(None)  # `run` wakes up, and raises the exception of this task
             raise
         await encoded.put(None)

@@ -145,7 +145,7 @@ class TurnStream:
         except asyncio.CancelledError:
             self._failure = Unreachable("The stream to the cloud is closed.")
             raise
-        except Exception as error:  # the reader learns the reason; the writer only that it ended
+        except Exception as error:  # `replies` raises the reason; a write says only that it failed
             self._failure = Unreachable(f"The stream to the cloud broke ({type(error).__name__}).")
         finally:
             self._drain()

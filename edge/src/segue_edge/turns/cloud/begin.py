@@ -28,7 +28,8 @@ from segue_edge.turns.offline.outbox import Outbox, Room
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
 
-# They say the same at every cloud: the session's turn did not end in time, or was not waited for.
+# Any cloud of the same log would answer so: the session's running turn did not end in time, or the
+# caller did not want to wait for it.
 _FINAL = (SessionBusy, DeadlineExceeded)
 
 
@@ -143,7 +144,7 @@ class TurnOpening:
 
     def _may_not_fit(self, history: SessionHistory, asked: Asked) -> bool:
         """A token has at least a byte, so a small conversation needs no look before Begin."""
-        template = 16 * (len(history.turns) + 2)  # its own tokens for every turn, at the most
+        template = 16 * (len(history.turns) + 2)  # tokens that it adds to a turn, at most
         known = sum(len(turn.prompt.encode()) + len(turn.tokens) for turn in history.turns)
         return known + len(asked.request.prompt.encode()) + template > self._context
 

@@ -19,7 +19,9 @@ from segue_edge.turns.state import signals as s
 from segue_edge.uplink.clouds import Cloud
 from segue_edge.uplink.stream import TurnStream
 
-_LINK_BOUND = 0.7  # KV was on its way for this part of the time: the link, not the prefill, limited
+# Where KV was being written for a smaller part of the time than this, the prefill set the pace, and
+# the bytes that arrived in it are no measure of the link.
+_LINK_BOUND = 0.7
 
 Emit = Callable[[s.Signal], None]
 

@@ -17,7 +17,7 @@ from segue_edge.turns.compute.prefill_job import Prefill, PrefillJob
 from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.planning import Planned, UnderWay
 
-BRIDGE_ROOM = 64  # tokens: a longer bridge makes the buffer grow once
+BRIDGE_ROOM = 64  # tokens that the KV buffer has room for; a longer bridge makes it grow once
 
 
 class EdgePart:
