@@ -9,6 +9,7 @@ import pytest
 
 import segue
 from segue import errors
+from segue_contract.limits import ClientLimits
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.fake_agent import (
@@ -161,12 +162,12 @@ async def test_an_end_without_all_tokens_is_not_believed() -> None:
     assert len(agent.runs) == 2
 
 
-async def test_resuming_without_progress_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segue.turn.RESUME_TIMEOUT_S", 0.3)
+async def test_resuming_without_progress_has_an_end() -> None:
+    limits = ClientLimits(resume_timeout_s=0.3)
     script = [started("x"), frame(0, "Paris"), Break()]
     async with (
         FakeAgent(FakeLog("trip"), lambda _: script) as agent,
-        segue.Client(agent.address, device="phone") as client,
+        segue.Client(agent.address, device="phone", limits=limits) as client,
     ):
         session = await client.session("trip")
         async with session.run("Where?") as turn:

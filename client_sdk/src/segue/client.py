@@ -102,7 +102,9 @@ class Client:
             producer=new_id("p", os.urandom),
         )
         reply: pb.OpenSessionReply = await self._nodes.unary("OpenSession", request)
-        return Session(self._nodes, reply, self.device, self._follow, request.producer)
+        return Session(
+            self._nodes, reply, self.device, self._follow, request.producer, self._limits
+        )
 
     async def sessions(self, max_sessions: int = 100) -> list[SessionInfo]:
         """The sessions there are, newest first, `max_sessions` at most."""

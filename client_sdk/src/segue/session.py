@@ -26,7 +26,7 @@ from segue.follow import Follower, Where
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import SessionName, check_id, new_id
-from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S
+from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S, ClientLimits
 from segue_contract.sync.ops import DEVICE_KINDS, Op, Sampling, Set, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.v1 import agent_pb2 as pb
@@ -54,6 +54,7 @@ class Session:
         device: str,
         follow: Callable[[str, Where], Follower],
         producer: str,
+        limits: ClientLimits = ClientLimits(),
     ) -> None:
         self.name = opened.session
         self.device = device
@@ -67,6 +68,7 @@ class Session:
         self._nodes = nodes
         self._mqtt_url = opened.mqtt_url
         self._follow = follow
+        self._limits = limits
         # Who appends is this object, not the device: two of one device never share numbers.
         self._producer = producer
         self._epoch = opened.epoch  # 0: the session has to be opened again first
@@ -128,7 +130,7 @@ class Session:
             when_busy=_WHEN_BUSY[when_busy],
             plan=check_plan(plan),
         )
-        return Turn(self._nodes, request, self.stop)
+        return Turn(self._nodes, request, self.stop, limits=self._limits)
 
     async def stop(self, turn: str = "") -> bool:
         """Cancel the running turn (or `turn`), whoever started it.

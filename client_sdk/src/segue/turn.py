@@ -15,12 +15,12 @@ from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
 from segue_contract.errors import InvalidArgument, NotFound, SegueError, TurnFailed, Unreachable
 from segue_contract.limits import (
-    RESUME_TIMEOUT_S,
     RETRY_PAUSE_MAX_S,
     RPC_TIMEOUT_S,
     TURN_SILENCE_S,
     TURN_TIMEOUT_S,
     TURN_WAIT_TIMEOUT_S,
+    ClientLimits,
 )
 from segue_contract.transport.heartbeat import EOF, Listening
 from segue_contract.v1 import agent_pb2 as pb
@@ -45,6 +45,7 @@ class Turn:
         request: pb.RunTurnRequest,
         stop: Callable[[str], Awaitable[bool]],
         *,
+        limits: ClientLimits = ClientLimits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = request.turn
@@ -52,6 +53,7 @@ class Turn:
         self._nodes = nodes
         self._request = request
         self._stop = stop
+        self._limits = limits
         self._clock = clock
         self._view = ReplyView(request.turn)
         self._ready: deque[TurnEvent] = deque()
@@ -253,7 +255,8 @@ class Turn:
         if self._lost_since is None:
             self._lost_since = now
         pause = self._next_pause()
-        if now + pause - self._lost_since > (RESUME_TIMEOUT_S if accepted else RPC_TIMEOUT_S / 4):
+        bound_s = self._limits.resume_timeout_s if accepted else RPC_TIMEOUT_S / 4
+        if now + pause - self._lost_since > bound_s:
             raise self._give_up(failure) from error
         await asyncio.sleep(pause)
 

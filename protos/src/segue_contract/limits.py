@@ -168,7 +168,6 @@ MAX_ADDRESSES: Final = 16  # nodes that one client knows, in order of preference
 ADDRESS_RETRY_S: Final = 5.0  # a node that failed is tried last for this long
 RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY_PAUSE_MAX_S
 RETRY_PAUSE_MAX_S: Final = 1.0
-RESUME_TIMEOUT_S: Final = 30.0  # a broken turn stream is resumed for this long without news
 FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
 SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile
 
@@ -257,5 +256,6 @@ class TurnLimits:
 class ClientLimits:
     """Of a client of the SDK."""
 
+    resume_timeout_s: float = 30.0  # a broken turn stream is resumed for this long without news
     follower_entries: int = FOLLOWER_QUEUE_ENTRIES
     beside_min_s: float = 5.0  # a gRPC stream that was opened beside MQTT stays for so long
