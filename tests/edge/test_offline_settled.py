@@ -132,6 +132,11 @@ async def test_what_the_log_refuses_for_good_is_told_and_the_rest_goes_on(here: 
     refused = await said_offline(here, "t1", "And now?")
     kept = await said_offline(here, "t2", "And then?")
     await here.direct.run("t1", "Something else entirely.", max_tokens=12)
+    opened = await here.phone.open()
+    assert [(one.turn, one.device, one.title, one.error_code) for one in opened.offline_turns] == [
+        ("t1", "phone", "And now?", ""),
+        ("t2", "phone", "And then?", ""),
+    ]
     here.come_back()
     (told,) = await settle(refused)
     assert isinstance(told, segue.Ended)
@@ -146,6 +151,8 @@ async def test_what_the_log_refuses_for_good_is_told_and_the_rest_goes_on(here: 
     ]
     (branch,) = branches(state.turns)
     assert (branch.after, branch.beside, branch.turns) == ("t0", ("t1",), ("t2",))
+    opened = await here.phone.open()
+    assert [(one.turn, one.error_code) for one in opened.offline_turns] == [("t1", "turn_conflict")]
     # A device that comes back to it later is told the same, and nothing is run again.
     again = await here.phone.run("t1", "And now?", max_tokens=12)
     assert (again.ended.reason, again.ended.error_code) == ("error", "turn_conflict")

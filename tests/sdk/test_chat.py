@@ -18,7 +18,7 @@ from segue.cli._chat_text import body, clean, footer
 from segue.cli._room import Room, Talk
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.sync import ops
-from segue_contract.v1.agent_pb2 import RunTurnRequest
+from segue_contract.v1.agent_pb2 import OfflineTurn, RunTurnRequest
 from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
 WAIT_S = 20.0
@@ -200,6 +200,27 @@ async def test_what_the_log_made_of_an_offline_message_is_shown_where_it_is_anot
         "finished laptop: other -> Good day to you  (stop)"
     )
     assert "note The log refused “refused” for good. No room." in screen
+
+
+async def test_messages_of_ours_that_the_log_has_not_are_told_at_the_start() -> None:
+    log = FakeLog("trip")
+    async with FakeAgent(log) as agent:
+        for turn, device, code in (("a", "laptop", ""), ("b", "laptop", "x"), ("c", "phone", "x")):
+            agent.offline_turns.append(
+                OfflineTurn(
+                    turn=turn,
+                    device=device,
+                    title=f"Message {turn}",
+                    error_code=code,
+                    error_message="No." if code else "",
+                )
+            )
+        async with room_of(agent, "laptop") as (_room, screen):
+            notes = [line for line in screen if line.startswith("note")]
+    assert notes == [
+        "note The log refused “Message b” for good. No.",
+        "note 1 of your messages wait for the cloud to come back.",
+    ]
 
 
 async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:

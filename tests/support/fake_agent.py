@@ -164,6 +164,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.publishing = True
         self.mute_runs = 0  # so many of the next runs send no heartbeats
         self.calls = 0
+        self.offline_turns: list[pb.OfflineTurn] = []
         self.epochs = 0  # of producers, given so far
         self.run_closed = asyncio.Event()
         self.stop_asked = asyncio.Event()
@@ -218,6 +219,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             role=self.role,
             instance="fake",
             max_context_tokens=8192,
+            offline_turns=self.offline_turns,
             epoch=self._next_epoch() if request.producer else 0,
         )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from segue.events import Frame as Frame
     from segue.events import Imported as Imported
     from segue.events import Lost as Lost
+    from segue.events import OfflineTurn as OfflineTurn
     from segue.events import Reply as Reply
     from segue.events import Rewound as Rewound
     from segue.events import SessionInfo as SessionInfo
@@ -51,6 +52,7 @@ _HOME = {
     "Entry": "events",
     "Imported": "events",
     "Lost": "events",
+    "OfflineTurn": "events",
     "SessionInfo": "events",
     "Timing": "events",
 }

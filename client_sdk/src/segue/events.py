@@ -171,6 +171,19 @@ class Imported:
 
 
 @dataclass(frozen=True, slots=True)
+class OfflineTurn:
+    """A message that an edge served out of the log's reach, and that the log does not have.
+
+    `title`: how it begins. `error`: why the log refused it for good; None while it waits.
+    """
+
+    turn: str
+    device: str
+    title: str
+    error: TurnFailed | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SessionInfo:
     """One line of the list of sessions. `updated_ms`: milliseconds since 1970."""
 

@@ -18,10 +18,11 @@ from segue.errors import (
     OutcomeUnknown,
     SequenceGap,
     StaleEpoch,
+    TurnFailed,
     UnknownDevice,
     UnknownSession,
 )
-from segue.events import Entry, Snapshot
+from segue.events import Entry, OfflineTurn, Snapshot
 from segue.follow import Follower, Where
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
@@ -45,6 +46,7 @@ class Session:
         model: what the session is served with. role, instance: who opened it for us.
         created: this call made the session.
         max_context_tokens: prompt, history and reply together may be this long.
+        offline_turns: what the edge that opened it had yet to bring into the log, or could not.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Session:
         self.instance = opened.instance
         self.created = opened.created
         self.max_context_tokens = opened.max_context_tokens
+        self.offline_turns = tuple(_offline_turn(turn) for turn in opened.offline_turns)
         self.tail = Cursor(opened.tail.generation, opened.tail.offset)
         self._name = SessionName(opened.tenant, opened.session)
         self._nodes = nodes
@@ -261,3 +264,8 @@ class Session:
         )
         opened = await self._nodes.unary("OpenSession", request, patience_s=_PATIENCE_S)
         self._epoch, self._seq = opened.epoch, 1
+
+
+def _offline_turn(wire: pb.OfflineTurn) -> OfflineTurn:
+    error = TurnFailed(wire.error_message, code=wire.error_code) if wire.error_code else None
+    return OfflineTurn(wire.turn, wire.device, wire.title, error)

@@ -153,6 +153,7 @@ class Room:
                 self._update(known, state)
         if first:
             self._screen.history(history)
+            self._show_offline()
             self.arrived.set()
         self._show_branches(state, known=first)
         for known in state.turns[-1:]:
@@ -175,6 +176,16 @@ class Room:
             talk.prompt = entry.op.text
         self._update(known, state)
         self._screen.changed()
+
+    def _show_offline(self) -> None:
+        """What was said here offline in an earlier life, and is not in the log."""
+        own = [one for one in self.session.offline_turns if one.device == self.session.device]
+        for one in own:
+            if one.error is not None:
+                self._screen.note(f"The log refused {_quoted(one.title)} for good. {one.error}")
+        waiting = sum(one.error is None for one in own)
+        if waiting:
+            self._screen.note(f"{waiting} of your messages wait for the cloud to come back.")
 
     def _show_context(self, known: TurnState, state: SessionState) -> None:
         """The line above which the model forgets, each time it moves."""

@@ -102,6 +102,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         reply.role = "edge"
         reply.instance = self._instance
         reply.max_context_tokens = self._context
+        kept = self._outbox.of(request.session)
+        reply.offline_turns.extend(turn.listed() for turn in kept)
         return reply
 
     def _open_offline(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:

@@ -146,6 +146,7 @@ class OpenSessionReply(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    OFFLINE_TURNS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     created: _builtins.bool
     model: _builtins.str
@@ -160,6 +161,10 @@ class OpenSessionReply(_message.Message):
     """The producer's, for Append."""
     @_builtins.property
     def tail(self) -> Global___Cursor: ...
+    @_builtins.property
+    def offline_turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfflineTurn]:
+        """What this edge served out of the log's reach and the log does not have, oldest first."""
+
     def __init__(
         self,
         *,
@@ -173,14 +178,48 @@ class OpenSessionReply(_message.Message):
         instance: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        offline_turns: _abc.Iterable[Global___OfflineTurn] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "offline_turns", b"offline_turns", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSessionReply: _TypeAlias = OpenSessionReply  # noqa: Y015
+
+@_typing.final
+class OfflineTurn(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
+    turn: _builtins.str
+    device: _builtins.str
+    title: _builtins.str
+    """How its prompt begins."""
+    error_code: _builtins.str
+    """Why the log refused it for good; empty while it waits for a cloud."""
+    error_message: _builtins.str
+    def __init__(
+        self,
+        *,
+        turn: _builtins.str = ...,
+        device: _builtins.str = ...,
+        title: _builtins.str = ...,
+        error_code: _builtins.str = ...,
+        error_message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "error_code", b"error_code", "error_message", b"error_message", "title", b"title", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfflineTurn: _TypeAlias = OfflineTurn  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

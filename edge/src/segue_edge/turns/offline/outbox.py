@@ -108,9 +108,10 @@ class Outbox:
 
     def find(self, session: str, turn: str) -> OfflineTurn | None:
         """The turn of that id that the log has not: it waits here, or was refused."""
-        return next((one for one in self._of(session) if one.asked.turn == turn), None)
+        return next((one for one in self.of(session) if one.asked.turn == turn), None)
 
-    def _of(self, session: str) -> list[OfflineTurn]:
+    def of(self, session: str) -> list[OfflineTurn]:
+        """All such turns of a session, those that wait first, in order."""
         refused = [turn for turn in self.refused if turn.asked.session == session]
         return [*self._sessions.get(session, ()), *refused]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from segue_contract.errors import SegueError
+from segue_contract.limits import TITLE_CHARS
 from segue_contract.sync.ops import Usage
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, MadeBy, Reason, Started
@@ -66,6 +67,17 @@ class OfflineTurn:
             SegueError.of(stored.refused_code, stored.refused_message)
             if stored.refused_code
             else None,
+        )
+
+    def listed(self) -> pb.OfflineTurn:
+        """For a device that opens the session."""
+        refused = self.refused
+        return pb.OfflineTurn(
+            turn=self.asked.turn,
+            device=self.asked.request.device,
+            title=self.asked.request.prompt[:TITLE_CHARS],
+            error_code=refused.code if refused is not None else "",
+            error_message=str(refused) if refused is not None else "",
         )
 
     @property
