@@ -285,8 +285,7 @@ async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: P
     await again.close()
 
 
-async def test_what_could_not_be_delivered_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segue_edge.turns.offline.outbox.PROBE_INTERVAL_S", 0.01)
+async def test_what_could_not_be_delivered_is_tried_again() -> None:
     done, tries = asyncio.Event(), []
 
     async def second_time(turn: OfflineTurn) -> None:
@@ -298,7 +297,7 @@ async def test_what_could_not_be_delivered_is_tried_again(monkeypatch: pytest.Mo
     async def never() -> None:
         await asyncio.Event().wait()
 
-    outbox = Outbox(second_time)
+    outbox = Outbox(second_time, retry_s=0.01)
     await keep(outbox, offline())
     outbox.start(never)
     await asyncio.wait_for(done.wait(), 10)

@@ -162,8 +162,7 @@ def _build_attend(group: int, kv_heads: int, head_dim: int) -> Kernel:
         out: Any,
     ) -> None:
         for task in numba.prange(rows.shape[0] * kv_heads):
-            entry = task // kv_heads
-            head = task % kv_heads
+            entry, head = task // kv_heads, task % kv_heads
             row = rows[entry, 0]
             table = tables[rows[entry, 1]]
             length = rows[entry, 2]
@@ -178,8 +177,7 @@ def _build_attend(group: int, kv_heads: int, head_dim: int) -> Kernel:
                     query[g, i] = _load(qkv[row, (head * group + g) * head_dim + i]) * scale
             seen = 0
             for page in range((length + _PAGE - 1) // _PAGE):
-                start = table[page] * _PAGE
-                first = page * _PAGE
+                first, start = page * _PAGE, table[page] * _PAGE
                 if first >= dark and first + _PAGE <= lit:
                     continue
                 for t in range(min(_PAGE, length - first)):
@@ -204,8 +202,7 @@ def _build_attend(group: int, kv_heads: int, head_dim: int) -> Kernel:
                     scores[g, t] *= inverse
             seen = 0
             for page in range((length + _PAGE - 1) // _PAGE):
-                start = table[page] * _PAGE
-                first = page * _PAGE
+                first, start = page * _PAGE, table[page] * _PAGE
                 if first >= dark and first + _PAGE <= lit:
                     continue
                 for t in range(min(_PAGE, length - first)):

@@ -69,6 +69,7 @@ class Outbox:
         journal: the file; without one a restart loses what waits.
         refused: told of a turn that the log refused for good. It is kept apart from those that
             wait, the newest `OUTBOX_REFUSED_KEPT`, so that its device can be told.
+        retry_s: at the longest, what could not be delivered is tried again.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Outbox:
         deliver: Deliver,
         journal: Journal | None = None,
         refused: Refused = lambda _: None,
+        retry_s: float = PROBE_INTERVAL_S,
     ) -> None:
         self.reserved = 0
         self.refused: deque[OfflineTurn] = deque()
         self._on_refused = refused
+        self._retry_s = retry_s
         self._changed = asyncio.Event()
         self._deliver = deliver
         self._journal = journal
@@ -153,7 +156,7 @@ class Outbox:
         while True:
             # A turn may come, or be refused for now, while the cloud is there and stays there.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_INTERVAL_S):
+                async with asyncio.timeout(self._retry_s):
                     await returned()
             await self.flush()
 
