@@ -10,7 +10,6 @@ import pytest
 
 from segue.cli.doctor import same_broker
 from segue.local.inspect import State
-from segue_cloud.mqtt import one_broker
 from segue_cloud.mqtt.one_broker import OneBroker
 from segue_cloud.sessions.broker import BrokerRecord
 from segue_cloud.sessions.store import RedisStore
@@ -22,17 +21,11 @@ DEADLINE_S = 20
 LEASE_S = 0.6
 
 
-@pytest.fixture(autouse=True)
-def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segue_cloud.sessions.broker.BROKER_LEASE_S", LEASE_S)
-    monkeypatch.setattr(one_broker, "BROKER_LEASE_S", LEASE_S)
-
-
 @pytest.fixture
 async def record(valkey: Valkey) -> AsyncIterator[BrokerRecord]:
     store = await RedisStore.connect(valkey.url)
     await store._wire.call(("DEL", BROKER_KEY))
-    yield store.broker_record()
+    yield BrokerRecord(store._wire, LEASE_S)
     await store.close()
 
 

@@ -334,6 +334,7 @@ def offline_reply(request: pb.RunTurnRequest) -> list[Step]:
 
 async def settled(*scripts: Sequence[Step]) -> tuple[list[object], segue.Turn, list[bool]]:
     """What a device is told after an offline end; one script per attempt to learn more."""
+    limits = ClientLimits(retry_pause_s=0.01)
     attempts = by_attempt(*scripts)
 
     def script(request: pb.RunTurnRequest) -> Sequence[Step]:
@@ -343,7 +344,7 @@ async def settled(*scripts: Sequence[Step]) -> tuple[list[object], segue.Turn, l
 
     async with (
         FakeAgent(FakeLog("trip"), script) as agent,
-        segue.Client(agent.address, device="phone") as client,
+        segue.Client(agent.address, device="phone", limits=limits) as client,
     ):
         session = await client.session("trip")
         async with session.run("Where to?") as turn:
@@ -397,10 +398,7 @@ async def test_a_log_that_refuses_an_offline_turn_for_good_says_so() -> None:
     assert turn.text == "Paris is fine "
 
 
-async def test_it_is_waited_for_where_a_node_does_not_know_the_turn_yet(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("segue.turn.RETRY_PAUSE_MAX_S", 0.01)
+async def test_it_is_waited_for_where_a_node_does_not_know_the_turn_yet() -> None:
     unknown = errors.UnknownTurn("Session trip has no turn x.")
     said = [started("x"), frame(0, "Paris is fine"), ended(3)]
     told, _, asked = await settled([unknown], [Break()], said)

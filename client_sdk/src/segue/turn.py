@@ -15,7 +15,6 @@ from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
 from segue_contract.errors import InvalidArgument, NotFound, SegueError, TurnFailed, Unreachable
 from segue_contract.limits import (
-    RETRY_PAUSE_MAX_S,
     RPC_TIMEOUT_S,
     TURN_SILENCE_S,
     TURN_TIMEOUT_S,
@@ -154,13 +153,13 @@ class Turn:
                         yield event
                         continue
                     # That node's own run of it has only just ended.
-                    await asyncio.sleep(RETRY_PAUSE_MAX_S)
+                    await asyncio.sleep(self._limits.retry_pause_s)
             except SegueError as error:
                 if not (error.retryable or isinstance(error, NotFound)):
                     raise
                 if self._node is not None:  # another one may be the edge that keeps it
                     await self._nodes.failed(self._node)
-                await asyncio.sleep(RETRY_PAUSE_MAX_S)
+                await asyncio.sleep(self._limits.retry_pause_s)
             finally:
                 self._drop()
 

@@ -14,7 +14,7 @@ import structlog
 
 from segue_cloud.sessions.broker import BrokerRecord, KnownBroker
 from segue_contract.errors import OtherBroker, SegueError
-from segue_contract.limits import BROKER_LEASE_S, CONNECT_ATTEMPT_S
+from segue_contract.limits import CONNECT_ATTEMPT_S
 from segue_contract.transport.mqtt import canonical_mqtt_url, parse_mqtt_url
 
 log = structlog.get_logger("segue.mqtt")
@@ -116,7 +116,7 @@ class OneBroker:
         """Renew what is ours, follow what is others'."""
         said = ""
         while True:
-            await asyncio.sleep(BROKER_LEASE_S / _RENEWALS)
+            await asyncio.sleep(self._record.lease_s / _RENEWALS)
             try:
                 if self._owner is None:
                     known = await self._record.look()

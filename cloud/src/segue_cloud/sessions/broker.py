@@ -22,21 +22,26 @@ class KnownBroker:
 
 
 class BrokerRecord:
-    """All methods raise StoreUnavailable."""
+    """All methods raise StoreUnavailable.
 
-    def __init__(self, wire: Wire) -> None:
+    Args:
+        lease_s: how long a broker is kept after it was last claimed.
+    """
+
+    def __init__(self, wire: Wire, lease_s: float = BROKER_LEASE_S) -> None:
         self._wire = wire
+        self.lease_s = lease_s
 
     async def look(self) -> KnownBroker | None:
         """None where no cloud keeps one."""
         return _known(await self._call("look"))
 
     async def claim(self, url: str, owner: str = "", *, replaces: str = "") -> KnownBroker:
-        """Keep `url` for BROKER_LEASE_S, where no other one is kept than `replaces`.
+        """Keep `url` for `lease_s`, where no other one is kept than `replaces`.
 
         Returns what is kept then: another one where the claim failed.
         """
-        lease_ms = int(BROKER_LEASE_S * 1000)
+        lease_ms = int(self.lease_s * 1000)
         known = _known(await self._call("claim", url, owner, lease_ms, replaces))
         assert known is not None
         return known
