@@ -276,12 +276,16 @@ async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: P
     outbox = Outbox(refuse, Journal(path))
     await keep(outbox, replace(said("t1"), follows="t0"), replace(said("t2"), follows="t1"))
     assert not await outbox.flush()
+    await keep(outbox, replace(said("t3"), follows="t1"))  # it had begun before the refusal
     await outbox.close()
     again = Outbox(refuse, Journal(path))
     for box in (outbox, again):
         kept = box.find("trip", "t2")
         assert kept is not None
         assert (kept.follows, kept.refused) == ("t0", None)
+        late = box.find("trip", "t3")
+        assert late is not None
+        assert late.follows == "t0"
     await again.close()
 
 

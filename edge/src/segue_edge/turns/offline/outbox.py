@@ -134,7 +134,15 @@ class Outbox:
         self.reserved += 1
         return Room(self)
 
+    def _placed(self, turn: OfflineTurn) -> OfflineTurn:
+        """What was said after a refused turn follows the one before that."""
+        for refused in reversed(self.refused):
+            if refused.asked.key == (turn.asked.session, turn.follows):
+                turn = replace(turn, follows=refused.follows)
+        return turn
+
     async def add(self, turn: OfflineTurn) -> None:
+        turn = self._placed(turn)
         if self._journal is not None:
             try:
                 async with self._disk:
@@ -218,13 +226,15 @@ class Outbox:
         """Out of the queue; what was said after it follows the turn before it."""
         turn = replace(turns.popleft(), refused=error)
         self.refused.append(turn)
-        for place, later in enumerate(turns):
-            if later.follows == turn.asked.turn:
-                turns[place] = replace(later, follows=turn.follows)
+        for place, later in enumerate(list(turns)):  # more may come while the file is written
+            turns[place] = self._placed(later)
+            if turns[place] is not later:
                 await self._rewrite(turns[place])
         await self._rewrite(turn)
         while len(self.refused) > OUTBOX_REFUSED_KEPT:
-            await self._forget(self.refused.popleft())
+            oldest = self.refused.popleft()
+            log.warning("refused_turn_forgotten", turn=oldest.asked.turn)
+            await self._forget(oldest)
         self._on_refused(turn)
 
     async def _rewrite(self, turn: OfflineTurn) -> None:
