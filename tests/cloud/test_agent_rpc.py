@@ -252,6 +252,53 @@ async def test_what_a_device_may_not_append(cloud: CloudRpc, op: bytes) -> None:
     assert isinstance(await refused(lambda: append(cloud, 1, 1, op)), InvalidArgument)
 
 
+async def test_a_folded_read_gives_turns_and_not_their_frames(cloud: CloudRpc) -> None:
+    await run(cloud, turn())
+    reply = await cloud.agent.Read(pb.ReadRequest(session="trip", device="phone", folded=True))
+    assert not reply.entries
+    assert reply.snapshot.at == reply.tail
+    (folded,) = decode_state(reply.snapshot.state).turns
+    assert (folded.tokens, folded.ended) == (list(range(100, 110)), True)
+
+
+async def test_a_stream_that_is_resumed_goes_on_where_the_device_stands(cloud: CloudRpc) -> None:
+    epoch = await new_epoch(cloud)
+    ops = [
+        encode_op(Set(id=f"s{n}", device="phone", name="n", value=b"%d" % n)) for n in range(1, 5)
+    ]
+    tail = (await append(cloud, epoch, 1, *ops[:3])).tail
+
+    async def attach(generation: int, offset: int) -> Any:
+        after = pb.Cursor(generation=generation, offset=offset)
+        call = cloud.agent.Attach(
+            pb.AttachRequest(session="trip", device="phone", after=after, resume=True)
+        )
+        first = await call.read()
+        assert first.WhichOneof("kind") == "entries"
+        assert not first.entries.entries  # it stands
+        return call
+
+    async def news(call: Any) -> pb.AttachEvent:
+        while (event := await call.read()).WhichOneof("kind") == "heartbeat":
+            pass
+        return event
+
+    async with asyncio.timeout(WAIT_S):
+        late, at_the_tail = await attach(tail.generation, 1), await attach(tail.generation, 3)
+        assert [one.offset for one in (await news(late)).entries.entries] == [2, 3]
+        await append(cloud, epoch, 4, ops[3])
+        for call in (late, at_the_tail):
+            assert [one.offset for one in (await news(call)).entries.entries] == [4]
+            call.cancel()
+        lost = await attach(tail.generation - 1, 2)  # of a log that there is no more
+        found = (await news(lost)).snapshot
+        assert (found.at.offset, found.lost_from) == (4, 1)
+        lost.cancel()
+        ahead = await attach(tail.generation, 9)
+        assert (await news(ahead)).snapshot.at.offset == 4
+        ahead.cancel()
+
+
 async def test_attach_gives_a_snapshot_and_then_everything(cloud: CloudRpc) -> None:
     await run(cloud, turn())
     call = cloud.agent.Attach(pb.AttachRequest(session="trip", device="phone"))

@@ -229,6 +229,30 @@ async def test_without_a_broker_grpc_carries_the_live_view() -> None:
         assert set(seen.lives) == {"grpc"}
 
 
+async def test_a_late_joiner_is_given_a_state_once() -> None:
+    """One message for all that was, and a stream that goes on from it, also after a break."""
+    log = FakeLog("trip")
+    log.append(*(op(number) for number in range(1, 600)))
+    async with FakeAgent(log) as agent:
+        async with following([agent.address]) as seen:
+            (snapshot,) = seen.snapshots
+            assert snapshot.offset == 599
+            log.append(op(600))
+            await seen.until_offset(600)
+            await agent.kill()
+            log.append(op(601), op(602))
+            await agent.start()
+            await seen.until_offset(602)
+            assert seen.offsets == [600, 601, 602]
+            assert len(seen.snapshots) == 1
+        assert agent.attaches == 2
+        assert agent.reads == 1
+        async with segue.Client(agent.address, device="laptop") as client:
+            state = await (await client.session("trip")).state()
+            assert state.cursor.offset == 602
+        assert agent.reads == 2
+
+
 async def test_an_unreachable_broker_is_no_reason_to_wait() -> None:
     log = FakeLog("trip")
     log.append(op(1))

@@ -263,6 +263,11 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         after = request.after.offset
         reply = pb.ReadReply(tail=log.cursor())
         other = bool(after) and request.after.generation != log.generation
+        if request.folded:
+            state = log.state()
+            at = pb.Cursor(generation=log.generation, offset=state.cursor.offset)
+            reply.snapshot.CopyFrom(pb.Snapshot(at=at, state=encode_state(state)))
+            return reply
         if other or (log.folded is not None and after < log.first_offset - 1):
             state = log.state() if other else log.folded
             assert state is not None
@@ -279,18 +284,25 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         return reply
 
     def Attach(self, request: pb.AttachRequest, _: Any) -> AsyncIterator[pb.AttachEvent]:
-        return beating(self._attach(), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
+        return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 
-    async def _attach(self) -> AsyncIterator[pb.AttachEvent]:
+    async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         self._called("Attach")
         self.attaches += 1
         state = self.log.state()
         at = self.log.tail
-        yield pb.AttachEvent(
-            snapshot=pb.Snapshot(
-                at=pb.Cursor(generation=self.log.generation, offset=at), state=encode_state(state)
+        after = request.after
+        same = after.generation == self.log.generation and self.log.first_offset <= after.offset + 1
+        if request.resume and after.offset and same:
+            at = after.offset
+            yield pb.AttachEvent(entries=pb.EntryBatch())
+        else:
+            yield pb.AttachEvent(
+                snapshot=pb.Snapshot(
+                    at=pb.Cursor(generation=self.log.generation, offset=at),
+                    state=encode_state(state),
+                )
             )
-        )
         while True:
             changed = self.log.changed
             found = self.log.entries(at, 1024)

@@ -29,8 +29,12 @@ async def read_log(
     *,
     patience_s: float = 0.0,
     restart: bool = False,
+    folded: bool = False,
 ) -> AsyncGenerator[FollowItem, None]:
     """Read from the view's cursor to the tail; yields what was news to the view.
+
+    Args:
+        folded: who knows nothing yet gets one snapshot, and not what it was made of.
 
     Raises:
         CursorAhead: the log ends before the view's cursor; with `restart`, the view starts over.
@@ -43,6 +47,7 @@ async def read_log(
             device=device,
             after=pb.Cursor(generation=before.generation, offset=before.offset),
             max_entries=MAX_READ_ENTRIES,
+            folded=folded and not before.offset,
         )
         try:
             reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)

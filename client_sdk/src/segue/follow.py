@@ -95,6 +95,7 @@ class Follower:
         self._limits = limits
         self._inbox = Inbox(limits.follower_entries)
         self._closed = False
+        self._begun = False
         self._mqtt_up = False
         self._publishing = True  # as far as the log's nodes have said
         self._late = False  # the log was ahead, and MQTT has not brought it yet
@@ -107,9 +108,9 @@ class Follower:
 
     @property
     def live(self) -> str:
-        if self._stream is not None:
-            return "grpc"
-        return "mqtt" if self._mqtt_up else ""
+        if self._stream is None and self._mqtt_up:
+            return "mqtt"
+        return "grpc" if self._begun else ""
 
     @property
     def cursor(self) -> Cursor:
@@ -163,6 +164,8 @@ class Follower:
             await self._go_live(topics)
             async for item in self._catch_up():
                 yield item
+            if not self._mqtt_up:
+                self._open_stream()  # it goes on from what was just read
             if self._broker is not None:
                 self._tails.add(self._session, self)
             while True:
@@ -175,15 +178,14 @@ class Follower:
             await self._leave(topics)
 
     async def _go_live(self, topics: tuple[str, ...]) -> None:
-        """Subscribe, or open the stream where the broker does not answer soon."""
+        """Subscribe; where the broker does not answer soon, the stream brings what is new."""
         if self._broker is not None:
             await self._broker.add(topics, self)
             item = await self._inbox.get(SUBSCRIBE_TIMEOUT_S)
             self._mqtt_up = isinstance(item, Link) and item.up
             if isinstance(item, Closed | Batch | Head):
                 self._inbox.put(item)
-        if not self._mqtt_up:
-            self._open_stream()
+        self._begun = True
 
     async def _leave(self, topics: tuple[str, ...]) -> None:
         self._tails.remove(self._session, self)
@@ -195,7 +197,7 @@ class Follower:
         """The first snapshot: at `from_offset` (0: at the tail) or the first later known state."""
         wanted = self._from_offset
         first = True
-        async for item in self._read():
+        async for item in self._read(folded=not wanted):
             if not first:
                 yield item
             elif wanted and item.offset >= wanted:
@@ -204,14 +206,14 @@ class Follower:
         if first:
             yield self._view.snapshot()
 
-    def _read(self, patience_s: float = 0.0) -> AsyncGenerator[FollowItem, None]:
+    def _read(self, *, folded: bool = False) -> AsyncGenerator[FollowItem, None]:
         return read_log(
             self._nodes,
             self._session,
             self._device,
             self._view,
-            patience_s=patience_s,
             restart=True,
+            folded=folded,
         )
 
     def _wait_s(self) -> float | None:
@@ -332,6 +334,7 @@ class Follower:
                 session=self._session,
                 device=self._device,
                 after=pb.Cursor(generation=after.generation, offset=after.offset),
+                resume=True,
             )
             call = Listening(stub.Attach(request))
             try:
@@ -352,7 +355,8 @@ class Follower:
         self._recovered()
         match event.WhichOneof("kind"):
             case "snapshot":
-                # only a hint: Read brings the entries up to there one by one
+                # The log does not go on from `after`, or the node does not know `resume`: Read
+                # brings what there is, and says what was lost.
                 at = event.snapshot.at
                 self._inbox.put(Head(Cursor(at.generation, at.offset), urgent=True))
             case "entries":

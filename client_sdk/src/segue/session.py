@@ -178,7 +178,10 @@ class Session:
     async def state(self) -> SessionState:
         """The whole session, folded now: turns with prompts and replies, values, claims."""
         view = LogView(self.tail.generation)
-        async for _ in read_log(self._nodes, self.name, self.device, view, patience_s=_PATIENCE_S):
+        found = read_log(
+            self._nodes, self.name, self.device, view, patience_s=_PATIENCE_S, folded=True
+        )
+        async for _ in found:
             pass
         return view.state
 

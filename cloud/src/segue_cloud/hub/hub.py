@@ -127,8 +127,8 @@ class Hub:
     ) -> AsyncIterator[AsyncIterator[Following]]:
         """Iterate over a snapshot, then entries as they come; a later snapshot starts over.
 
-        `after` is what the caller has; it is told the whole state all the same, because a state
-        is never larger than what made it. Leaving the context ends it.
+        `after`: what the caller has. An empty step comes first then, and no snapshot as long as the
+        log goes on from there. Leaving the context ends it.
 
         Raises (while iterating):
             UnknownSession, StoreUnavailable.
@@ -138,7 +138,7 @@ class Hub:
         self._wakes[number] = asyncio.Event()
         self._someone.set()
         self._feed.hold(session)
-        steps = self._steps(number, session)
+        steps = self._steps(number, session, after)
         try:
             yield steps
         finally:
@@ -157,12 +157,17 @@ class Hub:
 
     # -- inside -------------------------------------------------------------------------------
 
-    async def _steps(self, number: int, session: SessionName) -> AsyncGenerator[Following, None]:
+    async def _steps(
+        self, number: int, session: SessionName, after: Cursor | None
+    ) -> AsyncGenerator[Following, None]:
         wake = self._wakes[number]
-        state = await self._reader.state(session)
-        at = state.cursor
+        if after is None:
+            state = await self._reader.state(session)
+            at = state.cursor
+            self._state.read_to(number, at)
+        else:  # where that is not the tail, it has to read
+            state, at = None, after
         self._state.move(number, at)
-        self._state.read_to(number, at)
         yield Following([], state)
         while True:
             wake.clear()

@@ -16,6 +16,7 @@ from segue_cloud.rpc.convert import (
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status
+from segue_cloud.sessions.reader import Page
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
@@ -172,12 +173,13 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         session = self._named(request.session)
         await self._log.check_device(session, check_id(request.device, "device"))
         after = _cursor(request.after)
-        async with self._log.follow(session, after) as following:
+        resumed = after if request.resume and after.offset else None
+        async with self._log.follow(session, resumed) as following:
             async for item in following:
                 if item.snapshot is not None:
                     for part in snapshot_parts(item.snapshot, item.lost_from):
                         yield pb.AttachEvent(snapshot=part)
-                if item.entries:
+                if item.snapshot is None or item.entries:
                     entries = [entry_message(entry) for entry in item.entries]
                     yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
 
@@ -186,7 +188,11 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         await self._log.check_device(session, check_id(request.device, "device"))
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = _cursor(request.after)
-        page = await self._log.read(session, after, wanted)
+        if request.folded:
+            state = await self._log.state(session)
+            page = Page(state.cursor, [], state)
+        else:
+            page = await self._log.read(session, after, wanted)
         reply = pb.ReadReply(tail=cursor_message(page.tail))
         reply.entries.extend(entry_message(entry) for entry in page.entries)
         if page.snapshot is not None:

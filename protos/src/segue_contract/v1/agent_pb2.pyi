@@ -638,8 +638,13 @@ class AttachRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
+    resume: _builtins.bool
+    """Entries that follow on `after` first, not a snapshot, as long as the log goes on from there. An
+    empty batch says at once that the stream stands.
+    """
     @_builtins.property
     def after(self) -> Global___Cursor: ...
     def __init__(
@@ -648,10 +653,11 @@ class AttachRequest(_message.Message):
         session: _builtins.str = ...,
         device: _builtins.str = ...,
         after: Global___Cursor | None = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "device", b"device", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "device", b"device", "resume", b"resume", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,9 +753,12 @@ class ReadRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
     MAX_ENTRIES_FIELD_NUMBER: _builtins.int
+    FOLDED_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     max_entries: _builtins.int
+    folded: _builtins.bool
+    """A snapshot of all there is instead of the entries: finished turns as one, not frame by frame."""
     @_builtins.property
     def after(self) -> Global___Cursor: ...
     def __init__(
@@ -759,10 +768,11 @@ class ReadRequest(_message.Message):
         device: _builtins.str = ...,
         after: Global___Cursor | None = ...,
         max_entries: _builtins.int = ...,
+        folded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "device", b"device", "max_entries", b"max_entries", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "device", b"device", "folded", b"folded", "max_entries", b"max_entries", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
