@@ -16,9 +16,10 @@ from segue_contract.errors import (
 from segue_contract.limits import TurnLimits
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
+from segue_contract.turn.events import Ended, Started
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.servers import stopped
-from tests.support.turn_bench import OTHER, SESSION, WAIT_S, bench_on, shown_tokens
+from tests.support.turn_bench import OTHER, SESSION, WAIT_S, bench_on, shown_tokens, tokens_of
 
 
 async def test_a_turn_without_an_edge_is_in_the_log_as_the_engine_made_it(
@@ -32,13 +33,11 @@ async def test_a_turn_without_an_edge_is_in_the_log_as_the_engine_made_it(
         assert turn.tokens == words
         assert turn.text == "The sea is wide and the night is long."
         assert turn.reason == "stop"
-        kinds = [event.WhichOneof("kind") for event in events]
-        assert kinds[0] == "started"
-        assert kinds[-1] == "ended"
-        shown = [token for event in events for token in event.frame.tokens]
-        assert shown == words
+        assert isinstance(events[0], Started)
+        assert isinstance(events[-1], Ended)
+        assert tokens_of(events) == words
         later = [event async for event in owner.feed.read(from_index=3)]
-        assert [token for event in later for token in event.frame.tokens] == words[3:]
+        assert tokens_of(later) == words[3:]
 
 
 async def test_edge_tokens_then_hand_over(
@@ -117,10 +116,7 @@ async def test_stop_cancels_at_once_wherever_it_is_asked_for(
         begun = await bench.begin()
         owner = bench.manager.start(bench.spec(begun, has_edge=False))
         bench.engine.allow(2)
-        async with asyncio.timeout(WAIT_S):
-            async for event in owner.feed.read():
-                if event.frame.index + len(event.frame.tokens) >= 2:
-                    break
+        await shown_tokens(owner, 2)
         assert await bench.log.request_stop(SESSION) == "t1"
         bench.engine.allow(1)  # the next append brings the mark back
         turn = await bench.ended(owner)
@@ -208,8 +204,8 @@ async def test_a_store_that_stands_still_holds_the_reply_up_and_ends_nothing(
             assert not owner.ended.is_set()
         async with asyncio.timeout(WAIT_S):
             events = [event async for event in owner.feed.read()]
-        assert [token for event in events for token in event.frame.tokens] == words
-        ends = [event.ended for event in events if event.WhichOneof("kind") == "ended"]
+        assert tokens_of(events) == words
+        ends = [event for event in events if isinstance(event, Ended)]
         assert [(end.reason, end.durable) for end in ends] == [("stop", True)]
         turn = await bench.turn()
         assert (turn.tokens, turn.reason, turn.epoch) == (words, "stop", 1)
@@ -227,7 +223,7 @@ async def test_a_store_that_never_comes_back_leaves_the_turn_open_and_tells_no_e
         engine.allow(3)
         async with asyncio.timeout(WAIT_S):
             events = [event async for event in owner.feed.read()]
-        assert [event.WhichOneof("kind") for event in events] == ["started"]
+        assert [type(event) for event in events] == [Started]
 
 
 async def test_the_same_id_with_other_content_is_a_conflict(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import TurnState, find_turn
+from segue_contract.turn.events import Frame, TurnEvent
 from tests.support.scripted_engine import ScriptedEngine
 
 SESSION = SessionName("default", "trip")
@@ -107,5 +108,9 @@ async def bench_on(
 async def shown_tokens(owner: TurnOwner, count: int) -> None:
     async with asyncio.timeout(WAIT_S):
         async for event in owner.feed.read():
-            if event.frame.index + len(event.frame.tokens) >= count:
+            if isinstance(event, Frame) and event.next_index >= count:
                 return
+
+
+def tokens_of(events: Iterable[TurnEvent]) -> list[int]:
+    return [token for event in events if isinstance(event, Frame) for token in event.tokens]

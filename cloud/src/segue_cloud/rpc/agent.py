@@ -18,7 +18,6 @@ from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.reader import Page
 from segue_cloud.turns.manager import TurnManager
-from segue_cloud.turns.messages import folded_events
 from segue_contract.errors import (
     InvalidArgument,
     OutcomeUnknown,
@@ -40,6 +39,9 @@ from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
 from segue_contract.transport.heartbeat import beating
+from segue_contract.turn.events import TurnEvent
+from segue_contract.turn.from_log import turn_events
+from segue_contract.turn.wire import to_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 
@@ -112,6 +114,10 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
+        async for event in self._run_or_join(request):
+            yield to_wire(event)
+
+    async def _run_or_join(self, request: pb.RunTurnRequest) -> AsyncIterator[TurnEvent]:
         if request.plan not in ("", Shape.TEXT.value):
             raise InvalidArgument(
                 f"The cloud alone cannot serve the plan shape {request.plan[:40]!r}.",
@@ -141,7 +147,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
     async def _join(
         self, session: SessionName, turn: str, from_index: int
-    ) -> AsyncIterator[pb.TurnEvent]:
+    ) -> AsyncIterator[TurnEvent]:
         """A turn that began earlier: here, in another instance, or long ago."""
         await self._manager.recover(session)
         owner = self._manager.owned(session, turn)
@@ -152,7 +158,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         state = await self._log.state(session)
         known = find_turn(state, turn)
         if known is not None and known.ended:
-            for event in folded_events(known, from_index):
+            for event in turn_events(known, from_index):
                 yield event
             return
         async for event in follow_turn(self._log, session, turn, from_index):

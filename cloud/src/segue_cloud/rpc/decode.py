@@ -14,7 +14,6 @@ from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
-from segue_cloud.turns.messages import folded_events
 from segue_cloud.turns.owner import TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
 from segue_contract.errors import (
@@ -32,6 +31,8 @@ from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn
 from segue_contract.transport.heartbeat import beating
+from segue_contract.turn.from_log import turn_events
+from segue_contract.turn.wire import to_reply
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_contract.v1 import decode_pb2_grpc
@@ -161,14 +162,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             facts=self._facts.facts(),
             next_index=len(turn.tokens),
         )
-        replies = [dpb.RunReply(opened=opened)]
-        for event in folded_events(turn, 0):
-            kind = event.WhichOneof("kind")
-            if kind == "frame":
-                replies.append(dpb.RunReply(frame=event.frame))
-            elif kind == "ended":
-                replies.append(dpb.RunReply(ended=event.ended))
-        return replies
+        events = (to_reply(event) for event in turn_events(turn))
+        return [dpb.RunReply(opened=opened), *(reply for reply in events if reply is not None)]
 
 
 async def _first(requests: AsyncIterator[dpb.RunRequest]) -> dpb.TurnSpec:

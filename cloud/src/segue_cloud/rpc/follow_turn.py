@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from segue_cloud.log.session_log import SessionLog
-from segue_cloud.turns.feed import trim_frame
-from segue_cloud.turns.messages import folded_events, op_event
 from segue_contract.ids import SessionName
 from segue_contract.sync.ops import decode_op
 from segue_contract.sync.state import find_turn
-from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.turn.events import Ended, Frame, Rewound, TurnEvent
+from segue_contract.turn.feed import trim
+from segue_contract.turn.from_log import op_event, turn_events
 
 
 async def follow_turn(
     log: SessionLog, session: SessionName, turn: str, from_index: int
-) -> AsyncIterator[pb.TurnEvent]:
+) -> AsyncIterator[TurnEvent]:
     """The turn's frames from `from_index` on, then its end, as they reach the log."""
     position = from_index
     async with log.follow(session) as following:
@@ -27,9 +27,8 @@ async def follow_turn(
                 if len(known.tokens) < position:
                     # The log lost tokens that its readers were shown; others may follow.
                     position = len(known.tokens)
-                    lost = pb.TurnRewound(epoch=known.epoch, index=position)
-                    yield pb.TurnEvent(rewound=lost)
-                for event in folded_events(known, position):
+                    yield Rewound(known.epoch, position)
+                for event in turn_events(known, position):
                     yield event
                 position = len(known.tokens)
                 if known.ended:
@@ -39,11 +38,11 @@ async def follow_turn(
                 if getattr(op, "turn", None) != turn:
                     continue
                 found = op_event(op, entry.cursor.offset)
-                found = trim_frame(found, position) if found is not None else None
+                found = trim(found, position) if found is not None else None
                 if found is None:
                     continue
-                if found.WhichOneof("kind") == "frame":
-                    position = found.frame.index + len(found.frame.tokens)
+                if isinstance(found, Frame):
+                    position = found.next_index
                 yield found
-                if found.WhichOneof("kind") == "ended":
+                if isinstance(found, Ended):
                     return

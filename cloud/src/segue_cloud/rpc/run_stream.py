@@ -18,7 +18,8 @@ from segue_contract.limits import (
     TurnLimits,
 )
 from segue_contract.liveness import Silence
-from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.turn.events import Durable, Frame, MadeBy, TurnEvent
+from segue_contract.turn.wire import to_reply
 from segue_contract.v1 import decode_pb2 as dpb
 
 
@@ -162,17 +163,10 @@ class RunStream:
                 await self._replies.put(reply)
         await self._replies.put(None)
 
-    def _reply_of(self, event: pb.TurnEvent) -> dpb.RunReply | None:
-        kind = event.WhichOneof("kind")
-        if kind == "ended":
-            return dpb.RunReply(ended=event.ended)
-        if kind != "frame":
-            return None
-        frame = event.frame
-        if frame.made_by == "edge" and not self._attached:
-            notice = pb.TurnDurable(next_index=frame.index + len(frame.tokens), offset=frame.offset)
-            return dpb.RunReply(durable=notice)
-        return dpb.RunReply(frame=frame)
+    def _reply_of(self, event: TurnEvent) -> dpb.RunReply | None:
+        if isinstance(event, Frame) and event.made_by is MadeBy.EDGE and not self._attached:
+            event = Durable(event.next_index, event.offset)
+        return to_reply(event)
 
     async def _tell_ready(self) -> None:
         if self._attached:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import Internal
+from segue_contract.turn.events import Reason
 from segue_contract.turn.text import ReplyText
 
 Add = Callable[[tuple[int, ...], tuple[str, ...]], None]
@@ -42,7 +43,7 @@ async def decode(
             step = asyncio.ensure_future(anext(outputs, None))
             await asyncio.wait({step, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not step.done():
-                return "cancelled"
+                return Reason.CANCELLED
             output = step.result()
             if output is None:
                 raise Internal("The engine ended a turn without a reason.")
@@ -50,7 +51,7 @@ async def decode(
             scan = text.push(output.tokens)
             add(scan.tokens, scan.pieces)
             if scan.stopped:
-                return "stop"
+                return Reason.STOP
             if output.finished:
                 rest = text.flush()
                 add(rest.tokens, rest.pieces)

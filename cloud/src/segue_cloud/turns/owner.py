@@ -20,9 +20,7 @@ import structlog
 
 from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
 from segue_cloud.turns.decoding import decode
-from segue_cloud.turns.feed import TurnFeed
 from segue_cloud.turns.frames import Chunk
-from segue_cloud.turns.messages import ended_event, frame_event, started_event
 from segue_cloud.turns.patience import done_within
 from segue_cloud.turns.ports import TurnLog
 from segue_cloud.turns.progress import Maker, ReplyProgress
@@ -49,6 +47,9 @@ from segue_contract.limits import (
 )
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
+from segue_contract.transport.turn_feed import TurnFeed
+from segue_contract.turn.events import MadeBy, Reason, Started
+from segue_contract.turn.from_log import op_ended, op_frame
 
 log = structlog.get_logger("segue.turn")
 
@@ -128,7 +129,7 @@ class TurnOwner:
     def edge_tokens(self, index: int, tokens: tuple[int, ...], pieces: tuple[str, ...]) -> None:
         """Tokens that the edge made; see `ReplyProgress.edge_tokens`."""
         at = self.next_index
-        self._write(at, *self._progress.edge_tokens(index, tokens, pieces), "edge")
+        self._write(at, *self._progress.edge_tokens(index, tokens, pieces), MadeBy.EDGE)
 
     def hand_over(self, next_index: int) -> None:
         """The edge stops; the cloud decodes from `next_index` on. Raises InvalidArgument."""
@@ -150,7 +151,7 @@ class TurnOwner:
         self._note = read_note(plan, self._deps.monotonic())
 
     def stop(self) -> None:
-        """End the turn soon, with reason "cancelled". Idempotent."""
+        """End the turn soon, with reason `Reason.CANCELLED`. Idempotent."""
         self.stopping.set()
         if not self._stopped.done():
             self._stopped.set_result(None)
@@ -193,7 +194,7 @@ class TurnOwner:
 
     def _begin(self) -> None:
         spec = self.spec
-        self.feed.publish(started_event(spec.key.turn, spec.key.epoch, spec.started.offset))
+        self.feed.publish(Started(spec.key.turn, spec.key.epoch, spec.started.offset))
         if spec.made:
             made = Frame(
                 id="",
@@ -203,16 +204,16 @@ class TurnOwner:
                 tokens=spec.made,
                 pieces=spec.made_pieces,
             )
-            self.feed.publish(frame_event(made, spec.started.offset))
+            self.feed.publish(op_frame(made, spec.started.offset))
         if spec.adopted:
             detokenizer = self._deps.tokenizer.detokenizer()
             for token in spec.made:
                 detokenizer.push(token)
             pieces = tuple(detokenizer.push(token) for token in spec.adopted)
-            self._add_own(spec.adopted, pieces, "edge")
+            self._add_own(spec.adopted, pieces, MadeBy.EDGE)
 
     async def _produce_and_write(self) -> tuple[str, SegueError | None]:
-        """The turn's reason, and the error behind reason "error". Everything is durable then.
+        """The turn's reason, and the error behind `Reason.ERROR`. Everything is durable then.
 
         Raises:
             EngineGone: another instance can go on.
@@ -243,10 +244,10 @@ class TurnOwner:
         try:
             return producing.result(), None
         except SegueError as error:
-            return "error", error
+            return Reason.ERROR, error
         except Exception as error:
             log.error("turn_failed", turn=self.spec.key.turn, exc_info=error)
-            return "error", Internal(
+            return Reason.ERROR, Internal(
                 f"The turn failed with an unexpected {type(error).__name__}.",
                 hint="See the cloud's log; try again.",
             )
@@ -287,9 +288,9 @@ class TurnOwner:
         spec, deps = self.spec, self._deps
         max_tokens = min(spec.max_tokens, deps.max_context - len(spec.prompt))
         if self.next_index >= max_tokens:
-            return "length"
+            return Reason.LENGTH
         if self.stopping.is_set():
-            return "cancelled"
+            return Reason.CANCELLED
         turn = EngineTurn(
             turn=spec.key.turn,
             prompt=spec.prompt,
@@ -305,7 +306,7 @@ class TurnOwner:
             turn,
             stop=spec.stop,
             stopping=self.stopping,
-            add=lambda tokens, pieces: self._add_own(tokens, pieces, "cloud"),
+            add=lambda tokens, pieces: self._add_own(tokens, pieces, MadeBy.CLOUD),
             on_output=self._note_cache,
         )
 
@@ -333,12 +334,12 @@ class TurnOwner:
     # -- what readers see ----------------------------------------------------------------------
 
     def _publish_durable(self, frame: Frame, offset: int) -> None:
-        self.feed.publish(frame_event(frame, offset))
+        self.feed.publish(op_frame(frame, offset))
 
     async def _end(self, reason: str, error: SegueError | None) -> None:
         op = self._ended_op(reason, error)
         offset = await self._writer.end(op)
-        self.feed.publish(ended_event(op, self.next_index, offset))
+        self.feed.publish(op_ended(op, self.next_index, offset))
         spec = self.spec
         log.info(
             "turn",

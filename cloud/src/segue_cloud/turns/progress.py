@@ -12,8 +12,9 @@ from __future__ import annotations
 from enum import StrEnum
 
 from segue_contract.errors import InvalidArgument
+from segue_contract.turn.events import Reason
 
-END_REASONS = frozenset({"stop", "length", "cancelled"})
+END_REASONS = frozenset({Reason.STOP, Reason.LENGTH, Reason.CANCELLED})
 
 
 class Maker(StrEnum):
@@ -98,7 +99,7 @@ class ReplyProgress:
     def stop(self) -> None:
         """Somebody stopped the turn: while the edge makes it, that is its end."""
         if self.maker is Maker.EDGE:
-            self.end("cancelled")
+            self.end(Reason.CANCELLED)
 
     def cloud_tokens(self, tokens: tuple[int, ...]) -> None:
         assert self.maker is not Maker.NOBODY, "a token after the end"

@@ -20,6 +20,7 @@ from segue_contract.turn.events import (
     TurnEvent,
 )
 from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import decode_pb2 as dpb
 
 
 def to_wire(event: TurnEvent) -> pb.TurnEvent:
@@ -55,6 +56,36 @@ def from_wire(wire: pb.TurnEvent) -> TurnEvent | None:
             return Rewound(wire.rewound.epoch, _index(wire.rewound.index))
         case "ended":
             return ended_of(wire.ended)
+        case _:
+            return None
+
+
+def to_reply(event: TurnEvent) -> dpb.RunReply | None:
+    """The event in a `Decode.Run` stream; None for those that it has no place for."""
+    match event:
+        case Frame():
+            return dpb.RunReply(frame=frame_message(event))
+        case Durable():
+            return dpb.RunReply(durable=durable_message(event))
+        case Ended():
+            return dpb.RunReply(ended=ended_message(event))
+        case Started() | Rewound():
+            return None
+
+
+def from_reply(reply: dpb.RunReply) -> TurnEvent | None:
+    """The event in a reply of `Decode.Run`; None where it says something else.
+
+    Raises:
+        InvalidArgument: the peer sent an event that is none.
+    """
+    match reply.WhichOneof("kind"):
+        case "frame":
+            return frame_of(reply.frame)
+        case "durable":
+            return durable_of(reply.durable)
+        case "ended":
+            return ended_of(reply.ended)
         case _:
             return None
 

@@ -11,7 +11,7 @@ from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import RPC_TIMEOUT_S, TURN_SILENCE_S, TURN_TIMEOUT_S
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
-from segue_contract.turn.wire import durable_of, ended_of, frame_of, from_wire
+from segue_contract.turn.wire import from_reply, from_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.measure import Measure
@@ -72,19 +72,17 @@ class CloudLink:
 
     def _take(self, message: dpb.RunReply) -> None:
         number = self._number
+        event = from_reply(message)
+        if event is not None:
+            self._emit(s.Logged(number, event))
+            return
         match message.WhichOneof("kind"):
-            case "frame":
-                self._emit(s.Logged(number, frame_of(message.frame)))
-            case "durable":
-                self._emit(s.Logged(number, durable_of(message.durable)))
             case "opened":
                 self._take_opened(message.opened)
             case "ready":
                 self._take_ready(message.ready)
             case "stop":
                 self._emit(s.StopNow(number))
-            case "ended":
-                self._emit(s.Logged(number, ended_of(message.ended)))
             case _:
                 pass  # a sign of life, or a kind of a later version
 

@@ -22,9 +22,9 @@ from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import decode_turns
 from segue_contract.transport.status import error_from_rpc
-from segue_contract.turn.events import Ended, Frame, MadeBy
+from segue_contract.turn.events import Durable, Ended, Frame, MadeBy
 from segue_contract.turn.merge import Merger
-from segue_contract.turn.wire import ended_of, frame_of
+from segue_contract.turn.wire import from_reply
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.cloud.begin import call_begin
@@ -129,22 +129,18 @@ class Delivery:
         merger = _shown(offline)
         in_log: int | None = None  # tokens that the log held as the cloud answered
         async for message in stream.replies():
-            match message.WhichOneof("kind"):
-                case "opened":
-                    in_log = message.opened.next_index
-                    if message.opened.attached:
-                        ours = True  # it ends the turn itself
-                case "frame":
-                    merger.push(frame_of(message.frame))
-                case "durable":
-                    merger.confirm(message.durable.next_index)
-                case "ended":
-                    ended = ended_of(message.ended)
+            if message.WhichOneof("kind") == "opened":
+                in_log = message.opened.next_index
+                ours = ours or message.opened.attached  # then it ends the turn itself
+            match from_reply(message):
+                case Frame() as frame:
+                    merger.push(frame)
+                case Durable() as notice:
+                    merger.confirm(notice.next_index)
+                case Ended() as ended:
                     if not ended.durable:
                         break
                     return _whose_text_stands(offline, merger, ended)
-                case _:
-                    pass
             if not ours and in_log is not None and merger.durable_index >= in_log:
                 ours = True
                 same = tuple(merger.tokens) == offline.tokens
