@@ -113,3 +113,47 @@ async def test_too_many_that_wait_are_refused(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def shown_waiting(bench: Bench, *turns: str) -> None:
+    """Return once the log shows that just these wait."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            state = await bench.log.state(SESSION)
+            if [one.turn for one in state.waiting] == list(turns):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_other_devices_see_what_waits(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    engine = ScriptedEngine(words, free=False)
+    async with bench_on(valkey.url, model_dir, engine) as bench:
+        first = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
+        second = asyncio.create_task(
+            bench.manager.run(bench.request("t2", device="laptop", prompt="Wait for me"))
+        )
+        await shown_waiting(bench, "t2")
+        third = asyncio.create_task(bench.manager.run(bench.request("t3")))
+        await shown_waiting(bench, "t2", "t3")
+        fourth = asyncio.create_task(bench.manager.run(bench.request("t4")))
+        await shown_waiting(bench, "t2", "t3", "t4")
+        said = (await bench.log.state(SESSION)).waiting[0]
+        assert (said.device, said.prompt) == ("laptop", "Wait for me")
+
+        assert await bench.log.request_stop(SESSION, "t3") == "t3"
+        bench.manager.stop(SESSION, "t3")
+        with pytest.raises(TurnCancelled):
+            await asyncio.wait_for(third, WAIT_S)
+        await shown_waiting(bench, "t2", "t4")
+
+        engine.allow(100)
+        await bench.ended(first)
+        for task in (second, fourth):
+            _, owner = await asyncio.wait_for(task, WAIT_S)
+            assert owner is not None
+            await bench.ended(owner)
+        state = await bench.log.state(SESSION)
+        assert [turn.turn for turn in state.turns] == ["t1", "t2", "t4"]
+        assert not state.waiting

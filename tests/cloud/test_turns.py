@@ -32,7 +32,7 @@ async def test_a_turn_without_an_edge_is_in_the_log_as_the_engine_made_it(
         turn = await bench.ended(owner)
         assert turn.tokens == words
         assert turn.text == "The sea is wide and the night is long."
-        assert turn.reason == "stop"
+        assert (turn.reason, turn.model, turn.weights) == ("stop", "m", "digest")
         assert isinstance(events[0], Started)
         assert isinstance(events[-1], Ended)
         assert tokens_of(events) == words

@@ -170,3 +170,30 @@ def test_first_claim_first_result_and_highest_control_epoch_win() -> None:
     assert (state.control_holder, state.control_epoch) == ("phone", 2)
     assert state.docs == {"d": [b"x", b"y"]}
     assert state.turns == []
+
+
+def test_who_waits_is_seen_until_it_begins_is_gone_or_lost_its_place() -> None:
+    replica = Replica()
+    written: list[ops.Op] = []
+
+    def waits() -> list[str]:
+        return [one.turn for one in replica.state.waiting]
+
+    def write(*some: ops.Op) -> list[str]:
+        for op in some:
+            written.append(op)
+            assert replica.apply_op(1, len(written), op) is Applied.APPLIED
+        return waits()
+
+    def waiting(turn: str) -> ops.Op:
+        return ops.TurnWaiting(id=f"w{turn}", turn=turn, device="phone", text=turn.upper())
+
+    def begins(turn: str) -> ops.Op:
+        return ops.UserMessage(id=f"u{turn}", turn=turn, device="phone", text=turn)
+
+    assert write(begins("t0"), waiting("t0")) == [], "it began before the log heard that it waits"
+    assert write(*(waiting(turn) for turn in ("t1", "t2", "t3", "t1"))) == ["t1", "t2", "t3"]
+    assert write(ops.TurnWithdrawn(id="x2", turn="t2")) == ["t1", "t3"]
+    assert write(waiting("t4"), begins("t3")) == ["t4"], "t1 came before, and lost its place"
+    assert decode_state(encode_state(replica.state)) == replica.state
+    assert write(begins("t5")) == [], "who begins without a wait finds nobody waiting"

@@ -223,6 +223,31 @@ async def test_messages_of_ours_that_the_log_has_not_are_told_at_the_start() -> 
     ]
 
 
+async def test_a_message_that_waits_on_another_device_is_shown_until_it_begins_or_is_gone() -> None:
+    log = FakeLog("trip")
+    write_turn(log, "t1", "phone", "Plan a day.", "First,")
+
+    def waits(turn: str, prompt: str) -> None:
+        log.append(ops.TurnWaiting(id=f"{turn}.waiting", device="phone", turn=turn, text=prompt))
+
+    waits("t2", "And then?")
+    async with FakeAgent(log) as agent, room_of(agent, "laptop") as (room, screen):
+        await screen.until(lambda: "t2" in room.live)
+        waits("t3", "Never mind.")
+        await screen.until(lambda: "t3" in room.live)
+        assert [(talk.prompt, talk.waiting) for talk in room.live.values()] == [
+            ("Plan a day.", False),
+            ("And then?", True),
+            ("Never mind.", True),
+        ]
+        log.append(ops.TurnWithdrawn(id="t3.withdrawn", turn="t3"))
+        await screen.until(lambda: "t3" not in room.live)
+        end_turn(log, "t1")
+        write_turn(log, "t2", "phone", "And then?", "Then")
+        await screen.until(lambda: "t2" in room.live and room.live["t2"].text == "Then")
+        assert not room.live["t2"].waiting
+
+
 async def test_own_turn_is_shown_once_though_the_log_has_it_too() -> None:
     log = FakeLog("trip")
 

@@ -124,6 +124,9 @@ class ModelLog:
         status = Status.OK if held and not record.ended else Status.STALE
         return AppendResult(status, self.generation, 0, len(self._data.ops), record.epoch)
 
+    async def note(self, session: SessionName, op: Op) -> None:
+        self._append([op])
+
     async def release_turn(self, session: SessionName, hold: TurnHold) -> None:
         return None
 

@@ -96,7 +96,7 @@ async def bench_on(
             lambda: time.time_ns() // 1_000_000, time.monotonic, limits,
         )  # fmt: skip
         running = store.running_turns(model)
-        manager = TurnManager(deps, running, model=model, max_turns=max_turns)
+        manager = TurnManager(deps, running, model=model, weights="digest", max_turns=max_turns)
         await log.open_session(SESSION, device="phone")
         try:
             yield Bench(manager, log, engine, tokenizer, running)

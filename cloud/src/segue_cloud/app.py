@@ -137,7 +137,13 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         monotonic=time.monotonic,
     )
     running = store.running_turns(manifest.name)
-    manager = TurnManager(deps, running, model=manifest.name, max_turns=settings.max_turns)
+    manager = TurnManager(
+        deps,
+        running,
+        model=manifest.name,
+        weights=manifest.weights_digest,
+        max_turns=settings.max_turns,
+    )
     await stack.enter_async_context(recovering(manager, running))
     identity = Identity(
         settings.tenant, instance, manifest.name, lambda: publisher.url, manifest.geometry.context

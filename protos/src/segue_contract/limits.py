@@ -202,6 +202,7 @@ PUBLISH_INFLIGHT: Final = 128  # unacknowledged MQTT messages of one publisher
 DIRTY_AFTER_S: Final = 2.0  # appended and not confirmed for this long: another one publishes
 MAX_SWEEP_SESSIONS: Final = 1000
 MAX_SESSION_DEVICES: Final = 256  # devices of one session that are remembered, latest first
+WAITING_TEXT_CHARS: Final = 2000  # of a message that waits: it comes whole when it begins
 TITLE_CHARS: Final = 80  # of a session's first message, for lists
 HUB_POLL_SESSIONS: Final = 256  # tails looked up in one round trip
 HUB_EVENT_BYTES: Final = 1 * MIB  # entries of one event of Attach, beyond the first

@@ -249,7 +249,8 @@ class TerminalScreen:
             text = body(talk)
             lines += [[("", line)] for line in self._wrap(text, size.columns)] if text else []
             if not text:
-                wait = "thinking" if not place else "waiting for the reply above"
+                waits = talk.waiting or place
+                wait = "waiting for the reply above" if waits else "thinking"
                 lines.append([("class:dim", f"{self._frame()} {wait}")])
             lines.append([("", "")])
         out: StyleAndTextTuples = []

@@ -16,7 +16,7 @@ from segue.errors import SegueError, Unreachable
 from segue_contract.limits import RETRY_PAUSE_MAX_S
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.sync.branches import branch_of, branches
-from segue_contract.sync.ops import Frame, TurnStarted, UserMessage
+from segue_contract.sync.ops import Frame, TurnStarted, TurnWaiting, TurnWithdrawn, UserMessage
 from segue_contract.sync.state import SessionState, TurnState, find_turn
 
 _QUOTED_CHARS = 60
@@ -33,7 +33,7 @@ class Talk:
 
     `ours`: its frames come from our own run stream. `late`: it ran already when we came, so its
     times are not known here. `offline`: it was said out of reach of the log; `beside`: and so many
-    turns of others were there meanwhile.
+    turns of others were there meanwhile. `waiting`: for the session's turn, on another device.
     """
 
     turn: str
@@ -50,6 +50,7 @@ class Talk:
     cached_tokens: int = 0
     offline: bool = False
     beside: int = 0
+    waiting: bool = False
 
     @property
     def text(self) -> str:
@@ -158,6 +159,7 @@ class Room:
         self._show_branches(state, known=first)
         for known in state.turns[-1:]:
             self._show_context(known, state)
+        self._show_waiting(state)
         self._screen.changed()
 
     def _entry(self, entry: segue.Entry, state: SessionState) -> None:
@@ -165,6 +167,9 @@ class Room:
         known = find_turn(state, name)
         if isinstance(entry.op, TurnStarted):
             self._show_branches(state, known=False)
+        if isinstance(entry.op, TurnWaiting | TurnWithdrawn | UserMessage):
+            self._show_waiting(state)
+            self._screen.changed()
         if known is None or name in self._done:
             return
         self._show_context(known, state)
@@ -186,6 +191,19 @@ class Room:
         waiting = sum(one.error is None for one in own)
         if waiting:
             self._screen.note(f"{waiting} of your messages wait for the cloud to come back.")
+
+    def _show_waiting(self, state: SessionState) -> None:
+        """Messages of other devices that wait for the session's turn, and no others any more."""
+        waiting = {one.turn for one in state.waiting}
+        for name, talk in list(self.live.items()):
+            if talk.waiting and name not in waiting:
+                talk.waiting = False
+                if find_turn(state, name) is None:
+                    del self.live[name]
+        for one in state.waiting:
+            if one.turn not in self._done and one.turn not in self.live:
+                talk = Talk(one.turn, one.device, one.prompt, self._clock(), waiting=True)
+                self.live[one.turn] = talk
 
     def _show_context(self, known: TurnState, state: SessionState) -> None:
         """The line above which the model forgets, each time it moves."""

@@ -32,7 +32,7 @@ from segue_cloud.sessions.port import (
 )
 from segue_cloud.sessions.quota import quota_exceeded, slots
 from segue_cloud.sessions.reader import LogReader, Page
-from segue_contract.errors import SegueError, StoreUnavailable
+from segue_contract.errors import SegueError, StaleEpoch, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     COMPACT_AFTER_BYTES,
@@ -53,6 +53,8 @@ _QUOTAS = {
     Status.NO_DOCS: "docs",
     Status.NO_KEPT_OPS: "kept_ops",
 }
+_NOTES = "cloud.notes"  # the producer of what instances say of a session
+_NOTE_ATTEMPTS = 3
 
 
 class Publishing(Protocol):
@@ -179,6 +181,22 @@ class SessionLog:
         self._check_quota(session, result.status)
         self._appended(session, result, ops)
         return result
+
+    async def note(self, session: SessionName, op: Op) -> None:
+        """Append an op of nobody's turn and no device: what an instance has to say of a session.
+
+        All instances write as one producer, each op under an epoch of its own.
+
+        Raises:
+            StaleEpoch: several said something at once.
+            UnknownSession, QuotaExceeded, StoreUnavailable.
+        """
+        for _ in range(_NOTE_ATTEMPTS):
+            opened = await self._store.open_session(session, must_exist=True, producer=_NOTES)
+            result = await self.append(session, Producer(_NOTES, opened.epoch), [LogOp.of(op)])
+            if result.status is Status.OK:
+                return
+        raise StaleEpoch(f"Session {session.session} is noted in by others.", hint="Try again.")
 
     async def append_turn(
         self,

@@ -205,6 +205,7 @@ def _copy(state: SessionState) -> SessionState:
     return msgspec.structs.replace(
         state,
         turns=turns,
+        waiting=list(state.waiting),
         values=dict(state.values),
         docs={name: list(updates) for name, updates in state.docs.items()},
         claims=dict(state.claims),

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+import structlog
+
 from segue_cloud.sessions.port import Status, TurnClaim
 from segue_cloud.turns.opening import TurnRequest, opening_ops
 from segue_cloud.turns.owner import OwnerDeps
@@ -33,15 +35,18 @@ from segue_contract.limits import (
     TURN_WAIT_TIMEOUT_S,
     WAIT_POLL_LATER_S,
     WAIT_POLL_S,
+    WAITING_TEXT_CHARS,
 )
-from segue_contract.sync.ops import Op
+from segue_contract.sync.ops import Op, TurnWaiting, TurnWithdrawn
+
+log = structlog.get_logger("segue.turns")
 
 
 class SessionClaims:
     """Claims sessions for turns of this instance.
 
     Args:
-        model: name written into turn_started.
+        model, weights: name and digest written into turn_started.
         recover: finishes a turn of a session whose owner died, if there is one and room for it.
         overloaded: the error for a turn that finds no room.
     """
@@ -53,6 +58,7 @@ class SessionClaims:
         running: RunningTurns,
         *,
         model: str,
+        weights: str,
         recover: Callable[[SessionName], Awaitable[bool]],
         overloaded: Callable[[], Overloaded],
     ) -> None:
@@ -60,6 +66,7 @@ class SessionClaims:
         self._places = places
         self._running = running
         self._model = model
+        self._weights = weights
         self._recover = recover
         self._overloaded = overloaded
         self._waiting: dict[SessionName, set[asyncio.Future[None]]] = {}
@@ -93,10 +100,14 @@ class SessionClaims:
                 hint="Wait for it (when_busy='wait') or stop it.",
                 turn=claim.holder,
             )
+        shown: list[bool] = []  # to the session's other devices
         try:
-            return await self._wait(request)
+            return await self._wait(request, shown)
         except SegueError:  # where this instance closes, its place is kept for another one's call
             await self._leave(request)
+            if any(shown):
+                gone = TurnWithdrawn(id=f"{request.turn}.withdrawn", turn=request.turn)
+                await self._note(request, gone)
             raise
 
     async def _try(self, request: TurnRequest) -> TurnClaim:
@@ -135,11 +146,12 @@ class SessionClaims:
         return opening_ops(
             request,
             model=self._model,
+            weights=self._weights,
             now_ms=self._deps.now_ms(),
             context_from=context_from,
         )
 
-    async def _wait(self, request: TurnRequest) -> TurnClaim:
+    async def _wait(self, request: TurnRequest, shown: list[bool]) -> TurnClaim:
         session = request.session
         waited_s = 0.0
         while waited_s < TURN_WAIT_TIMEOUT_S:
@@ -161,6 +173,8 @@ class SessionClaims:
                             return claim
                 elif claim.lease_left_s <= 0:  # the running turn's owner died
                     await self._recover(session)
+                if not shown:
+                    shown.append(await self._show_waiting(request))
                 first = claim.status is Status.OK or claim.lease_left_s <= self._deps.limits.lease_s
                 pause_s = WAIT_POLL_S if first else WAIT_POLL_LATER_S
                 await done_within({woken}, pause_s, looks=1)
@@ -173,6 +187,26 @@ class SessionClaims:
             f"Session {session.session} was busy for {TURN_WAIT_TIMEOUT_S:.0f} s.",
             hint="Stop the running turn, or ask again.",
         )
+
+    async def _show_waiting(self, request: TurnRequest) -> bool:
+        """Show the message to the session's other devices; False where the log took it not."""
+        said = TurnWaiting(
+            id=f"{request.turn}.waiting",
+            device=request.device,
+            at_ms=self._deps.now_ms(),
+            turn=request.turn,
+            text=request.prompt[:WAITING_TEXT_CHARS],
+        )
+        return await self._note(request, said)
+
+    async def _note(self, request: TurnRequest, op: Op) -> bool:
+        """False where the log took it not: the turn itself depends on none of it."""
+        try:
+            await self._deps.log.note(request.session, op)
+        except SegueError as error:
+            log.info("waiting_not_shown", turn=request.turn, error=str(error))
+            return False
+        return True
 
     async def _leave(self, request: TurnRequest) -> None:
         """Give the place in the session up; where the store is away it is lost by itself."""

@@ -67,12 +67,18 @@ class TurnManager:
     """All turns that this process owns.
 
     Args:
-        model: name written into turn_started.
+        model, weights: name and digest written into turn_started.
         max_turns: turns begun and not ended, beyond which `begin` refuses.
     """
 
     def __init__(
-        self, deps: OwnerDeps, running: RunningTurns, *, model: str, max_turns: int
+        self,
+        deps: OwnerDeps,
+        running: RunningTurns,
+        *,
+        model: str,
+        max_turns: int,
+        weights: str = "",
     ) -> None:
         self._deps = deps
         self._running = running
@@ -83,6 +89,7 @@ class TurnManager:
             self._places,
             running,
             model=model,
+            weights=weights,
             recover=self._takeover.recover,
             overloaded=self._overloaded,
         )

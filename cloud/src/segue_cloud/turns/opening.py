@@ -35,7 +35,7 @@ class TurnRequest:
 
 
 def opening_ops(
-    request: TurnRequest, *, model: str, now_ms: int, context_from: str = ""
+    request: TurnRequest, *, model: str, weights: str = "", now_ms: int, context_from: str = ""
 ) -> tuple[Op, ...]:
     """user_message and turn_started of a turn that begins now."""
     return (
@@ -53,6 +53,7 @@ def opening_ops(
             turn=request.turn,
             epoch=1,
             model=model,
+            weights=weights,
             max_tokens=request.max_tokens,
             sampling=request.sampling,
             stop=request.stop,
@@ -76,4 +77,10 @@ def opening_of(session: SessionName, turn: TurnState, *, now_ms: int) -> tuple[O
         offline=turn.offline,
         follows=turn.follows,
     )
-    return opening_ops(request, model=turn.model, now_ms=now_ms, context_from=turn.context_from)
+    return opening_ops(
+        request,
+        model=turn.model,
+        weights=turn.weights,
+        now_ms=now_ms,
+        context_from=turn.context_from,
+    )

@@ -48,7 +48,8 @@ class UserMessage(_Op, frozen=True, kw_only=True, tag="user_message"):
 class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     """The turn's first op, and again with a higher epoch when another decoder takes it over.
 
-    `context_from`: id of the first turn that the model sees (this one: no other); empty: all.
+    `weights`: digest of the model's weights that decode it. `context_from`: id of the first turn
+    that the model sees (this one: no other); empty: all.
     `offline`: it was served out of reach of the log, by a node that knew the session up to the
     turn `follows` (empty: nothing of it).
     """
@@ -56,12 +57,27 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     turn: str
     epoch: int
     model: str = ""
+    weights: str = ""
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     context_from: str = ""
     offline: bool = False
     follows: str = ""
+
+
+class TurnWaiting(_Op, frozen=True, kw_only=True, tag="turn_waiting"):
+    """A message that waits for the session's turn; `text` is its beginning. Its user_message, or
+    turn_withdrawn, ends the wait."""
+
+    turn: str
+    text: str = ""
+
+
+class TurnWithdrawn(_Op, frozen=True, kw_only=True, tag="turn_withdrawn"):
+    """The turn waits no more, and will not begin: it was stopped, or nobody waits for it."""
+
+    turn: str
 
 
 class Frame(_Op, frozen=True, kw_only=True, tag="frame"):
@@ -146,6 +162,8 @@ class Unknown(_Op, frozen=True, kw_only=True, tag="unknown"):
 Op: TypeAlias = (
     UserMessage
     | TurnStarted
+    | TurnWaiting
+    | TurnWithdrawn
     | Frame
     | ToolCall
     | ToolClaim
@@ -220,7 +238,7 @@ def decode_op(data: bytes) -> Op:
 _KINDS = frozenset(
     str(cls.__struct_config__.tag)
     for cls in (
-        UserMessage, TurnStarted, Frame, ToolCall, ToolClaim, ToolResult, TurnEnded, Control,
-        Set, Doc, Feedback, Unknown,
+        UserMessage, TurnStarted, TurnWaiting, TurnWithdrawn, Frame, ToolCall, ToolClaim,
+        ToolResult, TurnEnded, Control, Set, Doc, Feedback, Unknown,
     )
 )  # fmt: skip

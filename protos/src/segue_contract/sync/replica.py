@@ -6,6 +6,7 @@ Pure: no clocks, no I/O. The rules that make replicas equal:
 - a turn's tokens are addressed by index: what is known already is skipped, the rest is added;
 - ops of an older turn epoch than the turn has, and anything after its end (a message under
   its id, too), have no effect;
+- a message waits until it begins, is withdrawn, or one that came after it begins;
 - a name's last writer by offset wins; the first claim and the first result of a tool call win.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from segue_contract.sync import ops
-from segue_contract.sync.state import Cursor, SessionState, TurnState
+from segue_contract.sync.state import Cursor, SessionState, TurnState, WaitingTurn
 
 
 class Applied(StrEnum):
@@ -89,7 +90,15 @@ class Replica:
     def _fold(self, offset: int, op: ops.Op) -> None:
         state = self._state
         match op:
+            case ops.TurnWaiting():
+                names = {one.turn for one in state.waiting}
+                if op.turn not in self._turns and op.turn not in names:
+                    one = WaitingTurn(turn=op.turn, device=op.device, prompt=op.text)
+                    state.waiting.append(one)
+            case ops.TurnWithdrawn():
+                state.waiting = [one for one in state.waiting if one.turn != op.turn]
             case ops.UserMessage():
+                self._begin(op.turn)
                 known = self._turns.get(op.turn)
                 if known is None or not known.ended:
                     turn = self._touch(op.turn, offset)
@@ -115,6 +124,11 @@ class Replica:
             case ops.Unknown():
                 pass
 
+    def _begin(self, turn: str) -> None:
+        """First come, first served: who waited before the turn that begins lost its place."""
+        places = [place for place, one in enumerate(self._state.waiting) if one.turn == turn]
+        self._state.waiting = self._state.waiting[places[0] + 1 :] if places else []
+
     def _fold_turn(self, offset: int, op: ops.TurnStarted | ops.Frame | ops.TurnEnded) -> None:
         known = self._turns.get(op.turn)
         if known is not None and (known.ended or op.epoch < known.epoch):
@@ -124,6 +138,7 @@ class Replica:
         match op:
             case ops.TurnStarted():
                 turn.model, turn.max_tokens = op.model, op.max_tokens
+                turn.weights = op.weights
                 turn.sampling, turn.stop = op.sampling, op.stop
                 turn.context_from = op.context_from
                 turn.offline, turn.follows = op.offline, op.follows

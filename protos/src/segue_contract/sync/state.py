@@ -31,6 +31,7 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt: str = ""
     epoch: int = 0
     model: str = ""
+    weights: str = ""  # digest of the model's weights
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
@@ -56,11 +57,21 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
         return bool(self.reason)
 
 
+class WaitingTurn(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message that waits for the session's turn; `prompt` is its beginning."""
+
+    turn: str
+    device: str = ""
+    prompt: str = ""
+
+
 class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A whole session folded at `cursor`. `turns` are in order of their user_message."""
+    """A whole session folded at `cursor`. `turns` are in order of their user_message, `waiting`
+    (begun by nobody yet) in the order in which they came."""
 
     cursor: Cursor = Cursor()
     turns: list[TurnState] = []
+    waiting: list[WaitingTurn] = []
     values: dict[str, bytes] = {}
     docs: dict[str, list[bytes]] = {}
     control_holder: str = ""
