@@ -22,6 +22,7 @@ class Shown:
     """One turn as its asker saw it."""
 
     turn: str
+    reply: segue.Turn = field(repr=False)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     ended: list[events.Ended] = field(default_factory=list)
@@ -114,7 +115,7 @@ class Device:
 
     async def ask(self, prompt: str, max_tokens: int) -> Shown:
         turn = self.session.run(prompt, max_tokens=max_tokens)
-        shown = Shown(turn.id)
+        shown = Shown(turn.id, turn)
         self.asked.append(shown)
         self.world.say("asks", turn.id, max_tokens)
         try:
@@ -127,9 +128,17 @@ class Device:
             self.world.say("ask failed", turn.id, shown.error, str(error))
         return shown
 
+    async def settle(self) -> None:
+        """Learn what the log made of replies that were made out of its reach."""
+        for shown in self.asked:
+            if shown.ended and shown.ended[-1].pending:
+                async for event in shown.reply.settled():
+                    self._show(shown, event)
+
     def _show(self, shown: Shown, event: events.TurnEvent) -> None:
         require = self.world.require
-        require(not shown.ended, "A turn goes on after its end.", f"{self.name} {event}")
+        over = shown.ended and not shown.ended[-1].pending
+        require(not over, "A turn goes on after its end.", f"{self.name} {event}")
         match event:
             case events.Frame():
                 require(

@@ -134,6 +134,9 @@ async def _converge(scene: Scene, lives: list[asyncio.Task[None]]) -> None:
         await asyncio.sleep(_LOOK_S)
     scene.history.check_acks()
     scene.history.check_ended()
+    if all(one.lost_at_s < 0 for one in scene.history.sessions.values()):
+        async with asyncio.timeout(CALM_S):
+            await asyncio.gather(*(one.process.start(one.settle()) for one in scene.devices))
     for device in scene.devices:
         _check_shown(scene, device)
 
@@ -198,7 +201,7 @@ def _check_shown(scene: Scene, device: Device) -> None:
             "A turn that was accepted is not told to its end.",
             f"{device.name} {shown}",
         )
-        if not shown.ended or not shown.ended[0].durable or history.lost_at_s >= 0:
+        if not shown.ended or history.lost_at_s >= 0:
             continue
         kept = history.turns.get(shown.turn)
         device.world.require(
