@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.store_url import StoreKind, parse_store_url
+from segue_contract.store_url import StoreKind, WaitPolicy, parse_store_url
 
 
 def test_one_server() -> None:
@@ -33,9 +33,19 @@ def test_a_cluster() -> None:
     assert (url.plain, url.password) == ("redis://:pw@a:1/0", "pw")
 
 
+def test_how_replicas_are_waited_for() -> None:
+    assert parse_store_url("redis://h").wait == WaitPolicy(replicas=1, timeout_ms=100)
+    url = parse_store_url("unix:///s?db=1&wait=strict&wait_replicas=2&wait_ms=50")
+    assert (url.wait, url.plain) == (WaitPolicy(2, 50, strict=True), "unix:///s?db=1")
+    assert parse_store_url("redis://h?wait=off").wait.replicas == 0
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
+        ("redis://h?wait=yes", "off, on or strict"),
+        ("redis://h?wait_ms=0", "1 to 1000"),
+        ("redis://h?wait_replicas=x", "1 to 16"),
         ("redis+sentinel://a:1,b:2", "name of the primary"),
         ("redis+sentinel://a:1,/name", "host is missing"),
         ("redis://a:1,b:2", "several addresses"),

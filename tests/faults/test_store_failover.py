@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from segue.local.probes import probe_store
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.store import RedisStore
-from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
@@ -22,6 +19,7 @@ from segue_contract.sync.state import Cursor
 from tests.support.producers import producer
 from tests.support.servers import require_valkey
 from tests.support.slow_proxy import SlowProxy
+from tests.support.store_pair import command, in_step, pair
 
 S = SessionName("default", "trip")
 WAIT_S = 20.0
@@ -29,33 +27,6 @@ WAIT_S = 20.0
 
 def op(text: str) -> LogOp:
     return LogOp.of(ops.Set(id=text, name=text, value=b"1"))
-
-
-@asynccontextmanager
-async def command(server: Valkey) -> AsyncIterator[Wire]:
-    wire = Wire(server.url)
-    try:
-        yield wire
-    finally:
-        await wire.close()
-
-
-@asynccontextmanager
-async def pair() -> AsyncIterator[tuple[Valkey, Valkey]]:
-    """A primary and its replica, in step."""
-    require_valkey()
-    async with Valkey.start() as primary:
-        options = ("--replicaof", "127.0.0.1", str(primary.port), "--repl-diskless-sync-delay", "0")
-        async with Valkey.start(options=options) as replica:
-            await in_step(primary)
-            yield primary, replica
-
-
-async def in_step(primary: Valkey) -> None:
-    async with command(primary) as wire, asyncio.timeout(WAIT_S):
-        await wire.call(("SET", "seen", "1"))
-        while (await wire.call(("WAIT", 1, 100)))[0] < 1:
-            await wire.call(("SET", "seen", "1"))
 
 
 async def test_a_fail_over_that_loses_a_tail_is_told_and_never_renumbered() -> None:

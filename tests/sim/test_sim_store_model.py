@@ -201,7 +201,7 @@ class BothWires:
         scripts = (product._LOG, product._ACTIVE, product.KEEP)
         self._sources = {script.digest: _with_our_clock(script.source) for script in scripts}
 
-    async def call(self, *commands: Any) -> list[Any]:
+    async def call(self, *commands: Any, replicas: Any = None) -> list[Any]:
         return [await self._one(*command) for command in commands]
 
     call_each = call

@@ -168,7 +168,8 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
     if settings.metrics_port:
-        stack.enter_context(CloudMetrics(engine, manager).listen(settings.metrics_port))
+        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
+        stack.enter_context(metrics.listen(settings.metrics_port))
     return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -16,8 +16,14 @@ from segue_contract.errors import PortInUse
 
 
 class CloudMetrics(Collector):
-    def __init__(self, engine: Engine, manager: TurnManager) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        manager: TurnManager,
+        replica_waits: Callable[[], Mapping[str, int]],
+    ) -> None:
         self._engine = engine
+        self._replica_waits = replica_waits
         self._manager = manager
 
     def collect(self) -> Iterator[Metric]:
@@ -35,6 +41,14 @@ class CloudMetrics(Collector):
             "Prompt tokens found in the prefix cache",
             value=float(stats.prefix_hit_tokens),
         )
+        waits = CounterMetricFamily(
+            telemetry.STORE_WAITS.removesuffix("_total"),
+            "Writes of a turn's lease or end, by whether the store's replicas confirmed them",
+            labels=["result"],
+        )
+        for result, count in self._replica_waits().items():
+            waits.add_metric([result], float(count))
+        yield waits
 
     @contextmanager
     def listen(self, port: int) -> Iterator[None]:

@@ -6,6 +6,7 @@
 
 rediss:// and rediss+sentinel:// are the same with TLS, unix://path is a socket. User and password
 are those of the store; `sentinel_username` and `sentinel_password` those of the Sentinels.
+`wait=off|on|strict`, `wait_replicas=1`, `wait_ms=100`: how the store's replicas are waited for.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from enum import StrEnum
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from segue_contract.errors import InvalidArgument
+from segue_contract.limits import STORE_WAIT_MAX_MS, STORE_WAIT_MAX_REPLICAS, STORE_WAIT_MS
 from segue_contract.urls import without_password
 
 Address = tuple[str, int]
 
 STORE_PORT, SENTINEL_PORT = 6379, 26379
 _SENTINEL = "+sentinel"
-_OWN = ("cluster", "sentinel_username", "sentinel_password")
+_OWN = (
+    "cluster", "sentinel_username", "sentinel_password", "wait", "wait_replicas", "wait_ms",
+)  # fmt: skip
 _FORMS = (
     "Write redis://host:port, redis+sentinel://host:port,host:port/NAME, or "
     "redis://host:port,host:port?cluster=1."
@@ -32,6 +36,18 @@ class StoreKind(StrEnum):
     ONE = "one"
     SENTINEL = "sentinel"
     CLUSTER = "cluster"
+
+
+@dataclass(frozen=True)
+class WaitPolicy:
+    """For how many replicas a turn's lease and end wait, and how long at most.
+
+    `replicas` 0: for none. `strict`: what too few replicas have counts as not written.
+    """
+
+    replicas: int = 1
+    timeout_ms: int = STORE_WAIT_MS
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class StoreUrl:
     password: str = ""
     sentinel_username: str = ""
     sentinel_password: str = ""
+    wait: WaitPolicy = WaitPolicy()
 
 
 class _Wrong(ValueError):
@@ -75,8 +92,11 @@ def parse_store_url(url: str) -> StoreUrl:
 
 
 def _parse(url: str, parts: SplitResult, query: dict[str, str]) -> StoreUrl:
+    rest = urlencode({name: value for name, value in query.items() if name not in _OWN})
+    wait = _wait_policy(query)
     if parts.scheme == "unix":
-        return StoreUrl(StoreKind.ONE, (), url, without_password(url))
+        plain = f"unix://{parts.netloc}{parts.path}{'?' if rest else ''}{rest}"
+        return StoreUrl(StoreKind.ONE, (), plain, without_password(url), wait=wait)
     scheme = parts.scheme.removesuffix(_SENTINEL)
     if scheme not in ("redis", "rediss"):
         raise _Wrong("it begins with none of redis://, rediss://, redis+sentinel://, unix://")
@@ -100,20 +120,36 @@ def _parse(url: str, parts: SplitResult, query: dict[str, str]) -> StoreUrl:
         path = f"/{database}" if database else ""
     elif kind is StoreKind.CLUSTER and parts.path.strip("/0"):
         raise _Wrong("a Cluster has only the database 0")
-    rest = {name: value for name, value in query.items() if name not in _OWN}
     host = places if kind is StoreKind.ONE else _written(seeds[0])
     username, _, password = login.partition(":")
     return StoreUrl(
         kind=kind,
         seeds=seeds,
-        plain=urlunsplit((scheme, login + at + host, path, urlencode(rest), "")),
+        plain=urlunsplit((scheme, login + at + host, path, rest, "")),
         shown=without_password(url),
         service=unquote(service),
         username=unquote(username),
         password=unquote(password),
         sentinel_username=query.get("sentinel_username", ""),
         sentinel_password=query.get("sentinel_password", ""),
+        wait=wait,
     )
+
+
+def _wait_policy(query: dict[str, str]) -> WaitPolicy:
+    mode = query.get("wait", "on")
+    if mode not in ("off", "on", "strict"):
+        raise _Wrong("wait may be off, on or strict")
+    replicas = _number(query, "wait_replicas", 1, STORE_WAIT_MAX_REPLICAS)
+    timeout_ms = _number(query, "wait_ms", STORE_WAIT_MS, STORE_WAIT_MAX_MS)
+    return WaitPolicy(0 if mode == "off" else replicas, timeout_ms, mode == "strict")
+
+
+def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
+    text = query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+        raise _Wrong(f"{name} may be 1 to {most}")
+    return int(text)
 
 
 def _address(place: str, port: int) -> Address:

@@ -13,6 +13,7 @@ ENGINE_STEP: Final = "segue_engine_step_seconds"
 ENGINE_BATCH: Final = "segue_engine_batch_sequences"
 ENGINE_PAGES_FREE: Final = "segue_engine_pages_free"
 ENGINE_PREFIX_HITS: Final = "segue_engine_prefix_hit_tokens_total"
+STORE_WAITS: Final = "segue_store_replica_waits_total"  # result (confirmed, short, none)
 
 # -- structured log events --------------------------------------------------------------------
 EVENT_READY: Final = "ready"

@@ -6,6 +6,7 @@
     quota     what a session may hold
     keys      names in the store
     wire      commands, repeated until their deadline
+    replicas  waiting for them, where a fail-over must not lose what was written
     routes    which server a command goes to: the one there is, or the Sentinels' primary,
     cluster   or the node of a Cluster that has its slot
     node      pooled connections to one server

@@ -46,10 +46,13 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+local replicas = 0 -- that the store has
+
 -- The store's life: a server that starts, is promoted, or takes over a slot has another one.
 local function alive()
   local info = redis.pcall('INFO', 'replication')
   if type(info) ~= 'string' then return '' end
+  replicas = tonumber(string.match(info, 'connected_slaves:(%d+)') or '0')
   return string.match(info, 'master_replid:(%w+)') or ''
 end
 
@@ -271,6 +274,11 @@ local function place_of(list, turn)
   return place, count, first
 end
 
+-- Who repeats a call waits for replicas over another connection, behind its last write there: this.
+local function written_before(generation)
+  redis.call('HSET', META, 'gen', int(generation))
+end
+
 -- What there is to say of a turn before it begins, as begin; nil where it may begin now.
 local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
   local generation, tail, current = known[1], known[2], known[3]
@@ -282,6 +290,7 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
     local ended, owner = turn_flags(turn)
     local begun = tonumber(redis.call('ZSCORE', TURNS, turn) or '0')
     if nonce ~= '' and owner == nonce then
+      written_before(generation)
       return {'ok', parse(known[5]), generation, begun, 0, 0, '', ops, 0}
     end
     return {'ok', parse(known[5]), generation, begun, 1, ended and 1 or 0, '', 0, 0}
@@ -422,6 +431,7 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   if last <= seq then
     local offset = offset_of(runs, first)
     local same = same_ops(offset, OPS)
+    if ends == '1' and same == 'ok' then written_before(generation) end
     return answer(same == 'ok' and 'dup' or same, offset, seq + 1, 0)
   end
   if ended then return answer('stale', 0, 0, 0) end
@@ -517,7 +527,10 @@ function verbs.take(turn, lease_ms, mode, nonce, quiet_ms)
   local ended, before = turn_flags(turn)
   local epoch = parse(known[5])
   if ended then return {'missing', epoch, generation, tail, 1, 1, current, 0} end
-  if before == nonce then return {'ok', epoch, generation, tail, 1, 0, '', 0} end
+  if before == nonce then
+    written_before(generation)
+    return {'ok', epoch, generation, tail, 1, 0, '', 0}
+  end
   local now = now_ms()
   -- A turn that lost its session to another one is not gone on with.
   if mode == 'quiet' and current ~= turn then
@@ -681,4 +694,7 @@ function verbs.published(generation, offset)
   return {'ok'}
 end
 
-return verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 14)))
+local reply = verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 14)))
+-- Writes that may be waited for say last how many replicas there are.
+if ({append = 1, begin = 1, take = 1, renew = 1})[ARGV[1]] then reply[#reply + 1] = replicas end
+return reply

@@ -121,8 +121,15 @@ class Node:
         """A connection is at hand that no call uses."""
         return bool(self._free)
 
-    async def attempt(self, commands: Sequence[Command], patience_s: float) -> list[Any]:
+    async def attempt(
+        self,
+        commands: Sequence[Command],
+        patience_s: float,
+        then: Callable[[list[Any]], Command | None] | None = None,
+    ) -> list[Any]:
         """Their replies, errors among them, sent together and in order on one connection.
+
+        `then`: what to send behind them on it, as their replies say; its reply is the last one.
 
         Raises:
             TimeoutError: no answer within `patience_s`, or the node was dropped meanwhile.
@@ -137,6 +144,8 @@ class Node:
             try:
                 connection = await self._take()
                 replies = await self._run(connection, commands)
+                if then is not None and (command := then(replies)) is not None:
+                    replies += await exchange(connection, [command])
                 # A connection to a replica, a node that is loading or the wrong one of a Cluster
                 # leads there again: the next attempt connects anew.
                 clean = not any(

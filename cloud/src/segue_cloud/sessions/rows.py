@@ -29,9 +29,17 @@ def check_ops(ops: Sequence[bytes], least: int) -> None:
             raise InvalidArgument(f"A log entry of {len(op)} bytes is over the limit.")
 
 
+def replicas(row: list[Any]) -> int | None:
+    """Of the verbs append, begin, take and renew: how many the store has that should get what was
+    written; None where nothing was."""
+    return int(row[-1]) if row[0] in (b"ok", b"dup") else None
+
+
 def append_result(row: list[Any]) -> AppendResult:
     """Of the verbs append and renew."""
-    status, generation, first, tail, epoch, expected, stopping, appended, since, size, lost = row
+    (
+        status, generation, first, tail, epoch, expected, stopping, appended, since, size, lost, _,
+    ) = row  # fmt: skip
     return AppendResult(
         status=Status(status.decode()),
         generation=generation,
@@ -61,7 +69,7 @@ def page(row: list[Any]) -> RawPage:
 
 
 def claim(row: list[Any], nonce: str) -> TurnClaim:
-    """Of the verbs begin and take."""
+    """Of the verbs begin, take (without their last value, see `replicas`) and wait."""
     status, epoch, generation, offset, known, ended, holder, appended, *left_ms = row
     return TurnClaim(
         status=Status(status.decode()),

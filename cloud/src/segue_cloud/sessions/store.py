@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -59,6 +59,7 @@ log = structlog.get_logger("segue.sessions")
 
 _LOG = Script(files(__package__).joinpath("log.lua").read_text())
 _ACTIVE = Script(files(__package__).joinpath("active.lua").read_text())
+SCRIPTS = (_LOG, _ACTIVE, RUNNING, KEEP, BROKER)
 
 
 def unknown_session(session: SessionName) -> UnknownSession:
@@ -128,7 +129,7 @@ class RedisStore:
         """
         wire = Wire(
             url,
-            scripts=(_LOG, _ACTIVE, RUNNING, KEEP, BROKER),
+            scripts=SCRIPTS,
             timeout_s=timeout_s,
             max_connections=max_connections,
             sleep=sleep,
@@ -143,6 +144,11 @@ class RedisStore:
 
     async def close(self) -> None:
         await self._wire.close()
+
+    @property
+    def replica_waits(self) -> Mapping[str, int]:
+        """How often replicas were waited for, by what came of it: see `ReplicaWaits`."""
+        return self._wire.waits.counts
 
     async def ping(self) -> None:
         """Raises StoreUnavailable where the store does not answer."""
@@ -211,7 +217,7 @@ class RedisStore:
         producer = Producer("", hold.epoch, first_seq)
         verb = self._append(session, producer, ops, hold, ends=ends)
         index = [self._index(session)] if ends else []
-        return rows.append_result(await self._write(session, *index, verb))
+        return rows.append_result(await self._write(session, *index, verb, waits=ends))
 
     async def begin_turn(
         self,
@@ -230,7 +236,8 @@ class RedisStore:
             session, "begin", turn, int(lease_s * 1000), self._turn_ids, title, nonce, digest,
             int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
         )  # fmt: skip
-        return rows.claim(await self._write(session, self._index(session), verb), nonce)
+        row = await self._write(session, self._index(session), verb, waits=True)
+        return rows.claim(row[:-1], nonce)
 
     async def wait_turn(
         self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
@@ -259,7 +266,7 @@ class RedisStore:
         self, session: SessionName, hold: TurnHold, lease_s: float
     ) -> AppendResult:
         verb = self._log(session, "renew", hold.turn, hold.epoch, hold.nonce, int(lease_s * 1000))
-        return rows.append_result((await self._wire.call(verb))[0])
+        return rows.append_result((await self._wire.call(verb, replicas=rows.replicas))[0])
 
     async def release_turn(self, session: SessionName, hold: TurnHold) -> None:
         await self._wire.call(self._log(session, "release", hold.turn, hold.epoch, hold.nonce))
@@ -405,21 +412,24 @@ class RedisStore:
         nonce = self._nonce()
         lease_ms, quiet_ms = int(lease_s * 1000), int(quiet_s * 1000)
         verb = self._log(session, "take", turn, lease_ms, mode, nonce, quiet_ms)
-        return rows.claim(await self._write(session, verb), nonce)
+        return rows.claim((await self._write(session, verb, waits=True))[:-1], nonce)
 
-    async def _write(self, session: SessionName, *commands: Command) -> Any:
+    async def _write(self, session: SessionName, *commands: Command, waits: bool = False) -> Any:
         """The last one's reply. The session is named active first, where that is not fresh.
 
         So the sweep finds whatever a writer leaves behind that dies after its append, without a
-        command more for every append and without a script across Cluster slots.
+        command more for every append and without a script across Cluster slots. With `waits` the
+        store's replicas are waited for: see `replicas.py`.
         """
+        count = rows.replicas if waits else None
         now = self._monotonic()
         named = self._named.get(session)
         if named is not None and now - named < ACTIVE_REFRESH_S:
-            return (await self._wire.call(*commands))[-1]
+            return (await self._wire.call(*commands, replicas=count))[-1]
         shard = active_key(active_shard(session))
         touch = _ACTIVE.call((shard,), "touch", str(session))
-        reply = (await self._wire.call(touch, self._index(session), *commands))[-1]
+        index = self._index(session)
+        reply = (await self._wire.call(touch, index, *commands, replicas=count))[-1]
         self._named[session] = now
         self._named.move_to_end(session)
         while len(self._named) > SESSION_CACHE:

@@ -23,6 +23,7 @@ from redis.exceptions import (
 
 from segue_cloud.sessions.cluster import Cluster
 from segue_cloud.sessions.node import Command, Connections, Make, Node, Script, elsewhere
+from segue_cloud.sessions.replicas import ReplicaWaits
 from segue_cloud.sessions.routes import OneServer, Route, SentinelPrimary
 from segue_contract.errors import Internal, StoreUnavailable
 from segue_contract.limits import (
@@ -37,6 +38,7 @@ from segue_contract.store_url import StoreKind, parse_store_url
 __all__ = ["Command", "Script", "Sleep", "Wire"]
 
 Sleep = Callable[[float], Awaitable[None]]
+CountReplicas = Callable[[Any], int | None]
 
 # Answers that say "not now" rather than "not this".
 _LATER = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError, NoScriptError)
@@ -80,14 +82,18 @@ class Wire:
             self._route = Cluster(where, connections, new_node)
         else:
             self._route = OneServer(connections, new_node)
+        self.waits = ReplicaWaits(where.wait)
         self._timeout_s = timeout_s
         self._sleep = sleep
         self._closed = False
 
-    async def call(self, *commands: Command) -> list[Any]:
+    async def call(self, *commands: Command, replicas: CountReplicas | None = None) -> list[Any]:
         """The replies of `commands`, sent in order, those to one server together.
 
         Everything is repeated when the store was away, so `commands` must be idempotent.
+        `replicas`: the store's replicas are waited for, of which there are as many as this reads
+        from the last reply (None: nothing was written). That they have it is promised only where
+        the URL says `wait=strict`.
 
         Raises:
             StoreUnavailable: no answer within the deadline.
@@ -96,8 +102,10 @@ class Wire:
 
         async def attempt(patience_s: float) -> list[Any]:
             replies: list[Any] = []
-            for run in self._route.split(commands):
-                replies += whole(await self._send(run, patience_s))
+            runs = self._route.split(commands)
+            for run in runs:
+                count = replicas if run is runs[-1] else None
+                replies += whole(await self._send(run, patience_s, replicas=count))
             return replies
 
         return await self._repeat(attempt)
@@ -140,7 +148,7 @@ class Wire:
         async def attempt(patience_s: float) -> list[Any]:
             replies: list[Any] = []
             for node in await self._route.nodes():
-                replies += whole(await self._send([command], patience_s, node))
+                replies += whole(await self._send([command], patience_s, node=node))
             return replies
 
         return await self._repeat(attempt)
@@ -212,15 +220,22 @@ class Wire:
         return self._route.hint
 
     async def _send(
-        self, run: Sequence[Command], patience_s: float, node: Node | None = None
+        self,
+        run: Sequence[Command],
+        patience_s: float,
+        *,
+        node: Node | None = None,
+        replicas: CountReplicas | None = None,
     ) -> list[Any]:
         """The replies, errors among them."""
         node = node or await self._route.node(run)
+        wait = self._waiting(replicas)
         try:
-            replies = await node.attempt(run, patience_s)
+            replies = await node.attempt(run, patience_s, wait)
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             await self._route.failed(node, error)
             raise
+        replies, waited = replies[: len(run)], replies[len(run) :]
         for place, reply in enumerate(replies):
             if isinstance(reply, AskError) and not isinstance(reply, MovedError):
                 there = await self._route.asked(reply)
@@ -229,7 +244,23 @@ class Wire:
                 await self._route.failed(node, replies[place])
         if self._closed:
             await node.forget()
+        if replicas is not None and _written(replies, replicas) is not None:
+            self.waits.judge(*waited)
         return replies
+
+    def _waiting(
+        self, replicas: CountReplicas | None
+    ) -> Callable[[list[Any]], Command | None] | None:
+        if replicas is None:
+            return None
+        return lambda replies: self.waits.command(_written(replies, replicas) or 0)
+
+
+def _written(replies: list[Any], replicas: CountReplicas) -> int | None:
+    """How many replicas should have what was written; None where nothing was."""
+    if any(isinstance(reply, ResponseError) for reply in replies):
+        return None
+    return replicas(replies[-1])
 
 
 def whole(replies: list[Any]) -> list[Any]:
