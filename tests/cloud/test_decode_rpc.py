@@ -21,16 +21,19 @@ from segue_contract.errors import (
     InvalidArgument,
     KvError,
     ModelMismatch,
+    PromptTooLong,
     SegueError,
     Truncated,
 )
+from segue_contract.ids import SessionName
 from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import BLOCK_TOKENS, KvBlock, block_ids
 from segue_contract.kv.steps import codec_named
-from segue_contract.limits import TurnLimits
+from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, MAX_PROMPT_BYTES, TurnLimits
 from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
-from segue_contract.sync.state import decode_turns
+from segue_contract.sync.ops import TurnEnded, TurnStarted, UserMessage
+from segue_contract.sync.state import decode_turns, heard
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
@@ -75,6 +78,27 @@ async def test_an_edge_with_other_weights_is_refused_before_anything_is_written(
         await cloud.decode.Begin(dpb.BeginRequest(turn=asked, weights_digest="f" * 32))
     assert isinstance(error_from_rpc(caught.value), ModelMismatch)
     assert not (await begin(cloud)).joined, "the turn was not begun by the refused call"
+
+
+async def test_messages_that_were_too_long_do_not_fill_the_reply_to_an_edge(
+    cloud: CloudRpc,
+) -> None:
+    """Each may have MAX_PROMPT_BYTES; some forty of them are more than one message of gRPC."""
+    session = SessionName("default", "trip")
+    for number in range(MAX_GRPC_MESSAGE_BYTES // MAX_PROMPT_BYTES + 2):
+        turn = f"long{number}"
+        said = [
+            UserMessage(id=f"{turn}.u", device="phone", turn=turn, text="x" * MAX_PROMPT_BYTES),
+            TurnStarted(id=f"{turn}.s", device="phone", turn=turn, epoch=1),
+        ]
+        claim = await cloud.log.begin_turn(session, turn, said)
+        end = TurnEnded(id=f"{turn}.e", turn=turn, epoch=1, reason="error",
+                        error_code=PromptTooLong.code, error_message="Too long.")  # fmt: skip
+        await cloud.log.append_turn(session, claim.hold(turn), 1, [end], ends=True)
+    found = decode_turns((await begin(cloud)).turns)
+    assert len(found) == number + 1, "an edge counts the turns that it knows"
+    assert {turn.error_code for turn in found} == {PromptTooLong.code}
+    assert heard(found) == []
 
 
 def opening(cloud: CloudRpc, epoch: int, turn: str = "t1", **changes: object) -> dpb.RunRequest:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import segue
-from segue_contract.errors import TurnConflict, UnknownTurn
+from segue_contract.errors import TurnConflict, TurnFailed, UnknownTurn
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync.branches import branches
@@ -215,3 +215,14 @@ async def test_an_id_names_one_question_running_ended_and_offline(here: Place) -
     kept = await here.phone.run("t2", "And then?")
     assert not kept.ended.durable
     assert len(kept.text) == 12
+
+
+async def test_a_turn_that_failed_is_told_offline_as_well(here: Place) -> None:
+    """The edge knows of it from the log, without the message that no prompt will hold."""
+    here.cloud.engine.fail_at = (0, TurnFailed("The engine broke."))
+    await here.direct.run("t1", "What is wrong?")
+    here.cloud.engine.fail_at = None
+    await here.phone.run("t2", "And now?", plan="text")
+    here.go_offline()
+    again = await here.phone.run("t1", "What is wrong?")
+    assert (again.ended.reason, again.ended.error_code) == ("error", TurnFailed.code)

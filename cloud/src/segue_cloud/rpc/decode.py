@@ -29,7 +29,7 @@ from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
-from segue_contract.sync.state import TurnState, encode_turns, find_turn
+from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
 from segue_contract.turn.wire import to_reply
@@ -72,7 +72,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         return dpb.BeginReply(
             epoch=begun.epoch,
             tail=cursor_message(begun.cursor),
-            turns=encode_turns(finished[first:]),
+            turns=encode_turns([without_unheard(turn) for turn in finished[first:]]),
             first_turn=first,
             joined=begun.known,
             facts=self._facts.facts(),

@@ -86,7 +86,17 @@ def heard(turns: Iterable[TurnState]) -> list[TurnState]:
     Left out: those that failed before a single token. Their user saw the error and asks again; a
     message beyond the context would otherwise make every later turn fail as well.
     """
-    return [turn for turn in turns if turn.tokens or turn.reason != "error"]
+    return [turn for turn in turns if _is_heard(turn)]
+
+
+def without_unheard(turn: TurnState) -> TurnState:
+    """`turn`, without its message where no later prompt has it: a few messages beyond the context
+    are larger than a reply of gRPC."""
+    return turn if _is_heard(turn) else msgspec.structs.replace(turn, prompt="")
+
+
+def _is_heard(turn: TurnState) -> bool:
+    return bool(turn.tokens) or turn.reason != "error"
 
 
 _state_decoder = msgspec.msgpack.Decoder(SessionState)

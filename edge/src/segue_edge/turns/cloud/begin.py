@@ -183,7 +183,8 @@ class TurnOpening:
             )
         known = next((turn for turn in history.turns if turn.turn == asked.turn), None)
         if known is not None:
-            asked.check_same(known.prompt, known.max_tokens, known.sampling, known.stop)
+            if known.prompt:  # else it failed, and its message is not kept here
+                asked.check_same(known.prompt, known.max_tokens, known.sampling, known.stop)
             return Begun(None, [], joined=True, ended=known)
         prompt, context_from = await guess
         self.check_fits(prompt)
