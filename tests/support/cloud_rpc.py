@@ -17,7 +17,7 @@ from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.chat import ChatTokenizer
-from segue_contract.limits import TurnLimits
+from segue_contract.limits import COMPACT_AFTER_ENTRIES, TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
@@ -48,9 +48,10 @@ async def cloud_rpc(
     tokenizer: ChatTokenizer | None = None,
     mqtt_url: str = "",
     limits: TurnLimits = TurnLimits(),
+    compact_after: int = COMPACT_AFTER_ENTRIES,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
-    that devices follow over."""
+    that devices follow over. `compact_after`: entries after which a log is folded."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
@@ -58,7 +59,9 @@ async def cloud_rpc(
         publisher = None
         if mqtt_url:
             publisher = await stack.enter_async_context(Publisher(mqtt_url, store))
-        log = await stack.enter_async_context(SessionLog(store, publisher))
+        log = await stack.enter_async_context(
+            SessionLog(store, publisher, compact_after=compact_after)
+        )
         context = manifest.geometry.context
         deps = OwnerDeps(
             log=log,
