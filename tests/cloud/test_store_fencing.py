@@ -416,6 +416,8 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         await store.mend(S, SessionState(cursor=tail))  # nothing is missing
         assert (await store.open_session(S)).tail == Cursor(tail.generation + 1, 5)
         assert (await store.tails([S]))[0] == Cursor(tail.generation + 1, 5)
+        assert await store.take_idle(10, 0.0) == [], "nobody was told of the new generation"
+        await store.mark_published(S, Cursor(tail.generation + 1, 5))
         assert await store.take_idle(10, 0.0) == [S]
         assert [one.session for one in (await store.keeper.list_sessions("default", 10))[0]] == [
             "trip"

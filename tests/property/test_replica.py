@@ -139,6 +139,29 @@ def test_gaps_and_generations_change_nothing() -> None:
     assert replica.state.values == {"n": b"2"}
 
 
+def test_nothing_under_an_ended_turns_id_rewrites_it() -> None:
+    replica = Replica()
+    turn = [
+        ops.UserMessage(id="u", device="phone", turn="t", text="the question"),
+        ops.TurnStarted(id="s", turn="t", epoch=1, max_tokens=9),
+        ops.Frame(id="f", turn="t", epoch=1, index=0, tokens=(5,), pieces=("yes",)),
+        ops.TurnEnded(id="e", turn="t", epoch=1, reason="stop"),
+    ]
+    again = [
+        ops.UserMessage(id="u2", device="laptop", turn="t", text="another question"),
+        ops.TurnStarted(id="s2", turn="t", epoch=1, max_tokens=7),
+        ops.Frame(id="f2", turn="t", epoch=2, index=1, tokens=(6,), pieces=("no",)),
+        ops.TurnEnded(id="e2", turn="t", epoch=2, reason="error"),
+    ]
+    for offset, op in enumerate(turn, 1):
+        replica.apply_op(1, offset, op)
+    before = encode_state(replica.state)
+    for offset, op in enumerate(again, 5):
+        assert replica.apply_op(1, offset, op) is Applied.APPLIED
+    replica.load_cursor(Cursor(1, 4))
+    assert encode_state(replica.state) == before
+
+
 def test_bytes_that_are_no_op_are_refused_and_keep_their_place() -> None:
     replica = Replica()
     with pytest.raises(InvalidArgument):

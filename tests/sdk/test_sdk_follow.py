@@ -16,6 +16,7 @@ import pytest
 import segue
 from segue import errors
 from segue._inbox import Inbox, Link, Tail
+from segue_contract.errors import UnknownDevice
 from segue_contract.ids import DEFAULT_TENANT, SessionName
 from segue_contract.limits import ClientLimits
 from segue_contract.servers import Broker
@@ -251,6 +252,19 @@ async def test_a_late_joiner_is_given_a_state_once() -> None:
             state = await (await client.session("trip")).state()
             assert state.cursor.offset == 602
         assert agent.reads == 2
+
+
+async def test_a_stream_whose_device_was_forgotten_joins_again() -> None:
+    log = FakeLog("trip")
+    log.append(op(1))
+    async with FakeAgent(log) as agent, following([agent.address]) as seen:
+        agent.fail_once["Attach"] = UnknownDevice("The device never joined.")
+        await agent.kill()
+        log.append(op(2))
+        await agent.start()
+        await seen.until_offset(2)
+        assert seen.offsets == [2]
+        assert not agent.fail_once
 
 
 async def test_an_unreachable_broker_is_no_reason_to_wait() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import segue
 from segue import errors
+from segue_contract.errors import UnknownDevice
 from segue_contract.limits import ClientLimits
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.v1 import agent_pb2 as pb
@@ -75,6 +76,18 @@ async def test_events_text_and_result() -> None:
     sent = agent.runs[0]
     assert (sent.prompt, sent.max_tokens, sent.sampling.seed) == ("Where?", 20, 7)
     assert sent.sampling.top_p == 1.0
+
+
+async def test_a_device_that_the_log_forgot_runs_its_turn() -> None:
+    async with (
+        FakeAgent(FakeLog("trip"), whole) as agent,
+        segue.Client(agent.address, device="phone") as client,
+    ):
+        session = await client.session("trip")
+        agent.fail_once["RunTurn"] = UnknownDevice("The device never joined.")
+        async with session.run("Where?") as turn:
+            assert (await turn.result()).text == REPLY
+        assert len(agent.runs) == 1
 
 
 async def test_broken_stream_is_joined_again_at_the_same_node() -> None:

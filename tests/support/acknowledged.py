@@ -1,4 +1,4 @@
-"""Appends while connections are cut and calls cancelled: what was acknowledged, and what is there."""
+"""Appends while links are cut and calls cancelled: what was acknowledged, and what is there."""
 
 from __future__ import annotations
 

@@ -30,12 +30,13 @@ from segue._inbox import (
 )
 from segue._log import LogView
 from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
-from segue._reading import FollowItem, raw_entries, read_log
+from segue._reading import FollowItem, join_again, raw_entries, read_log
 from segue._tails import Tails
 from segue.events import Snapshot
 from segue_contract.errors import (
     InvalidArgument,
     SegueError,
+    UnknownDevice,
     Unreachable,
 )
 from segue_contract.ids import SessionName
@@ -312,6 +313,15 @@ class Follower:
 
     async def _reopen_stream(self, error: Exception) -> None:
         self._stream = None
+        if isinstance(error, UnknownDevice):  # the log forgets those that were quiet for longest
+            try:
+                await join_again(self._nodes, self._session, self._device)
+            except SegueError as failure:
+                error = failure
+            else:
+                await asyncio.sleep(self._next_pause())
+                self._open_stream()
+                return
         await self._bear(error)
         self._open_stream()
 

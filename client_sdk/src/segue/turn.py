@@ -11,9 +11,17 @@ from types import TracebackType
 import grpc
 
 from segue._nodes import Node, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._reading import join_again
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
-from segue_contract.errors import InvalidArgument, NotFound, SegueError, TurnFailed, Unreachable
+from segue_contract.errors import (
+    InvalidArgument,
+    NotFound,
+    SegueError,
+    TurnFailed,
+    UnknownDevice,
+    Unreachable,
+)
 from segue_contract.limits import (
     RPC_TIMEOUT_S,
     TURN_SILENCE_S,
@@ -63,6 +71,7 @@ class Turn:
         self._lost_since: float | None = None
         self._next_pause = pauses()
         self._refused: set[str] = set()
+        self._joined = False
         self._lost = False  # the node that served the turn died or fell silent
         self._offline_end: Ended | None = None  # while its settling is awaited
 
@@ -260,7 +269,12 @@ class Turn:
         await asyncio.sleep(pause)
 
     async def _try_next_or_raise(self, failure: SegueError) -> None:
-        """Where one node refuses for lack of room, another may have some; each is asked once."""
+        """Where one node refuses for lack of room, another may have some; each is asked once. A
+        device that the log forgot meanwhile joins the session again, once."""
+        if isinstance(failure, UnknownDevice) and not self._joined:
+            self._joined = True
+            await join_again(self._nodes, self._request.session, self._request.device)
+            return
         if failure.code != "overloaded" or self._node is None:
             raise failure
         self._refused.add(self._node.address)

@@ -188,7 +188,8 @@ BROKER_INFLIGHT: Final = 256  # unacknowledged QoS 1 messages of one client
 STORE_CONNECTIONS: Final = 32  # one command at a time on each; more only queue in the server
 STORE_RETRY_MAX_S: Final = 0.5
 PRODUCER_RUNS: Final = 64  # runs of (seq, offset) kept per producer to answer duplicates
-PRODUCER_MEMORY: Final = 256  # devices of one session whose sequence numbers are remembered
+PRODUCER_MEMORY: Final = 256  # writers of one session whose sequence numbers are remembered; 16
+# times as many of those that wrote in the last two minutes, see log.lua
 ACTIVE_SHARDS: Final = 16  # keys that list active sessions; each lies in one Cluster slot
 ACTIVE_REFRESH_S: Final = 10.0  # a writer names its session again after this long
 HUB_POLL_S: Final = 0.05  # the next HUB_POLL_SESSIONS are looked up, where the store tells nothing

@@ -11,8 +11,19 @@ if ARGV[1] == 'touch' then
   return now
 end
 
--- take: up to ARGV[3] members nobody named for ARGV[2] ms, removed: whoever gets one owns its end
-local idle = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]), 'LIMIT', 0,
-  tonumber(ARGV[3]))
-if #idle > 0 then redis.call('ZREM', KEYS[1], unpack(idle)) end
-return idle
+-- idle: up to ARGV[3] members nobody named for ARGV[2] ms; they stay
+if ARGV[1] == 'idle' then
+  return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]), 'LIMIT', 0,
+    tonumber(ARGV[3]))
+end
+
+-- take: of ARGV[3..] those that are still idle, removed: whoever gets one owns its end
+local taken = {}
+for i = 3, #ARGV do
+  local named = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[i]) or 'inf')
+  if named <= now - tonumber(ARGV[2]) then
+    redis.call('ZREM', KEYS[1], ARGV[i])
+    taken[#taken + 1] = ARGV[i]
+  end
+end
+return taken

@@ -3,7 +3,7 @@
 --
 -- KEYS  1 log        stream; entry id = <generation>-<offset>, field "o" = the op's bytes
 --       2 meta       hash, see below
---       3 producers  sorted set: producer by the offset of its last append
+--       3 producers  sorted set: producer by the time of its last append, ms
 --       4 turns      sorted set: turn by the offset of its last opening op
 --       5 devices    sorted set: device by the time it last opened or used the session
 --       6 snapshot   string: "<generation> <offset>\n" and the folded state; alone, and with offset
@@ -30,12 +30,14 @@
 -- any remembered op is that of its run's first one plus the distance.
 --
 -- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN DEL, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
--- ZCARD ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
+-- ZCARD ZCOUNT ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
 
 local GENERATIONS = 32 -- starts that are kept, so that a reader's cursor can be judged exactly
+local PRODUCER_KEPT_MS = 120000 -- longer than any call, with all its repetitions, may take
+local PRODUCERS_MOST = 16 -- times the bound, of those that appended so lately
 local LEASE_MAX_MS = 600000 -- a lease further ahead is of a clock that was set back since
 
 -- Lua writes a number of 15 digits and more as 1e+15.
@@ -185,6 +187,12 @@ local function forget(set, bound, ...)
     for _, prefix in ipairs({...}) do redis.call('HDEL', META, prefix .. member) end
     redis.call('ZREM', set, member)
   end
+end
+
+-- Whoever repeats an append, because the reply was lost, does so while its record is still there.
+local function forget_producers(bound, now)
+  local lately = redis.call('ZCOUNT', PRODUCERS, '(' .. int(now - PRODUCER_KEPT_MS), '+inf')
+  forget(PRODUCERS, math.max(bound, math.min(lately, PRODUCERS_MOST * bound)), 'p:')
 end
 
 local function turn_flags(turn)
@@ -348,8 +356,8 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
   if producer ~= '' then
     epoch = redis.call('HINCRBY', META, 'pe', 1)
     redis.call('HSET', META, 'p:' .. producer, int(epoch) .. '|0|')
-    redis.call('ZADD', PRODUCERS, int(known[2]), producer)
-    forget(PRODUCERS, tonumber(producers_bound), 'p:')
+    redis.call('ZADD', PRODUCERS, int(now), producer)
+    forget_producers(tonumber(producers_bound), now)
   end
   return {hole(known[2]) and 'hole' or 'ok', known[1], known[2], created, epoch}
 end
@@ -450,8 +458,8 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   tail = write(generation, tail, from, #ARGV, now)
   redis.call('HSET', META, field, int(epoch) .. '|' .. int(last) .. '|' .. runs)
   if turn == '' then
-    redis.call('ZADD', PRODUCERS, int(tail), producer)
-    forget(PRODUCERS, tonumber(bound), 'p:')
+    redis.call('ZADD', PRODUCERS, int(now), producer)
+    forget_producers(tonumber(bound), now)
   elseif ends == '1' then
     redis.call('HSET', META, 'x:' .. turn, '1|' .. nonce)
     if current == turn then redis.call('HSET', META, 'cur', '', 'lease', 0, 'stop', '') end

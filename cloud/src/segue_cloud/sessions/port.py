@@ -466,7 +466,7 @@ class Fanout(Protocol):
         ...
 
     async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
-        """Sessions that nobody appended to for `idle_s`; each is handed out once."""
+        """Sessions that nobody appended to for `idle_s` and that are not dirty, each once."""
         ...
 
     async def mark_published(self, session: SessionName, cursor: Cursor) -> None:

@@ -362,15 +362,34 @@ class RedisStore:
         return dirty[:max_sessions]
 
     async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
-        """Sessions that nobody appended to for `idle_s`; each is handed out once."""
+        """As the port says. A dirty one stays in the lists, for the sweep to find."""
         each = -(-max_sessions // ACTIVE_SHARDS)
+        idle_ms = int(idle_s * 1000)
         shards = await self._wire.call_each(
             *(
-                _ACTIVE.call((active_key(shard),), "take", int(idle_s * 1000), each)
+                _ACTIVE.call((active_key(shard),), "idle", idle_ms, each)
                 for shard in range(ACTIVE_SHARDS)
             )
         )
-        return [SessionName.parse(member.decode()) for shard in shards for member in shard]
+        idle = [SessionName.parse(member.decode()) for shard in shards for member in shard]
+        if not idle:
+            return []
+        dirty = await self._wire.call_each(
+            *(("HGET", SessionKeys.of(one).meta, "da") for one in idle)
+        )
+        members: dict[int, list[str]] = {}
+        commands: list[Command] = []
+        for session, since in zip(idle, dirty, strict=True):
+            shard = active_shard(session)
+            if since is not None and int(since) > 0:
+                commands.append(_ACTIVE.call((active_key(shard),), "touch", str(session)))
+            else:
+                members.setdefault(shard, []).append(str(session))
+        touched = len(commands)
+        for shard, names in members.items():
+            commands.append(_ACTIVE.call((active_key(shard),), "take", idle_ms, *names))
+        taken = (await self._wire.call_each(*commands))[touched:]
+        return [SessionName.parse(member.decode()) for shard in taken for member in shard]
 
     async def mark_published(self, session: SessionName, cursor: Cursor) -> None:
         await self._wire.call(self._log(session, "published", cursor.generation, cursor.offset))

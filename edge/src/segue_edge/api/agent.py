@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import InvalidArgument, Unreachable
+from segue_contract.errors import InvalidArgument, OutcomeUnknown, StaleEpoch, Unreachable
 from segue_contract.ids import check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, MAX_TAILS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.heartbeat import Listening, beating
@@ -215,17 +215,35 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
-        reply: pb.AppendReply = await self._ask("Append", request, request.session)
+        """A cloud may take the ops and die before it says so: then the next one is asked. Where the
+        log knows the writer no more by then, nobody can say what became of them."""
+        tries: list[str] = []
+        try:
+            reply: pb.AppendReply = await self._ask("Append", request, request.session, tries)
+        except StaleEpoch as error:
+            if len(tries) > 1:
+                raise OutcomeUnknown(
+                    "The log forgot this writer, and an earlier attempt may have arrived.",
+                    hint="Read the log: the ops may be in it. Then open the session again.",
+                ) from error
+            raise
         return reply
 
-    async def _ask(self, method: str, request: Any, session: str) -> Any:
+    async def _ask(
+        self, method: str, request: Any, session: str, tries: list[str] | None = None
+    ) -> Any:
         """One idempotent call at the session's cloud, at the next one where that is gone or full.
+
+        Args:
+            tries: gets the address of each cloud that was asked.
 
         Raises:
             SegueError: the cloud's own error, or Unreachable where none answers.
         """
 
         async def call(cloud: Cloud) -> Any:
+            if tries is not None:
+                tries.append(cloud.target)
             try:
                 return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
