@@ -193,6 +193,26 @@ async def test_an_evicted_key_is_a_loss_that_is_told_once(
             assert (await anext(following)).snapshot is not None
 
 
+async def test_an_entry_that_comes_while_a_hole_is_mended_is_kept(
+    store: RedisStore, log: SessionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append(S, await producer(log, S, "p", 1), [op("a"), op("b")])
+    await store._wire.call(("DEL", SessionKeys.of(S).log))
+    late, mend = [op("c").data], store.mend
+
+    async def mend_late(session: SessionName, state: SessionState) -> None:
+        if late:
+            await store.append(S, await producer(store, S, "q", 1), [late.pop()])
+        await mend(session, state)
+
+    monkeypatch.setattr(store, "mend", mend_late)
+    for _ in range(2):
+        async with SessionLog(store) as fresh, asyncio.timeout(DEADLINE_S):
+            found = await fresh.state(S)
+            assert found.values == {"last": b"c"}
+            assert found.cursor.offset == 3
+
+
 async def test_an_unknown_session_is_an_error(log: SessionLog) -> None:
     async with log.follow(NOWHERE) as following:
         with pytest.raises(UnknownSession):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -10,7 +11,7 @@ from random import Random
 import segue
 from segue import events
 from segue.follow import Follower
-from segue_contract.errors import SegueError
+from segue_contract.errors import SegueError, UnknownSession
 from segue_contract.sync.ops import Set
 from segue_contract.sync.state import SessionState
 from tests.sim.invariants import History
@@ -71,6 +72,12 @@ class Device:
                 self.world.say("not opened", str(error))
                 await asyncio.sleep(0.3)
 
+    async def _join_again(self, error: SegueError) -> None:
+        """As an app does whose session was deleted, or lost with all that the store had of it."""
+        if isinstance(error, UnknownSession):
+            with contextlib.suppress(SegueError):
+                self.session = await self.client.session(self.session_name)
+
     # -- following ----------------------------------------------------------------------------
 
     async def follow(self) -> None:
@@ -83,6 +90,7 @@ class Device:
             except SegueError as error:
                 self.world.say("follower ended", str(error))
                 await asyncio.sleep(0.5)
+                await self._join_again(error)
 
     def _saw(self, item: object) -> None:
         if isinstance(item, events.Entry):
@@ -105,6 +113,7 @@ class Device:
             cursor = await self.session.append(op)
         except SegueError as error:
             self.world.say("append failed", op.id, type(error).__name__)
+            await self._join_again(error)
             return False
         self.history.acknowledged(
             self.name, self.session_name, (cursor.generation, cursor.offset), op.id
@@ -126,6 +135,7 @@ class Device:
         except SegueError as error:
             shown.error = type(error).__name__
             self.world.say("ask failed", turn.id, shown.error, str(error))
+            await self._join_again(error)
         return shown
 
     async def settle(self) -> None:

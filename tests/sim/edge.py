@@ -24,7 +24,7 @@ from tests.sim.process import Process
 from tests.sim.world import World
 from tests.support.tiny_edge import ASSISTANT, VOCAB, TinyModel, next_token, tiny_tokenizer
 
-_STEP_S = (0.01, 0.09)
+_STEP_S = (0.005, 0.06)
 
 
 class SimCompute(ComputeThread):

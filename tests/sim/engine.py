@@ -12,7 +12,7 @@ from segue_contract.sync.ops import Sampling
 from tests.sim.world import World
 from tests.support.tiny_edge import END, next_token
 
-_STEP_S = (0.02, 0.12)
+_STEP_S = (0.01, 0.06)
 
 
 def reply(prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> tuple[int, ...]:

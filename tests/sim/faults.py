@@ -159,6 +159,13 @@ def other_store(scene: Scene, rng: Random, fault: Fault) -> None:
     _later(scene, fault, serve)
 
 
+def evict(scene: Scene, rng: Random, fault: Fault) -> None:
+    """A store whose policy was changed while it ran throws away a log, or all of a session."""
+    keys = [key for key in scene.store.space.values if b":trip}:" in key]
+    some = [key for key in keys if key.endswith(b":log")]
+    scene.store.evict(rng.choice([some, keys]))
+
+
 # -- clocks -----------------------------------------------------------------------------------
 
 _JUMPS_S = (-86_400.0, -20.0, -3.0, -0.4, 0.4, 3.0, 20.0, 86_400.0)
@@ -292,6 +299,7 @@ KINDS: dict[str, tuple[float, Begin]] = {
     "stall store": (1.0, stall_store),
     "refuse writes": (0.5, refuse_writes),
     "other store": (0.7, other_store),
+    "evict": (0.7, evict),
     "skew clock": (0.7, skew_clock),
     "skew store": (0.7, skew_store),
     "reset link": (2.0, reset_link),

@@ -13,7 +13,6 @@ from segue_contract.sync.ops import Frame, Op, Set, TurnEnded, TurnStarted, Unkn
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import SessionState
 from tests.sim.process import Process
-from tests.sim.redis_model import Stream
 from tests.sim.store import Store
 from tests.sim.world import World
 
@@ -36,9 +35,17 @@ class _Turn:
 
 @dataclass
 class SessionHistory:
-    """One session's log, seen from outside."""
+    """One session's log, seen from outside.
 
-    ever: dict[Place, bytes] = field(default_factory=dict)
+    Attributes:
+        tail: the last offset that the log gave.
+        holed: the store threw entries away and kept what counts them. Nobody has to notice before
+            somebody reads there; then the log goes on behind a state of what is left.
+    """
+
+    ever: dict[Place, Entry] = field(default_factory=dict)
+    tail: int = 0
+    holed: bool = False
     lineage: list[Entry] = field(default_factory=list)
     ids: dict[str, Place] = field(default_factory=dict)  # of the lineage's ops
     turns: dict[str, _Turn] = field(default_factory=dict)
@@ -91,25 +98,27 @@ class History:
         world, history = self._world, self.of(session)
         op = decode_op(data)
         world.say("log", session, place, type(op).__name__, op.id, client.name)
-        before = history.ever.setdefault(place, data)
+        entry = Entry(place, data, op, client)
+        before = history.ever.setdefault(place, entry)
         world.require(
-            before == data,
+            before.data == data,
             "Two entries under one generation and offset.",
-            f"{session} {place}: {_shown(before)}, then {_shown(data)}",
+            f"{session} {place}: {_shown(before)}, then {_shown(entry)}",
         )
-        tail = history.lineage[-1].place if history.lineage else (0, 0)
+        last = history.lineage[-1].place[0] if history.lineage else 0
         world.require(
-            place[1] == tail[1] + 1 and place[0] >= tail[0],
+            place[1] == history.tail + 1 and place[0] >= last,
             "The log's offsets do not count on.",
-            f"{session}: {place} after {tail}",
+            f"{session}: {place} after {last} {history.tail}",
         )
+        history.tail = place[1]
         world.require(
             op.id not in history.ids,
             "One op is in the log twice.",
             f"{session} {op.id}: {history.ids.get(op.id)} and {place}",
         )
         history.ids[op.id] = place
-        history.lineage.append(Entry(place, data, op, client))
+        history.lineage.append(entry)
         self._check_turn(client, session, history, op)
 
     def _check_turn(self, client: Process, session: str, history: SessionHistory, op: Op) -> None:
@@ -130,7 +139,7 @@ class History:
             turn.ended = True
             return
         world.require(
-            op.index <= len(turn.tokens),
+            op.index <= len(turn.tokens) or history.holed,
             "A frame leaves a hole in its reply.",
             f"{session} {op.id}: the log has {len(turn.tokens)} tokens",
         )
@@ -143,21 +152,22 @@ class History:
     # -- the store loses ----------------------------------------------------------------------
 
     def _changed(self, why: str) -> None:
-        """The store was put back to what it kept: so is the lineage."""
+        """The store was put back to what it kept, or threw keys away: so is the lineage."""
         for session, history in self.sessions.items():
-            stream = self._stream(session)
-            last = stream.last if stream is not None and stream.last > (0, 0) else (0, 0)
-            kept = [entry for entry in history.lineage if entry.place <= last]
-            if len(kept) < len(history.lineage):
-                self._world.say("lost", session, len(history.lineage) - len(kept))
+            kept = [history.ever[place] for place in self._places(session)]
+            gone = {entry.place for entry in history.lineage} - {entry.place for entry in kept}
+            if gone:
+                self._world.say("lost", session, len(gone))
                 history.lost_at_s = self._world.now_s
-                history.lost |= {entry.place for entry in history.lineage[len(kept) :]}
-                history.lineage = kept
-                history.ids = {entry.op.id: entry.place for entry in kept}
-                history.turns.clear()
-                self._forget_owners(session)
-                for entry in kept:
-                    self._replay(session, history, entry)
+                history.lost |= gone
+            history.tail = self._tail(session)
+            history.holed = history.holed or history.tail > (kept[-1].place[1] if kept else 0)
+            history.lineage = kept
+            history.ids = {entry.op.id: entry.place for entry in kept}
+            history.turns.clear()
+            self._forget_owners(session)
+            for entry in kept:
+                self._replay(session, history, entry)
 
     def _forget_owners(self, session: str) -> None:
         """An epoch whose claim was lost is given again, in another generation."""
@@ -174,12 +184,14 @@ class History:
                 turn.tokens[op.index :] = op.tokens
             turn.ended = turn.ended or isinstance(op, TurnEnded)
 
-    def _stream(self, session: str) -> Stream | None:
-        for key, value in self._store.space.values.items():
-            if key.endswith(b":log") and _session_of(key) == session:
-                assert isinstance(value, Stream)
-                return value
-        return None
+    def _places(self, session: str) -> list[Place]:
+        """Of the entries that the store has now."""
+        stream = self._store.space.values.get(_key(session, "log"))
+        return list(stream.ids) if stream is not None else []
+
+    def _tail(self, session: str) -> int:
+        known = self._store.space.values.get(_key(session, "meta"))
+        return int(known[b"tail"]) if known is not None else 0
 
     # -- devices are told ---------------------------------------------------------------------
 
@@ -187,24 +199,24 @@ class History:
         """An append came back as a success."""
         self._world.say("ack", session, place, op_id)
         history = self.of(session)
-        data = history.ever.get(place)
+        there = history.ever.get(place)
         kept = history.ids.get(op_id)  # its entry may be of a generation before the answer's
         self._world.require(
-            (data is not None and decode_op(data).id == op_id)
+            (there is not None and there.op.id == op_id)
             or (kept is not None and kept[1] == place[1] and kept[0] < place[0]),
             "An acknowledged op is not where its device was told.",
-            f"{device} {session} {op_id} at {place}; there is {_shown(data)}",
+            f"{device} {session} {op_id} at {place}; there is {_shown(there)}",
         )
         self.acks.append(Ack(device, session, place, op_id))
 
     def saw(self, device: str, session: str, place: Place, op: Op) -> None:
         """A follower was given an entry."""
-        data = self.of(session).ever.get(place)
-        same = data is not None and (isinstance(op, Unknown) or decode_op(data) == op)
+        there = self.of(session).ever.get(place)
+        same = there is not None and (isinstance(op, Unknown) or there.op == op)
         self._world.require(
             same,
             "A device was given an entry that the log never had there.",
-            f"{device} {session} {place}: {op}; there is {_shown(data)}",
+            f"{device} {session} {place}: {op}; there is {_shown(there)}",
         )
 
     def shown_durable(self, session: str, turn: str, tokens: list[int]) -> None:
@@ -223,6 +235,8 @@ class History:
         """Within a generation no acknowledged op is lost or moved."""
         for ack in self.acks:
             history = self.of(ack.session)
+            if history.holed:
+                continue
             there = history.ids.get(ack.op_id)
             if there is not None:
                 self._world.require(
@@ -240,8 +254,12 @@ class History:
 
     def check_ended(self) -> None:
         for session, history in self.sessions.items():
-            for name, turn in history.turns.items():
+            for name, turn in history.turns.items() if not history.holed else ():
                 self._world.require(turn.ended, "A turn has no end.", f"{session} {name}")
+
+
+def _key(session: str, name: str) -> bytes:
+    return f"segue:{{default:{session}}}:{name}".encode()
 
 
 def _session_of(key: bytes) -> str:
@@ -249,8 +267,8 @@ def _session_of(key: bytes) -> str:
     return key.decode().split("{")[1].split("}")[0].split(":")[1]
 
 
-def _shown(data: bytes | None) -> Any:
-    if data is None:
+def _shown(entry: Entry | None) -> Any:
+    if entry is None:
         return "nothing"
-    op = decode_op(data)
+    op = entry.op
     return f"{type(op).__name__} {op.id}" + (f" {op.name}" if isinstance(op, Set) else "")

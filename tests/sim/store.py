@@ -85,7 +85,9 @@ class Store:
         gone = [key for key in keys if key in self.space.values]
         if gone:
             self.world.say("store", "evict", gone)
-            self._execute((b"DEL", *gone))
+            self.space.execute(b"DEL", *gone)
+            self._units.append(self._unit)
+            self._unit = []
             for told in self.changed:
                 told("evict")
 

@@ -154,6 +154,7 @@ COMPACT_AFTER_ENTRIES: Final = 4096  # fold the log into a snapshot and trim bey
 COMPACT_AFTER_BYTES: Final = 4 * MIB  # or beyond this: a late joiner reads it all
 COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one after a fold
 COMPACT_KEEP_BYTES: Final = 4 * MIB  # of those entries
+MEND_ATTEMPTS: Final = 8  # of a log with a hole, while entries come behind what was read
 MAX_SESSION_BYTES: Final = 64 * MIB  # folded state and log since: each joiner is given all of it
 MAX_EXPORT_BYTES: Final = MAX_SESSION_BYTES + 16 * MIB  # and what is kept one by one, and frames
 EXPORT_PART_BYTES: Final = 256 * KIB  # of an exported file, in one message

@@ -677,13 +677,16 @@ function verbs.compact(generation, offset, keep_from, written, state)
   return {'ok'}
 end
 
--- generation, state of what is left -> {status}: the log goes on behind a hole, under another
--- generation. Only a hole that is found here again counts.
-function verbs.mend(generation, state)
+-- generation and offset of the tail, state of what is left up to there -> {status}: the log goes on
+-- behind a hole, under another generation. Only a hole that is found here again counts, and only a
+-- state that no entry came behind: it would be in neither.
+function verbs.mend(generation, offset, state)
   local known = meta('wb')
   if not known then return {'missing'} end
   local missing = hole(known[2])
-  if tonumber(generation) ~= known[1] or not missing then return {'stale'} end
+  if tonumber(generation) ~= known[1] or tonumber(offset) ~= known[2] or not missing then
+    return {'stale'}
+  end
   new_generation(known[1] + 1, missing, alive(), now_ms())
   tell(known[1] + 1, known[2])
   redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)

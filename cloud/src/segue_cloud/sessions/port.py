@@ -447,7 +447,7 @@ class Reading(Protocol):
 
     async def mend(self, session: SessionName, state: SessionState) -> None:
         """Entries are gone from the store: go on behind them, from `state` of what is left, under
-        the next generation. Nothing is done where none is missing.
+        the next generation. Nothing is done where none is missing, or one came meanwhile.
         """
         ...
 

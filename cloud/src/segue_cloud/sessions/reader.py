@@ -15,6 +15,7 @@ from segue_contract.errors import CursorAhead, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     MAX_READ_ENTRIES,
+    MEND_ATTEMPTS,
     SESSION_CACHE,
     SESSION_CACHE_BYTES,
 )
@@ -149,7 +150,7 @@ class LogReader:
 
     async def _refresh(self, session: SessionName, folded: _Folded) -> None:
         replica = folded.replica
-        mended = False
+        mended = 0
         while True:
             known = replica.cursor
             page = await self._store.read(session, known, MAX_READ_ENTRIES, judged=True)
@@ -168,12 +169,12 @@ class LogReader:
                     replica.load(snapshot)
                     replica.adopt_generation(tail.generation)
                     continue
-                if mended:
+                if mended >= MEND_ATTEMPTS:
                     raise StoreUnavailable(
                         f"The store loses entries of {session.session} as they are read.",
                         hint="Give it memory, or set maxmemory-policy noeviction.",
                     )
-                mended = True
+                mended += 1
                 await self._mend(session, replica, page)
                 replica.load(SessionState())
                 continue

@@ -288,7 +288,9 @@ class RedisStore:
 
     async def mend(self, session: SessionName, state: SessionState) -> None:
         await self._wire.call(
-            self._log(session, "mend", state.cursor.generation, encode_state(state))
+            self._log(
+                session, "mend", state.cursor.generation, state.cursor.offset, encode_state(state)
+            )
         )
 
     # -- reading ------------------------------------------------------------------------------
