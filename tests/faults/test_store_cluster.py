@@ -55,7 +55,7 @@ async def test_sessions_on_every_node(cluster: ThreeNodes, store: RedisStore) ->
         assert (await store.append(name, me, [op])).first_offset == 1
     listed, _ = await store.keeper.list_sessions("default", 100)
     assert {one.session for one in listed} >= {one.session for one in names}
-    assert [tail and tail.offset for tail in await store.tails(names)] == [1] * SESSIONS
+    assert [tail and tail.cursor.offset for tail in await store.tails(names)] == [1] * SESSIONS
     assert set(await store.take_dirty(1000, 0.0)) >= set(names)
     running = store.running_turns("tiny")
     await running.name(names, 0.0)
@@ -103,7 +103,7 @@ async def test_a_slot_that_moves_in_the_middle_of_appends(
         # One key alone is served where it went, in the middle of the move.
         (tail,) = await store.tails([mine.name])
         assert tail is not None
-        assert tail.offset >= len(mine.ops)
+        assert tail.cursor.offset >= len(mine.ops)
         counts = [len(one.ops) for one in writers[1:]]
         others = set(range(len(counts)))
         while others:

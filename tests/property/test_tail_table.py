@@ -9,10 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_cloud.hub.tails import Look, TailTable
+from segue_cloud.sessions.port import LogTail
 from segue_contract.ids import SessionName
 from segue_contract.sync.state import Cursor
 
 NAMES = [SessionName("default", name) for name in "abcd"]
+
+
+def tail(generation: int, offset: int) -> LogTail:
+    return LogTail(Cursor(generation, offset), f"{generation}-{offset}".encode())
 
 
 class Link:
@@ -21,15 +26,15 @@ class Link:
     def __init__(self, table: TailTable) -> None:
         self.table = table
         self.watched: set[SessionName] = set()
-        self.news: deque[tuple[SessionName, Cursor | None]] = deque()
-        self.answers: list[tuple[Look, Cursor]] = []
+        self.news: deque[tuple[SessionName, LogTail | None]] = deque()
+        self.answers: list[tuple[Look, LogTail]] = []
 
     def hear(self) -> None:
-        session, cursor = self.news.popleft()
-        if cursor is None:
+        session, tail = self.news.popleft()
+        if tail is None:
             self.table.watched(session)
         else:
-            self.table.told(session, cursor)
+            self.table.told(session, tail)
 
 
 @given(seed=st.integers(0, 2**32))
@@ -37,14 +42,14 @@ def test_a_known_tail_is_the_logs_once_all_news_were_heard(seed: int) -> None:
     random = Random(seed)
     table = TailTable(max_sessions=3, idle_s=10.0)
     link = Link(table)
-    tails = {name: Cursor(1, 0) for name in NAMES}
+    tails = {name: tail(1, 0) for name in NAMES}
     held: list[SessionName] = []
     now = 0.0
 
-    def change(name: SessionName, cursor: Cursor) -> None:
-        tails[name] = cursor
+    def change(name: SessionName, generation: int, offset: int) -> None:
+        tails[name] = tail(generation, offset)
         if name in link.watched:
-            link.news.append((name, cursor))
+            link.news.append((name, tails[name]))
 
     def work() -> None:
         for name in table.take_forgets(random.randrange(1, 4)):
@@ -65,9 +70,9 @@ def test_a_known_tail_is_the_logs_once_all_news_were_heard(seed: int) -> None:
             case 2:
                 table.ask(name, now)
             case 3:
-                change(name, Cursor(tails[name].generation, tails[name].offset + 1))
+                change(name, tails[name].cursor.generation, tails[name].cursor.offset + 1)
             case 4 if random.random() < 0.3:  # a loss: back, under another generation
-                change(name, Cursor(tails[name].generation + 1, tails[name].offset // 2))
+                change(name, tails[name].cursor.generation + 1, tails[name].cursor.offset // 2)
             case 5 if link.news:
                 link.hear()
             case 6 if link.answers:

@@ -78,7 +78,10 @@ async def cloud_rpc(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
         )
         agent = AgentService(
-            Identity("default", "cloud-1", manifest.name, lambda: mqtt_url, context), manager, log
+            Identity("default", "cloud-1", manifest.name, lambda: mqtt_url, context),
+            manager,
+            log,
+            publishing=lambda: publisher is None or publisher.publishing,
         )
         facts = FactsSource(engine, manifest, "cloud-1")
         decode = DecodeService(manager, log, engine, manifest, facts, "default")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
@@ -47,10 +47,15 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The log itself says that it reaches to `cursor`, and whether the broker is told of more."""
+    """The log itself says that it reaches to `cursor`, and whether the broker is told of more.
+
+    `digest`: the log's there. `known`: the follower's cursor as it asked.
+    """
 
     cursor: Cursor
     publishing: bool
+    digest: bytes = b""
+    known: Cursor = field(default_factory=Cursor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from segue._digests import Digests
 from segue._inbox import RawEntry
 from segue.events import Entry, Snapshot
 from segue_contract.errors import InvalidArgument
@@ -18,13 +19,15 @@ class LogView:
 
     Begun at an `offset` above 0, it knows nothing of what was before: then only the entries count.
     `head` is the furthest cursor that anyone spoke of since the log itself was asked; `behind` says
-    that something is missing.
+    that something is missing, `contradicted` that two ops were told of one offset.
     """
 
     def __init__(self, generation: int, offset: int = 0) -> None:
         self._replica = Replica(SessionState(cursor=Cursor(generation, offset)))
         self._early: dict[int, RawEntry] = {}
+        self._digests = Digests()
         self.head = Cursor(generation, offset)
+        self.contradicted = False
 
     @property
     def cursor(self) -> Cursor:
@@ -73,6 +76,7 @@ class LogView:
         if state.cursor.generation == known.generation and state.cursor.offset <= known.offset:
             return None
         self._replica.load(state)
+        self._digests.clear()
         self.saw_head(state.cursor)
         self._early = {
             offset: entry
@@ -89,7 +93,24 @@ class LogView:
     def forget(self) -> None:
         """Know nothing; the next state is news."""
         self._replica.load(SessionState())
+        self._digests.clear()
         self._early.clear()
+
+    def matches(self, tail: Cursor, digest: bytes) -> bool:
+        """False: what is known here up to `tail` is not what the log has. b"": it does not say."""
+        if not digest or tail.generation != self.cursor.generation:
+            return True
+        return self._digests.at(tail.offset) in (None, digest)
+
+    def confirm(self, tail: Cursor, digest: bytes) -> bool:
+        """As `matches`, for what the log said as it was read up to `tail`, where this stands."""
+        if not self.matches(tail, digest):
+            return False
+        self.contradicted = False
+        known = digest or not tail.offset  # that of an empty log is b""
+        if known and self.cursor == tail and self._digests.at(tail.offset) is None:
+            self._digests.start(tail.offset, digest)
+        return True
 
     def offer(self, entries: Iterable[RawEntry]) -> Iterator[Entry]:
         """Entries that are next in line because of `entries`, in order.
@@ -107,6 +128,8 @@ class LogView:
             elif self._is_later(entry) and len(self._early) < FOLLOWER_QUEUE_ENTRIES:
                 # beyond the bound nothing is kept: `behind` stays true and Read brings it
                 self._early[entry.offset] = entry
+            elif entry.generation == self.cursor.generation:
+                self.contradicted |= self._digests.contradict(entry.offset, entry.op)
 
     def _next_early(self) -> RawEntry | None:
         """The kept entry that is next. One of another generation may have been lost: it is dropped,
@@ -134,4 +157,5 @@ class LogView:
             op = Unknown(id=f"unreadable-{raw.offset}", original=raw.op)
         applied = self._replica.apply_op(raw.generation, raw.offset, op)
         assert applied is Applied.APPLIED, applied
+        self._digests.add(raw.offset, raw.op)
         return Entry(raw.offset, op, raw.generation)

@@ -33,13 +33,16 @@ async def read_log(
 ) -> AsyncGenerator[FollowItem, None]:
     """Read from the view's cursor to the tail; yields what was news to the view.
 
+    With `restart` a view that is not the log's starts over, which is one snapshot: what brought it
+    there did not come from the log.
+
     Args:
         folded: who knows nothing yet gets one snapshot, and not what it was made of.
 
     Raises:
-        CursorAhead: the log ends before the view's cursor; with `restart`, the view starts over.
+        CursorAhead: the log ends before the view's cursor; not with `restart`.
     """
-    joined = False
+    joined = anew = False
     while True:
         before = view.cursor
         request = pb.ReadRequest(
@@ -47,14 +50,15 @@ async def read_log(
             device=device,
             after=pb.Cursor(generation=before.generation, offset=before.offset),
             max_entries=MAX_READ_ENTRIES,
-            folded=folded and not before.offset,
+            folded=(folded or anew) and not before.offset,
         )
         try:
             reply: pb.ReadReply = await nodes.unary("Read", request, patience_s=patience_s)
         except CursorAhead:
             if not restart or not before.offset:
                 raise
-            view.forget()  # what brought it there was not the log
+            view.forget()
+            anew = True
             continue
         except UnknownDevice:
             if joined:
@@ -74,13 +78,21 @@ async def read_log(
                 if 0 < lost <= before.offset:
                     gone = Lost(before.generation, lost, before.offset)
                     snapshot = replace(snapshot, lost=gone)
-                yield snapshot
+                if not anew:
+                    yield snapshot
         for raw in raw_entries(reply.entries):
             view.follow_on(raw)
             for entry in view.offer((raw,)):
-                yield entry
+                if not anew:
+                    yield entry
         if view.cursor.offset >= tail.offset:
             view.read_to(tail)
+            if not view.confirm(tail, reply.digest) and restart:
+                view.forget()
+                anew = True
+                continue
+            if anew:
+                yield view.snapshot()
             return
         if view.cursor == before:
             return

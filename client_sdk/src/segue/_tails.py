@@ -12,6 +12,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
+from segue._inbox import Tail
 from segue._nodes import Nodes
 from segue_contract.errors import SegueError
 from segue_contract.limits import MAX_TAILS, TAILS_INTERVAL_S
@@ -22,9 +23,12 @@ from segue_contract.v1 import agent_pb2 as pb
 class TailSink(Protocol):
     """Who wants to know. May not wait."""
 
-    def on_tail(self, tail: Cursor, publishing: bool) -> None:
-        """The log reaches to `tail`; `publishing`: new entries are given to the broker."""
+    @property
+    def cursor(self) -> Cursor:
+        """Up to where it knows the log."""
         ...
+
+    def on_tail(self, tail: Tail) -> None: ...
 
     def on_deleted(self) -> None:
         """The session was deleted."""
@@ -71,6 +75,7 @@ class Tails:
 
     async def _ask(self, sessions: list[str]) -> None:
         request = pb.TailsRequest(device=self._device, sessions=sessions)
+        sinks = [[(sink, sink.cursor) for sink in self._sinks.get(one, ())] for one in sessions]
         try:
             reply: pb.TailsReply = await self._nodes.unary("Tails", request)
         except SegueError:
@@ -78,7 +83,9 @@ class Tails:
         for session in reply.deleted:
             for sink in tuple(self._sinks.get(session, ())):
                 sink.on_deleted()
-        for session, tail in zip(sessions, reply.tails, strict=False):
+        digests = reply.digests or [b""] * len(reply.tails)
+        for asking, tail, digest in zip(sinks, reply.tails, digests, strict=False):
             if tail.generation:
-                for sink in tuple(self._sinks.get(session, ())):
-                    sink.on_tail(Cursor(tail.generation, tail.offset), reply.publishing)
+                at = Cursor(tail.generation, tail.offset)
+                for sink, known in asking:
+                    sink.on_tail(Tail(at, reply.publishing, digest, known))

@@ -4,7 +4,7 @@ Live entries come over MQTT; while the broker is away, or does not bring what th
 `Attach` stream brings them. The two overlap at every switch (the new one is asked first, the old
 one dropped after a Read), and the log view drops what came twice. The log is the truth: a gap, a
 head that is further on, a tail that MQTT did not reach in time, an overflow or a reconnect is
-healed by `Read`.
+healed by `Read`, and so is what contradicts the log: its digest shows it.
 """
 
 from __future__ import annotations
@@ -152,8 +152,10 @@ class Follower:
             # someone else's bytes on our topic; what they may have displaced is read from the log
             self._inbox.put(Overflow())
 
-    def on_tail(self, tail: Cursor, publishing: bool) -> None:
-        self._inbox.put(Tail(tail, publishing))
+    def on_tail(self, tail: Tail) -> None:
+        news = tail.cursor != self.cursor or tail.publishing != self._publishing or self._late
+        if news or not self._view.matches(tail.cursor, tail.digest):
+            self._inbox.put(tail)
 
     def on_deleted(self) -> None:
         self._inbox.put(Overflow())  # Read says it, with its error
@@ -236,10 +238,12 @@ class Follower:
                     yield entry
                 if item.mqtt:
                     await self._mqtt_brought()
-                return
+                if not self._view.contradicted:
+                    return
             case Tail():
                 self._take_tail(item)
-                return
+                if self._agrees(item):
+                    return
             case Head():
                 self._view.saw_head(item.cursor)
                 if not (item.urgent and self._view.behind):
@@ -274,6 +278,12 @@ class Follower:
         self._late = self._view.behind
         if not item.publishing and self._stream is None:
             self._open_stream()
+
+    def _agrees(self, item: Tail) -> bool:
+        """Whether the log may have all that is known here; if not, Read says what it has."""
+        same = item.cursor.generation == item.known.generation
+        ahead = same and item.known.offset > item.cursor.offset
+        return not ahead and self._view.matches(item.cursor, item.digest)
 
     async def _mqtt_brought(self) -> None:
         """Where MQTT brings everything again, the stream that was opened beside it may go."""

@@ -54,6 +54,7 @@ MAX_TURNS_PER_CLOUD: Final = 256  # begun, not ended; those that wait for their 
 MAX_TURNS_PER_EDGE: Final = 128  # prefill is one at a time: the last of these waits seconds
 TURN_EVENT_QUEUE: Final = 4096  # replies of one Decode.Run not sent yet; then its relay waits
 FOLLOWER_QUEUE_ENTRIES: Final = 4096  # then the follower is told to catch up with Read
+FOLLOWER_DIGESTS: Final = 1024  # of the last entries: the log names one a second or so old
 FOLLOWER_QUEUE_BYTES: Final = 4 * MIB  # the same, of large ops
 HUB_QUEUE_BYTES: Final = 64 * MIB  # of all followers of one instance together
 UPLINK_QUEUE_BLOCKS: Final = 8  # encoded blocks waiting for the link, per turn

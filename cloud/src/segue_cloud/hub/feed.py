@@ -17,7 +17,7 @@ from typing import Protocol
 import structlog
 
 from segue_cloud.hub.tails import TailTable
-from segue_cloud.sessions.port import Beat, Changes, Reading, TailTold, Watched
+from segue_cloud.sessions.port import Beat, Changes, LogTail, Reading, TailTold, Watched
 from segue_contract.errors import SegueError, StoreUnavailable
 from segue_contract.ids import SessionName, new_id
 from segue_contract.limits import (
@@ -99,11 +99,7 @@ class TailFeed:
         self._table.release(session)
         self._to_do()
 
-    def appended(self, session: SessionName, tail: Cursor) -> None:
-        """By this process: no need to wait until the store tells it."""
-        self._table.told(session, tail)
-
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
         """How far each log goes, or went `TAIL_FRESH_S` ago; None where there is no such session.
 
         Asked for again and again, it costs the store nothing.
@@ -154,8 +150,8 @@ class TailFeed:
             match await link.next():
                 case TailTold(session, tail):
                     self._table.told(session, tail)
-                    if tail.generation:
-                        self._say(session, tail)
+                    if tail.cursor.generation:
+                        self._say(session, tail.cursor)
                     else:  # deleted, it says; the log itself shall say so
                         self._work.set()
                 case Watched(session):
@@ -182,7 +178,7 @@ class TailFeed:
                     for look, tail, at in zip(looks, tails, asked, strict=True):
                         self._table.looked_up(look, tail)
                         if tail is not None:
-                            self._followed.announce(look.session, tail, at)
+                            self._followed.announce(look.session, tail.cursor, at)
                     pairs = zip(looks, tails, strict=True)
                     gone = [look.session for look, tail in pairs if tail is None]
                     await self._followed.missing(gone)

@@ -16,7 +16,7 @@ import structlog
 
 from segue_cloud.hub.feed import TailFeed
 from segue_cloud.hub.state import HubState
-from segue_cloud.sessions.port import Reading, StoredEntry
+from segue_cloud.sessions.port import LogTail, Reading, StoredEntry
 from segue_cloud.sessions.reader import LogReader, Page
 from segue_contract.errors import CursorAhead, SegueError
 from segue_contract.ids import SessionName
@@ -84,8 +84,6 @@ class Hub:
 
     def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Entries that were just appended here."""
-        if entries:
-            self._feed.appended(session, entries[-1].cursor)
         self._wake(self._state.offer(session, entries))
 
     def deleted(self, session: SessionName) -> None:
@@ -117,7 +115,7 @@ class Hub:
     def tails_fresh(self) -> bool:
         return self._feed.fresh
 
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
         """See `TailFeed.tails`."""
         return await self._feed.tails(sessions)
 
@@ -219,5 +217,5 @@ class Hub:
         tails = await self._store.tails(some)
         for session, tail, at in zip(some, tails, asked, strict=True):
             if tail is not None:
-                self.announce(session, tail, at)
+                self.announce(session, tail.cursor, at)
         await self.missing([one for one, tail in zip(some, tails, strict=True) if tail is None])

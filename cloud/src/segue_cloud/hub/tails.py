@@ -10,16 +10,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import count
 
+from segue_cloud.sessions.port import LogTail
 from segue_contract.ids import SessionName
 from segue_contract.limits import MAX_WATCHED_TAILS, TAIL_IDLE_S
-from segue_contract.sync.state import Cursor
 
 
 @dataclass
 class _Tail:
     told: int  # number of the last news of it: a look-up may be older than that
-    cursor: Cursor | None = None
-    known: bool = False  # `cursor` is the log's
+    tail: LogTail | None = None
+    known: bool = False  # `tail` is the log's
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TailTable:
             del self._held[session]
             self._drop(session)
 
-    def ask(self, session: SessionName, now_s: float) -> Cursor | None:
+    def ask(self, session: SessionName, now_s: float) -> LogTail | None:
         """The tail, where it is known; otherwise it may be, the next time."""
         tail = self._tails.get(session)
         if tail is None and len(self._tails) >= self._max_sessions:
@@ -70,7 +70,7 @@ class TailTable:
         if tail is None:
             self._add(session)
             return None
-        return tail.cursor if tail.known else None
+        return tail.tail if tail.known else None
 
     def expire(self, now_s: float) -> None:
         """Nobody asked for them of late."""
@@ -88,36 +88,36 @@ class TailTable:
         if session in self._tails:
             self._to_look[session] = None
 
-    def told(self, session: SessionName, cursor: Cursor) -> None:
-        """The log's tail is, or was a moment ago, `cursor`."""
+    def told(self, session: SessionName, told: LogTail) -> None:
+        """The log's tail is, or was a moment ago, `told`."""
         tail = self._tails.get(session)
         if tail is None:
             return
         tail.told = next(self._numbers)
-        if tail.cursor is None or tail.cursor.generation == cursor.generation:
-            tail.cursor = max(cursor, tail.cursor or cursor)
+        if tail.tail is None or _same_life(tail.tail, told):
+            tail.tail = _later(told, tail.tail or told)
             return
         if tail.known:  # news of two generations may cross: the log itself says which
             self._to_look[session] = None
-        tail.cursor, tail.known = cursor, False
+        tail.tail, tail.known = told, False
 
-    def looked_up(self, look: Look, cursor: Cursor | None) -> None:
+    def looked_up(self, look: Look, found: LogTail | None) -> None:
         """None: there is no such session, and nothing to watch for those who ask."""
         tail = self._tails.get(look.session)
         if tail is None:
             return
-        if cursor is None:
-            tail.cursor, tail.known = None, False
+        if found is None:
+            tail.tail, tail.known = None, False
             if self._asked.pop(look.session, None) is not None:
                 self._drop(look.session)
             return
-        if tail.told != look.told and tail.cursor is not None:
-            if tail.cursor.generation != cursor.generation:
-                tail.cursor, tail.known = cursor, False
+        if tail.told != look.told and tail.tail is not None:
+            if not _same_life(tail.tail, found):
+                tail.tail, tail.known = found, False
                 self._to_look[look.session] = None
                 return
-            cursor = max(cursor, tail.cursor)
-        tail.cursor, tail.known = cursor, True
+            found = _later(found, tail.tail)
+        tail.tail, tail.known = found, True
 
     def lost(self) -> None:
         """The link is gone: whatever changes is not told from here on."""
@@ -149,7 +149,7 @@ class TailTable:
         for waiting in (self._to_watch, self._to_look):
             assert waiting.keys() <= self._tails.keys()
         assert not self._to_forget.keys() & self._tails.keys()
-        assert not any(tail.known and tail.cursor is None for tail in self._tails.values())
+        assert not any(tail.known and tail.tail is None for tail in self._tails.values())
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -168,6 +168,14 @@ class TailTable:
             del self._to_watch[session]
         else:
             self._to_forget[session] = None
+
+
+def _same_life(one: LogTail, other: LogTail) -> bool:
+    return one.cursor.generation == other.cursor.generation
+
+
+def _later(one: LogTail, other: LogTail) -> LogTail:
+    return one if one.cursor.offset >= other.cursor.offset else other
 
 
 def _take(waiting: dict[SessionName, None], most: int) -> list[SessionName]:

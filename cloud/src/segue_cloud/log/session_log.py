@@ -22,6 +22,7 @@ from segue_cloud.log.keeping import SessionKeeping
 from segue_cloud.sessions.port import (
     AppendResult,
     LogOp,
+    LogTail,
     OpenedSession,
     Producer,
     Status,
@@ -151,7 +152,11 @@ class SessionLog:
         """See `LogReader.read`."""
         return await self._reader.read(session, after, max_entries)
 
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+    async def whole(self, session: SessionName) -> Page:
+        """See `LogReader.whole`."""
+        return await self._reader.whole(session)
+
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
         """How far each log goes; None where there is no such session. See `TailFeed.tails`."""
         return await self._hub.tails(sessions)
 

@@ -338,7 +338,7 @@ class Publisher:
         now = self._monotonic()
         for session, tail in zip(dirty, await self._store.tails(dirty), strict=True):
             if tail is not None:
-                self._outbox.add_head(session, tail, now)
+                self._outbox.add_head(session, tail.cursor, now)
         log.info("republished", sessions=len(dirty))
         self._wake.set()
         return True

@@ -16,7 +16,6 @@ from segue_cloud.rpc.convert import (
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status
-from segue_cloud.sessions.reader import Page
 from segue_cloud.turns.manager import TurnManager
 from segue_contract.errors import (
     InvalidArgument,
@@ -195,11 +194,10 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = _cursor(request.after)
         if request.folded:
-            state = await self._log.state(session)
-            page = Page(state.cursor, [], state)
+            page = await self._log.whole(session)
         else:
             page = await self._log.read(session, after, wanted)
-        reply = pb.ReadReply(tail=cursor_message(page.tail))
+        reply = pb.ReadReply(tail=cursor_message(page.tail), digest=page.digest)
         reply.entries.extend(entry_message(entry) for entry in page.entries)
         if page.snapshot is not None:
             first = next(snapshot_parts(page.snapshot, page.lost_from))
@@ -260,7 +258,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         missing = [one for one, tail in zip(sessions, tails, strict=True) if tail is None]
         deleted = await self._log.keeping.deleted(missing)
         return pb.TailsReply(
-            tails=[cursor_message(tail or Cursor(0, 0)) for tail in tails],
+            tails=[cursor_message(tail.cursor if tail else Cursor(0, 0)) for tail in tails],
+            digests=[tail.digest if tail else b"" for tail in tails],
             publishing=self._publishing(),
             deleted=[one.session for one in deleted],
         )

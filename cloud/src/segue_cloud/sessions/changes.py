@@ -14,7 +14,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from segue_cloud.sessions.keys import SessionKeys, beat_channel
-from segue_cloud.sessions.port import Beat, TailTold, Watched
+from segue_cloud.sessions.port import Beat, LogTail, TailTold, Watched
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
@@ -73,8 +73,9 @@ class ChangeLink:
         session = SessionKeys.session_of(channel)
         if not message:
             return Watched(session)
-        generation, offset = said.split()
-        return TailTold(session, Cursor(int(generation), int(offset)))
+        generation, offset, *digest = said.split()
+        tail = LogTail(Cursor(int(generation), int(offset)), digest[0] if digest else b"")
+        return TailTold(session, tail)
 
     async def _send(self, *command: str) -> None:
         packed = self._connection.pack_commands([command])

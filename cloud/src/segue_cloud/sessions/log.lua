@@ -20,6 +20,7 @@
 --       u, n, title  updated (ms), turns, title
 --       pe           the producer epoch given last
 --       so, wo, sb   the snapshot: its offset, wb there, its bytes
+--       ck           digest of all ops up to the tail, as segue_contract.sync.chain has it
 --       wb, mx       bytes of all ops ever written; the largest op's
 --       q:<slot>     a name that counts for a quota; qv, qd, qk: how many values, docs, kept ops
 --       p:<producer>, t:<turn>  "<epoch>|<seq>|<seq>:<offset>,<seq>:<offset>,..."
@@ -35,6 +36,7 @@
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
 
+local DIGEST_CHARS = 16
 local GENERATIONS = 32 -- starts that are kept, so that a reader's cursor can be judged exactly
 local PRODUCER_KEPT_MS = 120000 -- longer than any call, with all its repetitions, may take
 local PRODUCERS_MOST = 16 -- times the bound, of those that appended so lately
@@ -66,10 +68,11 @@ local function generations(text)
   return known
 end
 
--- Tell whoever watches the session (see changes.py) where its log ends now: "<generation> <offset>".
--- A store that lets nobody publish is looked at instead.
+-- Tell whoever watches the session (see changes.py) where its log ends now: "<generation> <offset>
+-- <digest>". A store that lets nobody publish is looked at instead.
 local function tell(generation, tail)
-  redis.pcall('PUBLISH', META, int(generation) .. ' ' .. int(tail))
+  local digest = redis.call('HGET', META, 'ck') or ''
+  redis.pcall('PUBLISH', META, int(generation) .. ' ' .. int(tail) .. ' ' .. digest)
 end
 
 -- Go on under another generation, whose first offset is `start`: what was acknowledged from there
@@ -164,14 +167,16 @@ end
 
 -- Append ARGV[from..to] behind `tail`; returns the new tail. Marks the session dirty.
 local function write(generation, tail, from, to, now)
-  local known = redis.call('HMGET', META, 'pub', 'mx')
+  local known = redis.call('HMGET', META, 'pub', 'mx', 'ck')
   local clean = tonumber(known[1] or '0') >= tail
   local size, largest = size_of(from, to)
+  local digest = known[3] or ''
   for i = from, to do
     tail = tail + 1
+    digest = string.sub(redis.sha1hex(digest .. ARGV[i]), 1, DIGEST_CHARS)
     redis.call('XADD', LOG, int(generation) .. '-' .. int(tail), 'o', ARGV[i])
   end
-  redis.call('HSET', META, 'tail', int(tail), 'u', int(now),
+  redis.call('HSET', META, 'tail', int(tail), 'u', int(now), 'ck', digest,
     'mx', int(math.max(largest, tonumber(known[2] or '0'))))
   redis.call('HINCRBY', META, 'wb', int(size))
   tell(generation, tail)
@@ -621,10 +626,11 @@ local function judge_cursor(known, generation, tail, after_generation, after)
 end
 
 -- generation and offset of a cursor, count, bytes, judged? ("0": it is this process's own)
--- -> {status, generation, tail, {entries}, snapshot's offset, bytes written, first lost offset}
+-- -> {status, generation, tail, {entries}, snapshot's offset, bytes written, first lost offset,
+--     digest at the tail}
 function verbs.read(after_generation, after, count, bytes, judged)
-  local known = meta('gens', 'so', 'wb', 'mx')
-  if not known then return {'missing', 0, 0, {}, 0, 0, 0} end
+  local known = meta('gens', 'so', 'wb', 'mx', 'ck')
+  if not known then return {'missing', 0, 0, {}, 0, 0, 0, ''} end
   local generation, tail, list = known[1], known[2], generations(known[3])
   if #list == 0 or list[#list][1] ~= generation then -- it began with this very call
     list = generations(redis.call('HGET', META, 'gens'))
@@ -632,12 +638,12 @@ function verbs.read(after_generation, after, count, bytes, judged)
   after_generation, after = tonumber(after_generation), tonumber(after)
   count, bytes = tonumber(count), tonumber(bytes)
   local so, written = tonumber(known[4] or '0'), tonumber(known[5] or '0')
-  local status, lost = 'ok', 0
+  local status, lost, digest = 'ok', 0, known[7] or ''
   if judged == '1' then
     status, lost = judge_cursor(list, generation, tail, after_generation, after)
   end
   if status ~= 'ok' or after >= tail then
-    return {status, generation, tail, {}, so, written, lost}
+    return {status, generation, tail, {}, so, written, lost, digest}
   end
   local at = generation_of(list, after + 1)
   local from = at and int(at) .. '-' .. int(after + 1)
@@ -651,14 +657,14 @@ function verbs.read(after_generation, after, count, bytes, judged)
     if #some == 0 then break end
     for _, entry in ipairs(some) do
       if size + #entry[2][2] > bytes and #entries > 0 then
-        return {status, generation, tail, entries, so, written, lost}
+        return {status, generation, tail, entries, so, written, lost, digest}
       end
       entries[#entries + 1], size = entry, size + #entry[2][2]
     end
     local id = place(entries[#entries][1], '-')
     from = int(id[1]) .. '-' .. int(id[2] + 1)
   end
-  return {status, generation, tail, entries, so, written, lost}
+  return {status, generation, tail, entries, so, written, lost, digest}
 end
 
 -- generation, offset, keep from, bytes written up to there, state -> {status}

@@ -143,6 +143,15 @@ class RawPage:
     snapshot_offset: int = 0
     written: int = 0
     lost_from: int = 0
+    digest: bytes = b""  # at the tail
+
+
+@dataclass(frozen=True)
+class LogTail:
+    """How far a log goes. `digest`: of all its ops up to there, b"" where it is not known."""
+
+    cursor: Cursor
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class TailTold:
     """The session's log goes up to `tail` now."""
 
     session: SessionName
-    tail: Cursor
+    tail: LogTail
 
 
 @dataclass(frozen=True)
@@ -434,7 +443,7 @@ class Reading(Protocol):
         """
         ...
 
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
         """The tail of each session; None where there is no such session."""
         ...
 
@@ -459,7 +468,7 @@ class Reading(Protocol):
 class Fanout(Protocol):
     """What the publisher needs."""
 
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]: ...
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]: ...
 
     async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[SessionName]:
         """Sessions appended to but not confirmed as published for `older_than_s`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import structlog
@@ -37,6 +37,7 @@ class Page:
     entries: list[StoredEntry]
     snapshot: SessionState | None = None
     lost_from: int = 0
+    digest: bytes = b""  # of the log up to `tail`
 
     @property
     def end(self) -> Cursor | None:
@@ -51,6 +52,7 @@ class _Folded:
     replica: Replica = field(default_factory=Replica)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     written: int = 0  # bytes of the ops up to the replica's cursor
+    digest: bytes = b""  # at the tail, as the store had it last
 
 
 class LogReader:
@@ -78,6 +80,11 @@ class LogReader:
 
     async def folded(self, session: SessionName) -> tuple[SessionState, int]:
         """As `state`, and how many bytes of ops it is made of."""
+        state, written, _ = await self._fold(session)
+        return state, written
+
+    async def _fold(self, session: SessionName) -> tuple[SessionState, int, bytes]:
+        """As `folded`, and the digest there."""
         folded = self._get(session)
         async with folded.lock:
             try:
@@ -86,7 +93,7 @@ class LogReader:
                 self._folded.pop(session, None)  # maybe folded half: start over
                 raise
             self._evict(session)
-            return _copy(folded.replica.state), folded.written
+            return _copy(folded.replica.state), folded.written, folded.digest
 
     async def read(self, session: SessionName, after: Cursor, max_entries: int) -> Page:
         """Entries that follow `after`, or a snapshot where the log cannot go on from there: it was
@@ -111,9 +118,17 @@ class LogReader:
         if after.offset < tail.offset:
             follows = follows and bool(entries) and entries[0].cursor.offset == after.offset + 1
         if follows:
-            return Page(tail, entries)
-        state = await self.state(session)
-        return Page(state.cursor, [], state, page.lost_from)
+            return Page(tail, entries, digest=page.digest)
+        return replace(await self.whole(session), lost_from=page.lost_from)
+
+    async def whole(self, session: SessionName) -> Page:
+        """The session up to its tail, folded, for who knows nothing of it.
+
+        Raises:
+            UnknownSession, StoreUnavailable.
+        """
+        state, _, digest = await self._fold(session)
+        return Page(state.cursor, [], state, digest=digest)
 
     def offer(self, session: SessionName, entries: Sequence[StoredEntry]) -> None:
         """Fold entries that were just appended here, where they follow directly."""
@@ -159,7 +174,7 @@ class LogReader:
                 # What is folded holds entries that the log lost: fold it again from the start.
                 replica.load(SessionState())
                 continue
-            folded.written = page.written
+            folded.written, folded.digest = page.written, page.digest
             if known.offset >= tail.offset:
                 replica.adopt_generation(tail.generation)
                 return

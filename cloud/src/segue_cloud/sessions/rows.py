@@ -57,7 +57,7 @@ def append_result(row: list[Any]) -> AppendResult:
 
 def page(row: list[Any]) -> RawPage:
     """Of the verb read."""
-    status, generation, tail, found, folded, written, lost = row
+    status, generation, tail, found, folded, written, lost, digest = row
     return RawPage(
         status=PageStatus(status.decode()),
         tail=Cursor(generation, tail),
@@ -65,6 +65,7 @@ def page(row: list[Any]) -> RawPage:
         snapshot_offset=folded,
         written=written,
         lost_from=lost,
+        digest=digest,
     )
 
 

@@ -19,6 +19,7 @@ from segue_cloud.sessions.keeper import KEEP, SessionKeeper
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.port import (
     AppendResult,
+    LogTail,
     OpenedSession,
     Producer,
     RawPage,
@@ -314,14 +315,17 @@ class RedisStore:
             raise await self._missing(session)
         return rows.page(row)
 
-    async def tails(self, sessions: Sequence[SessionName]) -> list[Cursor | None]:
+    async def tails(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
         """The tail of each session; None where there is no such session."""
         if not sessions:
             return []
         values = await self._wire.call_each(
-            *(("HMGET", SessionKeys.of(one).meta, "gen", "tail") for one in sessions)
+            *(("HMGET", SessionKeys.of(one).meta, "gen", "tail", "ck") for one in sessions)
         )
-        return [Cursor(int(gen), int(tail)) if gen is not None else None for gen, tail in values]
+        return [
+            LogTail(Cursor(int(gen), int(tail)), digest or b"") if gen is not None else None
+            for gen, tail, digest in values
+        ]
 
     def broker_record(self) -> BrokerRecord:
         """Through which broker all clouds of this store publish."""

@@ -44,8 +44,10 @@ class JoinedTails:
         replies = {id(batch): await asyncio.shield(batch.reply) for batch in batches}
         found = pb.TailsReply(publishing=all(reply.publishing for reply in replies.values()))
         for batch, session in asked:
-            found.tails.append(replies[id(batch)].tails[batch.places[session]])
-            if session in replies[id(batch)].deleted:
+            reply, place = replies[id(batch)], batch.places[session]
+            found.tails.append(reply.tails[place])
+            found.digests.append(reply.digests[place] if reply.digests else b"")
+            if session in reply.deleted:
                 found.deleted.append(session)
         return found
 
@@ -78,7 +80,8 @@ class JoinedTails:
         request = pb.TailsRequest(device=self._device, sessions=list(batch.places))
         try:
             reply = await self._ask(request)
-            if len(reply.tails) != len(request.sessions):
+            counts = len(reply.tails), len(reply.digests) or len(reply.tails)
+            if counts != (len(request.sessions), len(request.sessions)):
                 raise Internal(
                     f"A cloud answered for {len(reply.tails)} of {len(request.sessions)} sessions."
                 )

@@ -785,6 +785,9 @@ class ReadReply(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """Of the log up to `tail`: segue_contract.sync.chain. Empty: not known."""
     @_builtins.property
     def snapshot(self) -> Global___Snapshot:
         """Set where the log was compacted past `after`, or its generation changed."""
@@ -799,10 +802,11 @@ class ReadReply(_message.Message):
         snapshot: Global___Snapshot | None = ...,
         entries: _abc.Iterable[Global___LogEntry] | None = ...,
         tail: Global___Cursor | None = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "snapshot", b"snapshot", "tail", b"tail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "entries", b"entries", "snapshot", b"snapshot", "tail", b"tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -986,6 +990,7 @@ class TailsReply(_message.Message):
     TAILS_FIELD_NUMBER: _builtins.int
     PUBLISHING_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     publishing: _builtins.bool
     """False: the broker is away, silent or refuses; new entries come by Attach alone."""
     @_builtins.property
@@ -996,16 +1001,21 @@ class TailsReply(_message.Message):
     def deleted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Those of them that were deleted lately."""
 
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of each log up to its tail, in that order, as in ReadReply."""
+
     def __init__(
         self,
         *,
         tails: _abc.Iterable[Global___Cursor] | None = ...,
         publishing: _builtins.bool = ...,
         deleted: _abc.Iterable[_builtins.str] | None = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "publishing", b"publishing", "tails", b"tails"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "digests", b"digests", "publishing", b"publishing", "tails", b"tails"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
