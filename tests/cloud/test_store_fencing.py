@@ -282,6 +282,32 @@ async def test_a_lease_that_nobody_renewed_for_a_while_may_be_taken_over(
     assert (await store.take_over(S, "t1", 30.0, quiet_s=10.0)).status is Status.BUSY
 
 
+async def test_a_turn_that_is_taken_over_fences_the_one_that_held_its_session(
+    store: RedisStore,
+) -> None:
+    """An instance died between a turn's begin and the end of the one before."""
+    await begin(store, "t1", 0.0)
+    t2 = await begin(store, "t2", 0.0)
+    assert (await store.append_turn(S, t2, 1, [op("a")])).status is Status.OK
+    assert (await store.take_over(S, "t1", 30.0, quiet_s=30.0)).status is Status.BUSY
+    assert (await store.renew_turn(S, t2, 0.0)).status is Status.OK  # it is paused, and alive
+    taken = await store.take_over(S, "t1", 30.0)
+    assert (taken.status, taken.epoch) == (Status.OK, 3)
+    stale = await store.append_turn(S, t2, 2, [op("zombie")])
+    assert (stale.status, stale.current_epoch) == (Status.STALE, 2)
+    assert (await store.append_turn(S, taken.hold("t1"), 1, [op("b")])).status is Status.OK
+    assert await texts(store) == ["a", "b"]
+
+
+async def test_a_lease_that_a_clock_gave_which_was_set_back_since_is_none(
+    store: RedisStore,
+) -> None:
+    await begin(store, "t1", 3600.0)  # as it looks to a clock that is an hour behind
+    taken = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
+    assert (taken.status, taken.epoch) == (Status.OK, 2)
+    assert (await store.begin_turn(S, "t2", opening("t2"), 30.0)).status is Status.BUSY
+
+
 async def test_a_stop_reaches_the_owner_with_its_next_call(store: RedisStore) -> None:
     assert await store.request_stop(S) == ""
     t1 = await begin(store, "t1", 30.0)

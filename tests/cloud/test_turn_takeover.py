@@ -239,7 +239,7 @@ async def test_a_turn_is_opened_only_where_it_began(
 async def test_a_lost_owner_s_turn_goes_on_before_its_lease_has_run_out(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    limits = TurnLimits(lease_s=300.0, lost_owner_quiet_s=0.1)
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=0.1)
     async with (
         bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=limits) as silent,
         bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=limits) as bench,

@@ -16,7 +16,7 @@ from segue_contract import errors, ids, plan, topics
 from segue_contract.errors import Internal, InvalidArgument, Overloaded, SegueError
 from segue_contract.ids import SessionName
 from segue_contract.kv.layout import BLOCK_TOKENS, KvRecipe, block_id, block_ids
-from segue_contract.limits import MAX_ID_CHARS, MAX_OP_BYTES
+from segue_contract.limits import MAX_ERROR_TEXT_BYTES, MAX_ID_CHARS, MAX_OP_BYTES
 from segue_contract.sync import ops, state
 from segue_contract.sync.state import Cursor
 
@@ -41,6 +41,18 @@ def test_every_error_survives_the_wire(cls: type[SegueError]) -> None:
     assert type(got) is cls
     assert (got.message, got.hint, got.fields) == (sent.message, sent.hint, sent.fields)
     assert str(got) == "It broke. Mend it."
+
+
+@given(st.text(max_size=20_000), st.dictionaries(names, st.text(max_size=2_000), max_size=12))
+def test_an_error_fits_a_header_whatever_it_quotes(text: str, fields: dict[str, str]) -> None:
+    sent = errors.InvalidArgument(text, hint=text)
+    sent.fields = fields
+    data = sent.to_bytes()
+    assert len(data) < 5_000
+    got = SegueError.from_bytes(data)
+    assert type(got) is errors.InvalidArgument
+    whole = len(text.encode(errors="replace")) <= MAX_ERROR_TEXT_BYTES
+    assert (got.message == text) if whole else got.message.endswith("…")
 
 
 def test_codes_are_unique_snake_case_and_grpc_knows_each_status() -> None:

@@ -305,6 +305,7 @@ async def test_stop_from_any_device_ends_the_turn() -> None:
         ({"max_tokens": -3}, BadSampling),
         ({"sampling": pb.Sampling(temperature=float("nan"))}, BadSampling),
         ({"plan": "fastest"}, InvalidArgument),
+        ({"plan": "fáster" * 20_000}, InvalidArgument),
         ({"session": "no/such"}, InvalidArgument),
         ({"prompt": "x" * 3000}, PromptTooLong),
     ],

@@ -240,6 +240,8 @@ async def test_a_message_that_waits_on_another_device_is_shown_until_it_begins_o
             ("And then?", True),
             ("Never mind.", True),
         ]
+        await room.stop()
+        assert agent.stops[-1].turn == "t1", "the one that runs, by its id: no other that begins"
         log.append(ops.TurnWithdrawn(id="t3.withdrawn", turn="t3"))
         await screen.until(lambda: "t3" not in room.live)
         end_turn(log, "t1")

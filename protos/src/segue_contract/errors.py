@@ -53,6 +53,12 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from segue_contract.limits import (
+    MAX_ERROR_FIELD_BYTES,
+    MAX_ERROR_FIELDS,
+    MAX_ERROR_TEXT_BYTES,
+)
+
 # What msgspec raises on bytes from elsewhere: no MessagePack or another type, text that is no
 # UTF-8, nesting without end.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -88,8 +94,17 @@ class SegueError(Exception):
         return f"{self.message} {self.hint}".strip()
 
     def to_bytes(self) -> bytes:
-        """MessagePack of {code, message, hint, fields}; `from_bytes` reads it back."""
-        return msgspec.msgpack.encode(_Wire(self.code, self.message, self.hint, self.fields))
+        """MessagePack of {code, message, hint, fields}; `from_bytes` reads it back.
+
+        Bounded, since it travels in a header: what somebody sent may be part of a message.
+        """
+        fields = {
+            name: shorten(value, MAX_ERROR_FIELD_BYTES) if isinstance(value, str) else value
+            for name, value in list(self.fields.items())[:MAX_ERROR_FIELDS]
+        }
+        message = shorten(self.message, MAX_ERROR_TEXT_BYTES)
+        hint = shorten(self.hint, MAX_ERROR_TEXT_BYTES)
+        return msgspec.msgpack.encode(_Wire(self.code, message, hint, fields))
 
     @staticmethod
     def from_bytes(data: bytes) -> SegueError:
@@ -106,6 +121,12 @@ class SegueError(Exception):
     def of(code: str, message: str, hint: str = "", **fields: Any) -> SegueError:
         """The error class of that `code`; an unknown code becomes `Internal`."""
         return _TREE.get(code, Internal)(message, hint=hint, **fields)
+
+
+def shorten(text: str, size: int) -> str:
+    """`text`, cut so that it has `size` bytes of UTF-8 at the most."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= size else data[: size - 3].decode(errors="ignore") + "…"
 
 
 class _Wire(msgspec.Struct, array_like=True):

@@ -25,6 +25,11 @@ MAX_SESSIONS_LISTED: Final = 1000
 MAX_COUNT: Final = 2**53 - 1  # of numbers from outside: what Lua and JSON count exactly
 
 # -- messages ---------------------------------------------------------------------------------
+MAX_ERROR_TEXT_BYTES: Final = (
+    1000  # of an error's message, and of its hint. It travels in a header:
+)
+MAX_ERROR_FIELD_BYTES: Final = 200  # gRPC takes 8 KiB of them, and binary ones grow by a third
+MAX_ERROR_FIELDS: Final = 8
 MAX_GRPC_MESSAGE_BYTES: Final = 8 * MIB  # a snapshot of a full context with its text fits
 KV_PART_BYTES: Final = 256 * KIB  # best loopback goodput lies between 64 KiB and 768 KiB
 MAX_OP_BYTES: Final = 1 * MIB  # one log entry

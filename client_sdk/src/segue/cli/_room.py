@@ -340,7 +340,8 @@ class Room:
     async def stop(self) -> None:
         """Stop the turn that is shown as running, whoever asked for it: not one that begins as this
         is asked. Others wait behind it."""
-        shown = next(iter(self.live), "")
+        running = (name for name, talk in self.live.items() if not talk.waiting)
+        shown = next(running, "")
         try:
             if not shown or not await self.session.stop(shown):
                 self._screen.note("Nothing is running.")

@@ -11,6 +11,7 @@ from segue_cloud.engine.port import Engine
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.history import first_unknown, known_digest
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
@@ -67,7 +68,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         state = await self._log.state(asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
         same_life = request.known_generation == state.cursor.generation
-        first = min(request.known_turns, len(finished)) if same_life else 0
+        known = request.known_turns if same_life else 0
+        first = first_unknown(finished, known, request.known_digest)
         first = max(first, first_seen(finished, asked.turn, begun.context_from))
         return dpb.BeginReply(
             epoch=begun.epoch,
@@ -77,6 +79,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             joined=begun.known,
             facts=self._facts.facts(),
             context_from=begun.context_from,
+            known_digest=known_digest(finished),
         )
 
     def _check_weights(self, digest: str) -> None:

@@ -40,7 +40,7 @@ local DIGEST_CHARS = 16
 local GENERATIONS = 32 -- starts that are kept, so that a reader's cursor can be judged exactly
 local PRODUCER_KEPT_MS = 120000 -- longer than any call, with all its repetitions, may take
 local PRODUCERS_MOST = 16 -- times the bound, of those that appended so lately
-local LEASE_MAX_MS = 600000 -- a lease further ahead is of a clock that was set back since
+local LEASE_MAX_MS = 60000 -- a lease further ahead is of a clock that was set back since
 
 -- Lua writes a number of 15 digits and more as 1e+15.
 local function int(number) return string.format('%.0f', number) end

@@ -62,7 +62,7 @@ def parse_force(value: str) -> Shape | None:
         if value == shape.value:
             return shape
     raise InvalidArgument(
-        f"{value!r} is no plan.", hint="Use auto, edge, ship or text.", plan=value[:40]
+        f"{value[:40]!r} is no plan.", hint="Use auto, edge, ship or text.", plan=value[:40]
     )
 
 

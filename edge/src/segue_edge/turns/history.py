@@ -16,12 +16,14 @@ class SessionHistory:
     not have: they matter while the cloud is out of reach, and give way to the log's own.
     Those that wait in the outbox (`wait`) stay until they are delivered.
     `forgotten` turns lie before them, which no prompt will hold again.
+    `known_digest` names the turns of the log that are known, as the cloud does.
     `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
     `tenant`: the cloud's, as it said when the session was opened.
     """
 
     def __init__(self) -> None:
         self.generation = 0
+        self.known_digest = b""
         self.confirmed: list[TurnState] = []
         self.provisional: list[TurnState] = []
         self.forgotten = 0
@@ -56,8 +58,11 @@ class SessionHistory:
         if not self.known:
             self.generation = generation
 
-    def merge(self, generation: int, first_turn: int, turns: list[TurnState]) -> bool:
+    def merge(
+        self, generation: int, first_turn: int, turns: list[TurnState], known_digest: bytes = b""
+    ) -> bool:
         """Take a Begin reply; returns whether it changed what `turns` was before."""
+        self.known_digest = known_digest
         before = [turn.turn for turn in self.turns]
         if generation != self.generation:
             self.confirmed, self.forgotten, self._forgotten_last = [], 0, ""

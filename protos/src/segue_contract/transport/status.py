@@ -17,11 +17,12 @@ from segue_contract.errors import (
     Overloaded,
     SegueError,
     Unreachable,
+    shorten,
 )
 
 # Binary trailing metadata that carries SegueError.to_bytes().
 ERROR_KEY = "segue-error-bin"
-_MAX_DETAIL_CHARS = 1000
+_MAX_DETAIL_BYTES = 500  # each may take three in a header
 
 # For peers that send a bare status: a proxy, or gRPC itself.
 _BARE: dict[grpc.StatusCode, type[SegueError]] = {
@@ -42,7 +43,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: SegueError) 
     """End the call with the error's status, its text, and itself in the trailing metadata."""
     await context.abort(
         status_code(error),
-        str(error)[:_MAX_DETAIL_CHARS],
+        shorten(str(error), _MAX_DETAIL_BYTES),
         trailing_metadata=((ERROR_KEY, error.to_bytes()),),
     )
     raise AssertionError("abort returned")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from segue_contract.v1 import agent_pb2 as segue__contract_dot_v1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esegue_contract/v1/decode.proto\x12\x08segue.v1\x1a\x1dsegue_contract/v1/agent.proto\"\x9f\x01\n\x0c\x42\x65ginRequest\x12&\n\x04turn\x18\x01 \x01(\x0b\x32\x18.segue.v1.RunTurnRequest\x12\x13\n\x0bknown_turns\x18\x02 \x01(\r\x12\x18\n\x10known_generation\x18\x03 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x0f\n\x07offline\x18\x05 \x01(\x08\x12\x0f\n\x07\x66ollows\x18\x06 \x01(\t\"\xa9\x01\n\nBeginReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1e\n\x04tail\x18\x02 \x01(\x0b\x32\x10.segue.v1.Cursor\x12\r\n\x05turns\x18\x03 \x01(\x0c\x12\x12\n\nfirst_turn\x18\x04 \x01(\r\x12\x0e\n\x06joined\x18\x05 \x01(\x08\x12#\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0b\x32\x14.segue.v1.CloudFacts\x12\x14\n\x0c\x63ontext_from\x18\x07 \x01(\t\"\xc9\x01\n\nCloudFacts\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x04 \x01(\x01\x12\x15\n\rrunning_turns\x18\x05 \x01(\r\x12\x12\n\nfree_pages\x18\x06 \x01(\x04\x12\x0f\n\x07recipes\x18\x07 \x03(\t\x12\x16\n\x0eweights_digest\x18\x08 \x01(\t\x12\x0f\n\x07stalled\x18\t \x01(\x08\"\xa8\x02\n\x08TurnSpec\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04turn\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12\x0e\n\x06\x62locks\x18\x06 \x03(\x0c\x12\x0e\n\x06recipe\x18\x07 \x01(\t\x12\x12\n\nmax_tokens\x18\x08 \x01(\x05\x12$\n\x08sampling\x18\t \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x0c\n\x04stop\x18\n \x03(\t\x12\r\n\x05shape\x18\x0b \x01(\t\x12\x13\n\x0bship_blocks\x18\x0c \x01(\r\x12\x10\n\x08takeover\x18\r \x01(\x08\x12\x14\n\x0cknown_tokens\x18\x0e \x03(\r\x12\x1a\n\x12\x65\x64ge_cached_tokens\x18\x0f \x01(\r\"\x16\n\x06KvPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\";\n\nEdgeTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x0e\n\x06pieces\x18\x03 \x03(\t\"\x1e\n\x08HandOver\x12\x12\n\nnext_index\x18\x01 \x01(\r\"/\n\tEdgeEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\r\"\x18\n\x08PlanNote\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"\x9d\x02\n\nRunRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.segue.v1.TurnSpecH\x00\x12\x1e\n\x02kv\x18\x02 \x01(\x0b\x32\x10.segue.v1.KvPartH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.segue.v1.EdgeTokensH\x00\x12\'\n\thand_over\x18\x04 \x01(\x0b\x32\x12.segue.v1.HandOverH\x00\x12$\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x13.segue.v1.EdgeEndedH\x00\x12\"\n\x04plan\x18\x06 \x01(\x0b\x32\x12.segue.v1.PlanNoteH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.segue.v1.HeartbeatH\x00\x42\x06\n\x04kind\"w\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bhave_blocks\x18\x02 \x01(\r\x12#\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x14.segue.v1.CloudFacts\x12\x12\n\nnext_index\x18\x04 \x01(\r\x12\x10\n\x08\x61ttached\x18\x05 \x01(\x08\"K\n\x05Ready\x12\x17\n\x0freceived_blocks\x18\x01 \x01(\r\x12\x11\n\treceive_s\x18\x02 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\"\x19\n\x07StopNow\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x9c\x02\n\x08RunReply\x12\"\n\x06opened\x18\x01 \x01(\x0b\x32\x10.segue.v1.OpenedH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.segue.v1.ReadyH\x00\x12%\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x14.segue.v1.TokenFrameH\x00\x12(\n\x07\x64urable\x18\x04 \x01(\x0b\x32\x15.segue.v1.TurnDurableH\x00\x12!\n\x04stop\x18\x05 \x01(\x0b\x32\x11.segue.v1.StopNowH\x00\x12$\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x13.segue.v1.TurnEndedH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.segue.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"I\n\nProbeReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12#\n\x05\x66\x61\x63ts\x18\x02 \x01(\x0b\x32\x14.segue.v1.CloudFacts2\xab\x01\n\x06\x44\x65\x63ode\x12\x35\n\x05\x42\x65gin\x12\x16.segue.v1.BeginRequest\x1a\x14.segue.v1.BeginReply\x12\x33\n\x03Run\x12\x14.segue.v1.RunRequest\x1a\x12.segue.v1.RunReply(\x01\x30\x01\x12\x35\n\x05Probe\x12\x16.segue.v1.ProbeRequest\x1a\x14.segue.v1.ProbeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esegue_contract/v1/decode.proto\x12\x08segue.v1\x1a\x1dsegue_contract/v1/agent.proto\"\xb5\x01\n\x0c\x42\x65ginRequest\x12&\n\x04turn\x18\x01 \x01(\x0b\x32\x18.segue.v1.RunTurnRequest\x12\x13\n\x0bknown_turns\x18\x02 \x01(\r\x12\x18\n\x10known_generation\x18\x03 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x0f\n\x07offline\x18\x05 \x01(\x08\x12\x0f\n\x07\x66ollows\x18\x06 \x01(\t\x12\x14\n\x0cknown_digest\x18\x07 \x01(\x0c\"\xbf\x01\n\nBeginReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1e\n\x04tail\x18\x02 \x01(\x0b\x32\x10.segue.v1.Cursor\x12\r\n\x05turns\x18\x03 \x01(\x0c\x12\x12\n\nfirst_turn\x18\x04 \x01(\r\x12\x0e\n\x06joined\x18\x05 \x01(\x08\x12#\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0b\x32\x14.segue.v1.CloudFacts\x12\x14\n\x0c\x63ontext_from\x18\x07 \x01(\t\x12\x14\n\x0cknown_digest\x18\x08 \x01(\x0c\"\xc9\x01\n\nCloudFacts\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x04 \x01(\x01\x12\x15\n\rrunning_turns\x18\x05 \x01(\r\x12\x12\n\nfree_pages\x18\x06 \x01(\x04\x12\x0f\n\x07recipes\x18\x07 \x03(\t\x12\x16\n\x0eweights_digest\x18\x08 \x01(\t\x12\x0f\n\x07stalled\x18\t \x01(\x08\"\xa8\x02\n\x08TurnSpec\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04turn\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12\x0e\n\x06\x62locks\x18\x06 \x03(\x0c\x12\x0e\n\x06recipe\x18\x07 \x01(\t\x12\x12\n\nmax_tokens\x18\x08 \x01(\x05\x12$\n\x08sampling\x18\t \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x0c\n\x04stop\x18\n \x03(\t\x12\r\n\x05shape\x18\x0b \x01(\t\x12\x13\n\x0bship_blocks\x18\x0c \x01(\r\x12\x10\n\x08takeover\x18\r \x01(\x08\x12\x14\n\x0cknown_tokens\x18\x0e \x03(\r\x12\x1a\n\x12\x65\x64ge_cached_tokens\x18\x0f \x01(\r\"\x16\n\x06KvPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\";\n\nEdgeTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x0e\n\x06pieces\x18\x03 \x03(\t\"\x1e\n\x08HandOver\x12\x12\n\nnext_index\x18\x01 \x01(\r\"/\n\tEdgeEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\r\"\x18\n\x08PlanNote\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"\x9d\x02\n\nRunRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.segue.v1.TurnSpecH\x00\x12\x1e\n\x02kv\x18\x02 \x01(\x0b\x32\x10.segue.v1.KvPartH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.segue.v1.EdgeTokensH\x00\x12\'\n\thand_over\x18\x04 \x01(\x0b\x32\x12.segue.v1.HandOverH\x00\x12$\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x13.segue.v1.EdgeEndedH\x00\x12\"\n\x04plan\x18\x06 \x01(\x0b\x32\x12.segue.v1.PlanNoteH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.segue.v1.HeartbeatH\x00\x42\x06\n\x04kind\"w\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bhave_blocks\x18\x02 \x01(\r\x12#\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x14.segue.v1.CloudFacts\x12\x12\n\nnext_index\x18\x04 \x01(\r\x12\x10\n\x08\x61ttached\x18\x05 \x01(\x08\"K\n\x05Ready\x12\x17\n\x0freceived_blocks\x18\x01 \x01(\r\x12\x11\n\treceive_s\x18\x02 \x01(\x01\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\"\x19\n\x07StopNow\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x9c\x02\n\x08RunReply\x12\"\n\x06opened\x18\x01 \x01(\x0b\x32\x10.segue.v1.OpenedH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.segue.v1.ReadyH\x00\x12%\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x14.segue.v1.TokenFrameH\x00\x12(\n\x07\x64urable\x18\x04 \x01(\x0b\x32\x15.segue.v1.TurnDurableH\x00\x12!\n\x04stop\x18\x05 \x01(\x0b\x32\x11.segue.v1.StopNowH\x00\x12$\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x13.segue.v1.TurnEndedH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.segue.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"I\n\nProbeReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12#\n\x05\x66\x61\x63ts\x18\x02 \x01(\x0b\x32\x14.segue.v1.CloudFacts2\xab\x01\n\x06\x44\x65\x63ode\x12\x35\n\x05\x42\x65gin\x12\x16.segue.v1.BeginRequest\x1a\x14.segue.v1.BeginReply\x12\x33\n\x03Run\x12\x14.segue.v1.RunRequest\x1a\x12.segue.v1.RunReply(\x01\x30\x01\x12\x35\n\x05Probe\x12\x16.segue.v1.ProbeRequest\x1a\x14.segue.v1.ProbeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'segue_contract.v1.decode_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BEGINREQUEST']._serialized_start=76
-  _globals['_BEGINREQUEST']._serialized_end=235
-  _globals['_BEGINREPLY']._serialized_start=238
-  _globals['_BEGINREPLY']._serialized_end=407
-  _globals['_CLOUDFACTS']._serialized_start=410
-  _globals['_CLOUDFACTS']._serialized_end=611
-  _globals['_TURNSPEC']._serialized_start=614
-  _globals['_TURNSPEC']._serialized_end=910
-  _globals['_KVPART']._serialized_start=912
-  _globals['_KVPART']._serialized_end=934
-  _globals['_EDGETOKENS']._serialized_start=936
-  _globals['_EDGETOKENS']._serialized_end=995
-  _globals['_HANDOVER']._serialized_start=997
-  _globals['_HANDOVER']._serialized_end=1027
-  _globals['_EDGEENDED']._serialized_start=1029
-  _globals['_EDGEENDED']._serialized_end=1076
-  _globals['_PLANNOTE']._serialized_start=1078
-  _globals['_PLANNOTE']._serialized_end=1102
-  _globals['_RUNREQUEST']._serialized_start=1105
-  _globals['_RUNREQUEST']._serialized_end=1390
-  _globals['_OPENED']._serialized_start=1392
-  _globals['_OPENED']._serialized_end=1511
-  _globals['_READY']._serialized_start=1513
-  _globals['_READY']._serialized_end=1588
-  _globals['_STOPNOW']._serialized_start=1590
-  _globals['_STOPNOW']._serialized_end=1615
-  _globals['_RUNREPLY']._serialized_start=1618
-  _globals['_RUNREPLY']._serialized_end=1902
-  _globals['_PROBEREQUEST']._serialized_start=1904
-  _globals['_PROBEREQUEST']._serialized_end=1935
-  _globals['_PROBEREPLY']._serialized_start=1937
-  _globals['_PROBEREPLY']._serialized_end=2010
-  _globals['_DECODE']._serialized_start=2013
-  _globals['_DECODE']._serialized_end=2184
+  _globals['_BEGINREQUEST']._serialized_end=257
+  _globals['_BEGINREPLY']._serialized_start=260
+  _globals['_BEGINREPLY']._serialized_end=451
+  _globals['_CLOUDFACTS']._serialized_start=454
+  _globals['_CLOUDFACTS']._serialized_end=655
+  _globals['_TURNSPEC']._serialized_start=658
+  _globals['_TURNSPEC']._serialized_end=954
+  _globals['_KVPART']._serialized_start=956
+  _globals['_KVPART']._serialized_end=978
+  _globals['_EDGETOKENS']._serialized_start=980
+  _globals['_EDGETOKENS']._serialized_end=1039
+  _globals['_HANDOVER']._serialized_start=1041
+  _globals['_HANDOVER']._serialized_end=1071
+  _globals['_EDGEENDED']._serialized_start=1073
+  _globals['_EDGEENDED']._serialized_end=1120
+  _globals['_PLANNOTE']._serialized_start=1122
+  _globals['_PLANNOTE']._serialized_end=1146
+  _globals['_RUNREQUEST']._serialized_start=1149
+  _globals['_RUNREQUEST']._serialized_end=1434
+  _globals['_OPENED']._serialized_start=1436
+  _globals['_OPENED']._serialized_end=1555
+  _globals['_READY']._serialized_start=1557
+  _globals['_READY']._serialized_end=1632
+  _globals['_STOPNOW']._serialized_start=1634
+  _globals['_STOPNOW']._serialized_end=1659
+  _globals['_RUNREPLY']._serialized_start=1662
+  _globals['_RUNREPLY']._serialized_end=1946
+  _globals['_PROBEREQUEST']._serialized_start=1948
+  _globals['_PROBEREQUEST']._serialized_end=1979
+  _globals['_PROBEREPLY']._serialized_start=1981
+  _globals['_PROBEREPLY']._serialized_end=2054
+  _globals['_DECODE']._serialized_start=2057
+  _globals['_DECODE']._serialized_end=2228
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,7 @@ class BeginRequest(_message.Message):
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     OFFLINE_FIELD_NUMBER: _builtins.int
     FOLLOWS_FIELD_NUMBER: _builtins.int
+    KNOWN_DIGEST_FIELD_NUMBER: _builtins.int
     known_turns: _builtins.int
     """How many finished turns of this session the edge knows, and at which generation."""
     known_generation: _builtins.int
@@ -39,6 +40,8 @@ class BeginRequest(_message.Message):
     `follows` ("": nothing of it). Where the log has others since, it is a branch beside them.
     """
     follows: _builtins.str
+    known_digest: _builtins.bytes
+    """The `known_digest` of the reply that brought the last of `known_turns`; empty: not compared."""
     @_builtins.property
     def turn(self) -> _agent_pb2.RunTurnRequest: ...
     def __init__(
@@ -50,10 +53,11 @@ class BeginRequest(_message.Message):
         weights_digest: _builtins.str = ...,
         offline: _builtins.bool = ...,
         follows: _builtins.str = ...,
+        known_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "known_generation", b"known_generation", "known_turns", b"known_turns", "offline", b"offline", "turn", b"turn", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "known_digest", b"known_digest", "known_generation", b"known_generation", "known_turns", b"known_turns", "offline", b"offline", "turn", b"turn", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -70,6 +74,7 @@ class BeginReply(_message.Message):
     JOINED_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     CONTEXT_FROM_FIELD_NUMBER: _builtins.int
+    KNOWN_DIGEST_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The turn's fencing number, to be sent with `open`."""
     turns: _builtins.bytes
@@ -81,6 +86,8 @@ class BeginReply(_message.Message):
     """Id of the first turn that the prompt holds; this turn's: it holds no other; empty: all. Turns
     before it may be missing from `turns`.
     """
+    known_digest: _builtins.bytes
+    """Names all finished turns that the edge knows with this reply."""
     @_builtins.property
     def tail(self) -> _agent_pb2.Cursor: ...
     @_builtins.property
@@ -95,10 +102,11 @@ class BeginReply(_message.Message):
         joined: _builtins.bool = ...,
         facts: Global___CloudFacts | None = ...,
         context_from: _builtins.str = ...,
+        known_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_from", b"context_from", "epoch", b"epoch", "facts", b"facts", "first_turn", b"first_turn", "joined", b"joined", "tail", b"tail", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_from", b"context_from", "epoch", b"epoch", "facts", b"facts", "first_turn", b"first_turn", "joined", b"joined", "known_digest", b"known_digest", "tail", b"tail", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

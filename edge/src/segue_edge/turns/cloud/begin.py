@@ -109,7 +109,9 @@ class TurnOpening:
             if reply.joined:
                 return result
             turns = decode_turns(reply.turns)
-            changed = history.merge(reply.tail.generation, reply.first_turn, turns)
+            changed = history.merge(
+                reply.tail.generation, reply.first_turn, turns, reply.known_digest
+            )
             result.prompt, guessed = await guess
             history.forget(asked.request.turn, cut)
             if changed or cut != guessed:
@@ -203,6 +205,7 @@ async def call_begin(
         turn=asked.request,
         known_turns=history.known_turns,
         known_generation=history.generation,
+        known_digest=history.known_digest,
         weights_digest=cloud.expected_weights,
         offline=follows is not None,
         follows=follows or "",

@@ -101,7 +101,8 @@ class Delivery:
         history = self._histories.of(offline.asked.session)
         reply = await call_begin(cloud, offline.asked, history, follows=offline.follows)
         if not reply.joined:
-            history.merge(reply.tail.generation, reply.first_turn, decode_turns(reply.turns))
+            turns = decode_turns(reply.turns)
+            history.merge(reply.tail.generation, reply.first_turn, turns, reply.known_digest)
         return reply
 
     async def _send(self, cloud: Cloud, offline: OfflineTurn, epoch: int) -> bool:
