@@ -20,7 +20,7 @@ import pytest
 from segue_contract.model.gate import CODECS, WEIGHT_ONLY, codecs_of
 from segue_contract.model.manifest import read_manifest, verify, write_manifest
 from segue_edge.prefill.runtime import EdgeModel
-from tests.integration.conftest import Built, build_tiny
+from tests.integration.models.conftest import Built, build_tiny
 
 TIMEOUT_S = 150
 

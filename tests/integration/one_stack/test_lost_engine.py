@@ -11,7 +11,7 @@ import pytest
 import segue
 from segue.local.parts import Program
 from segue.testing import LocalStack
-from tests.integration.conftest import second_cloud
+from tests.integration.one_stack.conftest import second_cloud
 from tests.support.devices import WAIT_S, text_in_log, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="package")]

@@ -14,7 +14,7 @@ from segue_edge.prefill.providers import CPU, CUDA, Device
 from segue_edge.prefill.runner import GraphRunner, open_session
 from segue_edge.prefill.runtime import EdgeModel
 from segue_edge.prefill.tensorrt import QDQ, QDQ_GRAPH, TENSORRT, may_use_qdq
-from tests.integration.conftest import Built, Home
+from tests.integration.models.conftest import Built, Home
 
 
 @pytest.fixture(scope="module")

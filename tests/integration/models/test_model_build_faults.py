@@ -34,7 +34,7 @@ from segue_contract.model.manifest import verify
 from segue_edge.prefill.runner import HEAD_FILE
 from segue_edge.prefill.runtime import EdgeModel
 from tests.bench.suites.prefill import single_file
-from tests.integration.conftest import BUILD_TIMEOUT_S, WINDOW, Built, Home
+from tests.integration.models.conftest import BUILD_TIMEOUT_S, WINDOW, Built, Home
 from tests.support.tiny_source import GEOMETRY, TOKENS, write_gguf, write_hf_folder
 
 
