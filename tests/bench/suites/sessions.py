@@ -61,7 +61,8 @@ async def _long_session(report: Report, url: str, ops: int) -> None:
         appends = await _write(log, ops)
         tail = (await log.tails([S]))[0]
         assert tail is not None
-        report.row("session_ops", tail.offset, "ops", note=f"turns of {FRAMES_PER_TURN} frames")
+        note = f"turns of {FRAMES_PER_TURN} frames"
+        report.row("session_ops", tail.cursor.offset, "ops", note=note)
         slowest = max(appends) * 1000
         note = "one call appends a turn's frames; the log is folded meanwhile"
         report.row("append_ms_max", slowest, "ms", note=note)
