@@ -22,12 +22,13 @@ from segue_cloud.sessions.node import Connections, Node
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
+from segue_contract.servers import Valkey
 from segue_contract.store_url import parse_store_url
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor, find_turn
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
 from tests.support.scripted_engine import ScriptedEngine
-from tests.support.sentinels import Watched, watched_pair
+from tests.support.sentinels import NAME, Sentinel, Watched, watched_pair
 from tests.support.servers import require_valkey
 from tests.support.store_writers import Writer, check_log
 from tests.support.tiny_edge import MANIFEST, tiny_tokenizer
@@ -135,3 +136,22 @@ async def test_a_primary_that_no_sentinel_knows_is_named(watched: Watched) -> No
     with pytest.raises(StoreUnavailable, match="nobody") as caught:
         await RedisStore.connect(f"redis+sentinel://{watched.places}/nobody", timeout_s=0.5)
     assert "SEGUE_REDIS_URL" in caught.value.hint
+
+
+async def test_the_sentinels_have_a_password_of_their_own(tmp_path: Path) -> None:
+    async with (
+        Valkey.start(options=("--requirepass", "of-the-store")) as primary,
+        Sentinel(
+            tmp_path / "one", primary.port, password="of-sentinels", primary_password="of-the-store"
+        ) as sentinel,
+    ):
+        url = f"redis+sentinel://:of-the-store@127.0.0.1:{sentinel.port}/{NAME}"
+        store = await RedisStore.connect(f"{url}?sentinel_password=of-sentinels")
+        assert (await store.open_session(SessionName("default", "s"))).created
+        assert (await probe_store(f"{url}?sentinel_password=of-sentinels")).seconds
+        await store.close()
+        with pytest.raises(StoreUnavailable, match="names a primary") as caught:
+            await RedisStore.connect(f"{url}?sentinel_password=wrong", timeout_s=0.5)
+        assert "of-the-store" not in str(caught.value)
+        with pytest.raises(Unreachable, match="refuses this user and password"):
+            await probe_store(f"{url}?sentinel_password=wrong")

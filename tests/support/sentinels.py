@@ -25,11 +25,14 @@ _POLL_S = 0.05
 class Sentinel(LocalServer):
     """Watches the primary at `primary_port`; two of three must find it dead."""
 
-    def __init__(self, folder: Path, primary_port: int, password: str = "") -> None:
+    def __init__(
+        self, folder: Path, primary_port: int, *, password: str = "", primary_password: str = ""
+    ) -> None:
         super().__init__(0)
         self._folder = folder
         self._primary_port = primary_port
         self._password = password
+        self._primary_password = primary_password
 
     async def _begin(self) -> None:
         self.kind, program = find_valkey()
@@ -45,6 +48,8 @@ class Sentinel(LocalServer):
                 f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}",
                 f"sentinel failover-timeout {NAME} {FAILOVER_TIMEOUT_MS}",
             ]
+            if self._primary_password:
+                lines.append(f"sentinel auth-pass {NAME} {self._primary_password}")
             if self._password:
                 lines.append(f"requirepass {self._password}")
             config.write_text("\n".join(lines) + "\n")
