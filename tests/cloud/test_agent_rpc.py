@@ -120,6 +120,11 @@ async def test_unknown_sessions_and_models(cloud: CloudRpc) -> None:
     assert isinstance(await refused(lambda: agent.OpenSession(missing)), UnknownSession)
     model = pb.OpenSessionRequest(session="trip", device="phone", model="gpt-9")
     assert isinstance(await refused(lambda: agent.OpenSession(model)), UnknownModel)
+    for char in ("x", "\U0001f600"):  # whatever an error quotes, it arrives as what it is
+        long = pb.OpenSessionRequest(session="trip", device="phone", model=char * 100_000)
+        assert isinstance(await refused(lambda r=long: agent.OpenSession(r)), UnknownModel)
+        shape = turn(plan=char * 100_000)
+        assert isinstance(await refused(lambda r=shape: run(cloud, r)), InvalidArgument)
     read = pb.ReadRequest(session="nowhere", device="phone")
     assert isinstance(await refused(lambda: agent.Read(read)), UnknownSession)
     foreign = pb.ReadRequest(session="trip", device="stranger")

@@ -114,7 +114,12 @@ async def test_devices_append_only_what_is_theirs() -> None:
             await session.append()
         with pytest.raises(errors.InvalidArgument):
             await session.set("", "x")
+        much = [Set(id="", name=f"v{number}", value=b"x" * 900_000) for number in range(10)]
+        with pytest.raises(errors.InvalidArgument, match="9000"):
+            await session.append(*much)
         assert not agent.appends
+        await session.append(*much[:9])  # as much as one message takes
+        assert len(agent.appends) == 1
 
 
 async def test_read_pages_and_begins_where_asked() -> None:

@@ -27,7 +27,13 @@ from segue.follow import Follower, Where
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import SessionName, check_id, new_id
-from segue_contract.limits import MAX_APPEND_OPS, MAX_ID_CHARS, RPC_TIMEOUT_S, ClientLimits
+from segue_contract.limits import (
+    MAX_APPEND_BYTES,
+    MAX_APPEND_OPS,
+    MAX_ID_CHARS,
+    RPC_TIMEOUT_S,
+    ClientLimits,
+)
 from segue_contract.sync.ops import DEVICE_KINDS, Op, Sampling, Set, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.v1 import agent_pb2 as pb
@@ -192,13 +198,20 @@ class Session:
             The place of the first one.
 
         Raises:
-            InvalidArgument: no op, too many, or of a kind that only a turn's owner writes.
+            InvalidArgument: no op, more than one message takes, or of a kind that only a turn's
+                owner writes.
         """
         if not 0 < len(ops) <= MAX_APPEND_OPS:
             raise InvalidArgument(
                 f"{len(ops)} ops were given; 1 to {MAX_APPEND_OPS} can be appended at once."
             )
         data = [encode_op(self._signed(op)) for op in ops]
+        size = sum(map(len, data))
+        if size > MAX_APPEND_BYTES:
+            raise InvalidArgument(
+                f"{len(ops)} ops have {size} bytes; {MAX_APPEND_BYTES} can be appended at once.",
+                hint="Append them in smaller batches.",
+            )
         async with self._appending:
             return await self._append(data)
 

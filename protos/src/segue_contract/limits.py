@@ -34,6 +34,7 @@ MAX_GRPC_MESSAGE_BYTES: Final = 8 * MIB  # a snapshot of a full context with its
 KV_PART_BYTES: Final = 256 * KIB  # best loopback goodput lies between 64 KiB and 768 KiB
 MAX_OP_BYTES: Final = 1 * MIB  # one log entry
 MAX_APPEND_OPS: Final = 256  # one script call stays under a millisecond
+MAX_APPEND_BYTES: Final = MAX_GRPC_MESSAGE_BYTES - 64 * KIB  # of their ops, and what is around
 MAX_READ_ENTRIES: Final = 1024  # one page of Read
 READ_PAGE_BYTES: Final = 4 * MIB  # a page of Read, but for its last op
 SNAPSHOT_PART_BYTES: Final = 4 * MIB  # of a state that goes out in parts

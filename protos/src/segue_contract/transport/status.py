@@ -34,6 +34,10 @@ _BARE: dict[grpc.StatusCode, type[SegueError]] = {
     grpc.StatusCode.CANCELLED: Unreachable,
 }
 
+# What gRPC itself says of a message beyond the bound: no lack of room, and no use in trying again.
+_TOO_LARGE = "message larger than max"
+_ASKED_TOO_MUCH = ("CLIENT: Sent", "SERVER: Received")
+
 
 def status_code(error: SegueError) -> grpc.StatusCode:
     return grpc.StatusCode[error.grpc_code]
@@ -58,6 +62,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SegueError:
     code = error.code()
     cls = _BARE.get(code, Internal)
     detail = error.details() or code.name
+    if _TOO_LARGE in detail:
+        cls = InvalidArgument if detail.startswith(_ASKED_TOO_MUCH) else Internal
     hint = {
         Unreachable: "Check that the address is right and the node is running (`segue doctor`).",
         DeadlineExceeded: "The node is slow or stuck; try again.",
