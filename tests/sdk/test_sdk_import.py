@@ -34,3 +34,19 @@ def test_public_names() -> None:
     for name in segue.__all__:
         assert getattr(segue, name) is not None
     assert set(segue.__all__) <= set(dir(segue))
+
+
+def test_every_error_that_an_app_may_meet_is_among_its_errors() -> None:
+    """Those of KV streams, built models and servers meet only nodes and tools."""
+    from segue import errors
+    from segue_contract import errors as tree
+
+    theirs = (tree.KvError, tree.ModelError)
+    alone = {"NotLoopback", "OtherBroker", "PortInUse", "RankLost", "StartFailed"}
+    whole = {
+        name: value
+        for name, value in vars(tree).items()
+        if isinstance(value, type) and issubclass(value, tree.SegueError)
+    }
+    met = {name for name, value in whole.items() if not issubclass(value, theirs)} - alone
+    assert set(errors.__all__) == met

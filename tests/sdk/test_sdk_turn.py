@@ -274,11 +274,17 @@ async def test_refusals_are_typed_and_raised_on_entry() -> None:
         assert len(agent.runs) == 1
 
 
-async def test_an_overloaded_node_sends_us_to_the_next() -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [errors.Overloaded("Full.", retry_after_s=2.0), errors.EngineGone("The engine died.")],
+    ids=lambda one: one.code,
+)
+async def test_a_node_without_room_or_engine_sends_us_to_the_next(
+    refusal: errors.SegueError,
+) -> None:
     log = FakeLog("trip")
-    full = errors.Overloaded("Full.", retry_after_s=2.0)
     async with (
-        FakeAgent(log, lambda _: [full]) as first,
+        FakeAgent(log, lambda _: [refusal]) as first,
         FakeAgent(log, whole) as second,
     ):
         async with segue.Client([first.address, second.address], device="phone") as client:
@@ -287,10 +293,10 @@ async def test_an_overloaded_node_sends_us_to_the_next() -> None:
                 assert (await turn.result()).text == REPLY
         async with segue.Client(first.address, device="phone") as client:
             session = await client.session("trip")
-            with pytest.raises(errors.Overloaded) as caught:
+            with pytest.raises(type(refusal)) as caught:
                 async with session.run("Where?"):
                     pass
-        assert caught.value.fields["retry_after_s"] == 2.0
+        assert caught.value.fields == refusal.fields
 
 
 @pytest.mark.parametrize(

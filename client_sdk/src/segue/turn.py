@@ -15,8 +15,10 @@ from segue._reading import join_again
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
 from segue_contract.errors import (
+    EngineGone,
     InvalidArgument,
     NotFound,
+    Overloaded,
     SegueError,
     TurnFailed,
     UnknownDevice,
@@ -269,13 +271,13 @@ class Turn:
         await asyncio.sleep(pause)
 
     async def _try_next_or_raise(self, failure: SegueError) -> None:
-        """Where one node refuses for lack of room, another may have some; each is asked once. A
-        device that the log forgot meanwhile joins the session again, once."""
+        """Where one node has no room, or no engine any more, another may have one; each is asked
+        once. A device that the log forgot meanwhile joins the session again, once."""
         if isinstance(failure, UnknownDevice) and not self._joined:
             self._joined = True
             await join_again(self._nodes, self._request.session, self._request.device)
             return
-        if failure.code != "overloaded" or self._node is None:
+        if not isinstance(failure, Overloaded | EngineGone) or self._node is None:
             raise failure
         self._refused.add(self._node.address)
         await self._nodes.failed(self._node)
