@@ -93,6 +93,28 @@ def test_a_full_inbox_keeps_its_links_and_says_overflow() -> None:
     assert kinds == [Link, Overflow, Head, Batch, Head]
 
 
+async def test_a_full_inbox_is_full_of_bytes_as_well() -> None:
+    inbox = Inbox(max_bytes=1000)
+    large = RawEntry(1, 1, b"x" * 400)
+    for _ in range(2):
+        inbox.put(Batch((large,)))
+    assert [type(item) for item in inbox._items] == [Batch, Batch]
+    assert await inbox.get(0.0) == Batch((large,))
+    inbox.put(Batch((large,)))  # what was taken counts no more
+    assert [type(item) for item in inbox._items] == [Batch, Batch]
+    inbox.put(Batch((large,)))
+    assert [type(item) for item in inbox._items] == [Overflow]
+
+
+def test_large_entries_that_came_too_early_are_left_to_the_log() -> None:
+    view = LogView(1)
+    large = encode_op(Set(id="l", name="l", value=b"x" * 2000))
+    assert [entry.offset for entry in view.offer((raw(1), RawEntry(1, 3, large), raw(4)))] == [1]
+    assert [entry.offset for entry in view.offer((raw(2),))] == [2]
+    assert view.behind
+    assert [entry.offset for entry in view.offer((RawEntry(1, 3, large),))] == [3, 4]
+
+
 @given(st.data())
 def test_a_reply_over_any_broken_streams_is_whole(data: st.DataObject) -> None:
     """Streams that break anywhere, previews that were never durable, repeated frames."""

@@ -1,7 +1,7 @@
 """What reached a follower and was not looked at yet: from MQTT, from a gRPC stream, or about them.
 
-Bounded by entries. Beyond the bound everything that waits is dropped and one `Overflow` stands for
-it: the reader then asks the log, which has it all.
+Bounded by entries and by their bytes. Beyond a bound everything that waits is dropped and one
+`Overflow` stands for it: the reader then asks the log, which has it all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
+from segue_contract.limits import FOLLOWER_QUEUE_BYTES, FOLLOWER_QUEUE_ENTRIES
 from segue_contract.sync.state import Cursor
 
 
@@ -28,6 +28,10 @@ class RawEntry:
 class Batch:
     entries: tuple[RawEntry, ...]
     mqtt: bool = False  # who brought it: the broker, or a gRPC stream
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(entry.op) for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +86,19 @@ Item: TypeAlias = Batch | Head | Link | Tail | StreamLost | Overflow | Closed
 class Inbox:
     """Many writers, one reader, one event loop."""
 
-    def __init__(self, max_entries: int = FOLLOWER_QUEUE_ENTRIES) -> None:
+    def __init__(
+        self, max_entries: int = FOLLOWER_QUEUE_ENTRIES, max_bytes: int = FOLLOWER_QUEUE_BYTES
+    ) -> None:
         self._items: deque[Item] = deque()
-        self._entries = 0
+        self._entries = self._bytes = 0
         self._max_entries = max_entries
+        self._max_bytes = max_bytes
         self._filled = asyncio.Event()
 
     def put(self, item: Item) -> None:
         if isinstance(item, Batch):
             self._entries += len(item.entries)
+            self._bytes += item.bytes
         elif isinstance(item, Head) and self._items and isinstance(self._items[-1], Head):
             # of several heads in a row the last one says it all
             last = self._items.pop()
@@ -103,10 +111,10 @@ class Inbox:
             kind = type(item)
             self._items = deque(one for one in self._items if not isinstance(one, kind))
         self._items.append(item)
-        if self._entries > self._max_entries:
+        if self._entries > self._max_entries or self._bytes > self._max_bytes:
             kept = [i for i in self._items if not isinstance(i, Batch | Head | Overflow)]
             self._items = deque([*kept, Overflow()])
-            self._entries = 0
+            self._entries = self._bytes = 0
         self._filled.set()
 
     async def get(self, timeout_s: float | None) -> Item | None:
@@ -121,4 +129,5 @@ class Inbox:
         item = self._items.popleft()
         if isinstance(item, Batch):
             self._entries -= len(item.entries)
+            self._bytes -= item.bytes
         return item

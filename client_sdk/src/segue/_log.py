@@ -8,7 +8,7 @@ from segue._digests import Digests
 from segue._inbox import RawEntry
 from segue.events import Entry, Snapshot
 from segue_contract.errors import InvalidArgument
-from segue_contract.limits import FOLLOWER_QUEUE_ENTRIES
+from segue_contract.limits import FOLLOWER_QUEUE_BYTES, FOLLOWER_QUEUE_ENTRIES
 from segue_contract.sync.ops import Unknown, decode_op
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
@@ -125,8 +125,8 @@ class LogView:
                 yield self._apply(entry)
                 while (early := self._next_early()) is not None:
                     yield self._apply(early)
-            elif self._is_later(entry) and len(self._early) < FOLLOWER_QUEUE_ENTRIES:
-                # beyond the bound nothing is kept: `behind` stays true and Read brings it
+            elif self._may_wait(entry):
+                # of others nothing is kept: `behind` stays true and Read brings it
                 self._early[entry.offset] = entry
             elif entry.generation == self.cursor.generation:
                 self.contradicted |= self._digests.contradict(entry.offset, entry.op)
@@ -145,9 +145,12 @@ class LogView:
             return entry.offset == 1
         return entry.generation == known.generation and entry.offset == known.offset + 1
 
-    def _is_later(self, entry: RawEntry) -> bool:
+    def _may_wait(self, entry: RawEntry) -> bool:
+        """It is later than the next one, and what waits stays below FOLLOWER_QUEUE_BYTES."""
         known = self.cursor
-        return entry.generation == known.generation and entry.offset > known.offset
+        later = entry.generation == known.generation and entry.offset > known.offset
+        small = len(entry.op) <= FOLLOWER_QUEUE_BYTES // FOLLOWER_QUEUE_ENTRIES
+        return later and small and len(self._early) < FOLLOWER_QUEUE_ENTRIES
 
     def _apply(self, raw: RawEntry) -> Entry:
         try:
