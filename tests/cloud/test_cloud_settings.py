@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from segue_cloud.cli import load_settings
 from segue_cloud.config import CloudSettings
+from segue_contract.errors import InvalidArgument
 
 
 def test_a_file_in_the_working_directory_sets_nothing(
@@ -17,3 +19,10 @@ def test_a_file_in_the_working_directory_sets_nothing(
     settings = CloudSettings()
     assert settings.redis_url == ""
     assert settings.port == 7412
+
+
+@pytest.mark.parametrize("tenant", ["", "a:b", "a/b", "a#", "+", "{a}", "a b", "x" * 65])
+def test_a_tenant_that_is_no_part_of_keys_and_topics_is_refused(tenant: str) -> None:
+    with pytest.raises(InvalidArgument, match="tenant"):
+        load_settings({"tenant": tenant})
+    assert load_settings({"tenant": "acme"}).tenant == "acme"

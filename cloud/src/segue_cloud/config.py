@@ -5,11 +5,22 @@ No file of the working directory is read: whose it is, nobody knows.
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, Field
+from typing import Annotated
+
+from pydantic import AfterValidator, AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from segue_contract.errors import InvalidArgument
+from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
+
+
+def _name(value: str) -> str:
+    try:
+        return check_id(value, "tenant")
+    except InvalidArgument as error:
+        raise ValueError(str(error)) from error
 
 
 class CloudSettings(BaseSettings):
@@ -25,7 +36,7 @@ class CloudSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(7412, ge=0, le=65535)
     model: str = DEFAULT_MODEL
-    tenant: str = "default"
+    tenant: Annotated[str, AfterValidator(_name)] = "default"  # part of keys and topics
     instance: str = ""
     # Empty: an embedded server on a free loopback port, for a laptop.
     redis_url: str = Field(
