@@ -33,7 +33,7 @@ from segue_contract.limits import DELETED_MEMORY_S
 from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Broker, Valkey
 from segue_contract.sync.export import ExportHead, ExportWriter, read_export
-from segue_contract.sync.ops import Set, TurnStarted, UserMessage, encode_op
+from segue_contract.sync.ops import Set, TurnStarted, TurnWaiting, UserMessage, encode_op
 from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.topics import head_topic
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
@@ -396,8 +396,9 @@ def _file_with_running_turn() -> bytes:
     ops = [
         encode_op(UserMessage(id="t9.user", device="phone", turn="t9", text="Hi")),
         encode_op(TurnStarted(id="t9.started", turn="t9", epoch=3, max_tokens=4)),
+        encode_op(TurnWaiting(id="t10.waiting", device="laptop", turn="t10", text="And")),
     ]
-    head = ExportHead(session="cut", generation=5, folded=0, tail=2, title="Hi", turns=1)
+    head = ExportHead(session="cut", generation=5, folded=0, tail=3, title="Hi", turns=1)
     return writer.head(head) + writer.entries(1, ops) + writer.end()
 
 
@@ -407,9 +408,11 @@ async def test_a_turn_that_ran_when_it_was_exported_ends_as_failed(
     file = tmp_path / "cut.segue"
     file.write_bytes(_file_with_running_turn())
     made = await client.import_session(file)
-    assert made.cursor.offset == 3
+    assert made.cursor.offset == 5
     session = await client.session("cut", must_exist=True)
-    (turn,) = (await session.state()).turns
+    state = await session.state()
+    assert state.waiting == []
+    (turn,) = state.turns
     assert (turn.reason, turn.error_code) == ("error", "turn_failed")
     async with session.run("Hi", max_tokens=4, turn="t9") as running:
         with pytest.raises(TurnFailed):
@@ -449,7 +452,7 @@ async def test_an_import_that_stops_half_way_leaves_no_session(
     ):
         assert ttl > 0, key
     tail, _ = await keeping.import_(cut, pieces())
-    assert tail.offset == 3
+    assert tail.offset == 5
 
 
 async def test_only_so_many_at_a_time(cloud: CloudRpc, store: RedisStore) -> None:

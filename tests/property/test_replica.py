@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from segue_contract.errors import InvalidArgument
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
-from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
+from segue_contract.sync.state import (
+    Cursor,
+    SessionState,
+    TurnState,
+    decode_state,
+    decode_state_in_slices,
+    encode_state,
+)
 
 
 @dataclass(frozen=True)
@@ -220,3 +227,46 @@ def test_who_waits_is_seen_until_it_begins_is_gone_or_lost_its_place() -> None:
     assert write(waiting("t4"), begins("t3")) == ["t4"], "t1 came before, and lost its place"
     assert decode_state(encode_state(replica.state)) == replica.state
     assert write(begins("t5")) == [], "who begins without a wait finds nobody waiting"
+
+
+@given(seed=st.integers(0, 2**32), slice_bytes=st.integers(1, 400))
+def test_a_state_decoded_in_slices_is_the_same(seed: int, slice_bytes: int) -> None:
+    """And damaged bytes are the same typed error."""
+    random = Random(seed)
+    state = SessionState(
+        cursor=Cursor(3, 9),
+        turns=[
+            TurnState(turn=f"t{n}", prompt="p" * random.randrange(90), tokens=[n], pieces=["x"])
+            for n in range(random.randrange(20))
+        ],
+        values={"v": b"1"},
+        docs={"d": [b"1", b"2"]},
+        claims={"c": "phone"},
+        results={"c": b"r"},
+        control_holder="phone",
+        control_epoch=2,
+    )
+    data = bytearray(encode_state(state))
+
+    def sliced() -> tuple[int, SessionState]:
+        steps, decoding = 0, decode_state_in_slices(bytes(data), slice_bytes)
+        while True:
+            try:
+                next(decoding)
+            except StopIteration as done:
+                return steps, done.value
+            steps += 1
+
+    steps, found = sliced()
+    assert found == state
+    assert steps >= sum(len(turn.prompt) for turn in state.turns) // (slice_bytes + 150)
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    try:
+        expected: SessionState | None = decode_state(bytes(data))
+    except InvalidArgument:
+        expected = None
+    if expected is None:
+        with pytest.raises(InvalidArgument):
+            sliced()
+    else:
+        assert sliced()[1] == expected

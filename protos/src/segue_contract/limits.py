@@ -163,6 +163,7 @@ COMPACT_KEEP_ENTRIES: Final = 1024  # entries that stay readable one by one afte
 COMPACT_KEEP_BYTES: Final = 4 * MIB  # of those entries
 MEND_ATTEMPTS: Final = 8  # of a log with a hole, while entries come behind what was read
 MAX_SESSION_BYTES: Final = 64 * MIB  # folded state and log since: each joiner is given all of it
+STATE_SLICE_BYTES: Final = 128 * KIB  # of a state, decoded at a time: some 3 ms of one core
 MAX_EXPORT_BYTES: Final = MAX_SESSION_BYTES + 16 * MIB  # and what is kept one by one, and frames
 EXPORT_PART_BYTES: Final = 256 * KIB  # of an exported file, in one message
 EXPORT_TIMEOUT_S: Final = 300.0  # MAX_EXPORT_BYTES over a link of 2 Mbit/s

@@ -33,7 +33,7 @@ from segue_contract.limits import (
     MAX_TRANSFERS,
 )
 from segue_contract.sync.export import Export, ExportHead, ExportReader, ExportWriter
-from segue_contract.sync.ops import TurnEnded, encode_op
+from segue_contract.sync.ops import Op, TurnEnded, TurnWithdrawn, encode_op
 from segue_contract.sync.state import Cursor, SessionState, encode_state
 
 log = structlog.get_logger("segue.log")
@@ -182,7 +182,7 @@ class SessionKeeping:
         """Make `session` of the file in `pieces`; returns its tail and how many turns it has.
 
         Nothing is written before the whole file was found right. Turns that ran when it was
-        exported end here, as failed.
+        exported end here, as failed; those that waited are withdrawn.
 
         Raises:
             BadExport: the file is none, or not whole.
@@ -217,7 +217,11 @@ class SessionKeeping:
 
 def _import_of(found: Export, generation: int, now_ms: int) -> SessionImport:
     session = found.session
-    ends = [
+    ends: list[Op] = [
+        TurnWithdrawn(id=f"{one.turn}.imported", at_ms=now_ms, turn=one.turn)
+        for one in session.waiting
+    ]
+    ends += [
         TurnEnded(
             id=f"{turn.turn}.imported",
             at_ms=now_ms,

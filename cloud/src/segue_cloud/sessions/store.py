@@ -47,6 +47,7 @@ from segue_contract.limits import (
     PRODUCER_RUNS,
     READ_PAGE_BYTES,
     SESSION_CACHE,
+    STATE_SLICE_BYTES,
     STORE_CONNECTIONS,
     STORE_TIMEOUT_S,
     TURN_ID_MEMORY,
@@ -54,7 +55,12 @@ from segue_contract.limits import (
     WAITING_LEASE_S,
     SessionQuotas,
 )
-from segue_contract.sync.state import Cursor, SessionState, decode_state, encode_state
+from segue_contract.sync.state import (
+    Cursor,
+    SessionState,
+    decode_state_in_slices,
+    encode_state,
+)
 
 log = structlog.get_logger("segue.sessions")
 
@@ -339,8 +345,18 @@ class RedisStore:
         return await self.keeper.deleted(sessions)
 
     async def load_snapshot(self, session: SessionName) -> SessionState | None:
+        """As the port says. Other sessions go on while a large one is decoded."""
         (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))
-        return None if data is None else decode_state(data[data.index(b"\n") + 1 :])
+        if data is None:
+            return None
+        decoding = decode_state_in_slices(data[data.index(b"\n") + 1 :], STATE_SLICE_BYTES)
+        while True:
+            try:
+                next(decoding)
+            except StopIteration as done:
+                state: SessionState = done.value
+                return state
+            await asyncio.sleep(0)
 
     # -- the fan-out's book-keeping -----------------------------------------------------------
 

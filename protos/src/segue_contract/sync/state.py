@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 import msgspec
 
@@ -118,6 +118,46 @@ def decode_state(data: bytes) -> SessionState:
         return _state_decoder.decode(data)
     except UNREADABLE as error:
         raise InvalidArgument(f"These bytes are no session state: {error}.") from error
+
+
+class _RawState(msgspec.Struct, kw_only=True):
+    """A `SessionState` whose turns were only skipped over: nearly all of a large one."""
+
+    cursor: Cursor = Cursor()
+    turns: list[msgspec.Raw] = []
+    waiting: list[WaitingTurn] = []
+    values: dict[str, bytes] = {}
+    docs: dict[str, list[bytes]] = {}
+    control_holder: str = ""
+    control_epoch: int = 0
+    claims: dict[str, str] = {}
+    results: dict[str, bytes] = {}
+
+
+assert _RawState.__struct_fields__ == SessionState.__struct_fields__, "one lacks a field"
+_raw_decoder = msgspec.msgpack.Decoder(_RawState)
+_turn_decoder = msgspec.msgpack.Decoder(TurnState)
+
+
+def decode_state_in_slices(data: bytes, slice_bytes: int) -> Generator[None, None, SessionState]:
+    """As `decode_state`, a piece at a time: yields after each `slice_bytes` of turns or so.
+
+    Decoding makes an object of each token: 25 ms a MiB.
+    """
+    try:
+        raw = _raw_decoder.decode(data)
+        turns: list[TurnState] = []
+        size = 0
+        for one in raw.turns:
+            turns.append(_turn_decoder.decode(one))
+            size += len(memoryview(one))
+            if size >= slice_bytes:
+                size = 0
+                yield
+    except UNREADABLE as error:
+        raise InvalidArgument(f"These bytes are no session state: {error}.") from error
+    rest = {name: getattr(raw, name) for name in raw.__struct_fields__ if name != "turns"}
+    return SessionState(turns=turns, **rest)
 
 
 def encode_turns(turns: list[TurnState]) -> bytes:
