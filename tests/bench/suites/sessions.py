@@ -30,9 +30,9 @@ from tests.support.cloud_rpc import cloud_rpc
 from tests.support.scripted_engine import ScriptedEngine
 
 OPS = 1_000_000
-QUICK_OPS = 12_000
+QUICK_OPS = 9_000
 CALLS = 10_000
-QUICK_CALLS = 120
+QUICK_CALLS = 60
 SESSIONS = 10_000
 QUICK_SESSIONS = 300
 FRAMES_PER_TURN = 96
