@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,9 @@ from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tiny_edge import MANIFEST, RECIPE
 
 REQUEST = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
@@ -239,6 +242,31 @@ async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> Non
     assert found is not None
     assert isinstance(found.refused, QuotaExceeded)
     assert outbox.find("trip", "t2") is None
+
+
+async def test_a_cloud_that_cannot_be_understood_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin = ScriptedCloud.Begin
+
+    async def garbled(self: ScriptedCloud, request: dpb.BeginRequest, context: Any) -> Any:
+        reply = await begin(self, request, context)
+        reply.turns = b"\xc1"  # no MessagePack
+        return reply
+
+    monkeypatch.setattr(ScriptedCloud, "Begin", garbled)
+    async with scripted_cloud() as cloud:
+        clouds = CloudSet([cloud.address], Pacer())
+        for one in clouds.clouds.values():
+            one.expected_weights = MANIFEST.weights_digest
+        delivery = Delivery(clouds, HistoryCache(), RECIPE.digest, lambda *_: None)
+        outbox = Outbox(delivery.deliver)
+        await keep(outbox, said("t1"))
+        with pytest.raises(Overloaded):
+            await outbox.settle("trip")
+        await clouds.close()
+    assert cloud.seen.begins
+    assert (len(outbox), len(outbox.refused)) == (1, 0)
 
 
 async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -> None:

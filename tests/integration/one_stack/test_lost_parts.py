@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -156,30 +157,35 @@ async def the_whole_reply(
     return turn.text
 
 
-@pytest.mark.parametrize("plan", ["text", "edge"])
-async def test_the_store_stands_still_for_longer_than_a_call_waits(
-    stack: LocalStack, plan: str
-) -> None:
-    store, name = stack.processes["store"], f"store-stands-{plan}"
-    async with (
-        segue.Client(stack.edge_address, device="phone") as phone,
-        watching(stack.edge_address, name, "laptop") as laptop,
-    ):
-        session = await phone.session(name)
-        async with session.run(STORY, max_tokens=100, seed=4, plan=plan) as turn:
-            reading = asyncio.create_task(the_whole_reply(turn))
-            await laptop.until_text(turn.id, 20)
-            store.pause()
-            try:
-                await asyncio.sleep(STORE_HOLD_S)
-            finally:
-                store.resume()
-            told = await reading
-        assert await laptop.until_ended(turn.id) == told
-        assert told == await text_in_log(stack.cloud_address, name, turn.id)
-        # A device that comes back to it through the same edge is told the same.
-        async with session.run(STORY, max_tokens=100, seed=4, turn=turn.id) as again:
-            assert (await again.result()).text == told
+async def test_the_store_stands_still_for_longer_than_a_call_waits(stack: LocalStack) -> None:
+    plans = ("text", "edge")
+    store, name = stack.processes["store"], "store-stands"
+    async with AsyncExitStack() as open_here:
+        phone = await open_here.enter_async_context(
+            segue.Client(stack.edge_address, device="phone")
+        )
+        sessions = {plan: await phone.session(f"{name}-{plan}") for plan in plans}
+        laptops, turns = {}, {}
+        for plan, session in sessions.items():
+            follower = watching(stack.edge_address, session.name, "laptop")
+            laptops[plan] = await open_here.enter_async_context(follower)
+            run = session.run(STORY, max_tokens=100, seed=4, plan=plan)
+            turns[plan] = await open_here.enter_async_context(run)
+        reading = asyncio.gather(*(the_whole_reply(turns[plan]) for plan in plans))
+        for plan in plans:
+            await laptops[plan].until_text(turns[plan].id, 20)
+        store.pause()
+        try:
+            await asyncio.sleep(STORE_HOLD_S)
+        finally:
+            store.resume()
+        for plan, told in zip(plans, await reading, strict=True):
+            turn = turns[plan].id
+            assert await laptops[plan].until_ended(turn) == told
+            assert told == await text_in_log(stack.cloud_address, sessions[plan].name, turn)
+            # A device that comes back to it through the same edge is told the same.
+            async with sessions[plan].run(STORY, max_tokens=100, seed=4, turn=turn) as again:
+                assert (await again.result()).text == told
 
 
 async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
@@ -197,7 +203,7 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
             alone = asyncio.Event()
             made_alone: list[int] = []
             rewound: list[segue.Rewound] = []
-            turn = session.run(STORY, max_tokens=400, temperature=0.8, seed=3, plan="text")
+            turn = session.run(STORY, max_tokens=220, temperature=0.8, seed=3, plan="text")
 
             def see(event: segue.events.TurnEvent) -> None:
                 if isinstance(event, segue.Frame) and event.made_by == "edge":
@@ -224,7 +230,7 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
             print(f"rewound at {[event.index for event in rewound]} of {len(turn.tokens)} tokens")
             assert told == await text_in_log(stack.cloud_address, "back-early", turn.id)
             async with session.run(
-                STORY, max_tokens=400, temperature=0.8, seed=3, turn=turn.id
+                STORY, max_tokens=220, temperature=0.8, seed=3, turn=turn.id
             ) as again:
                 assert (await again.result()).text == told
         await edge.stop()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 import structlog
 
 from segue_contract.errors import (
     DeadlineExceeded,
+    Internal,
+    InvalidArgument,
     NotFound,
     SessionBusy,
     UnknownDevice,
@@ -101,7 +103,8 @@ class Delivery:
         history = self._histories.of(offline.asked.session)
         reply = await call_begin(cloud, offline.asked, history, follows=offline.follows)
         if not reply.joined:
-            turns = decode_turns(reply.turns)
+            with _understood():
+                turns = decode_turns(reply.turns)
             history.merge(reply.tail.generation, reply.first_turn, turns, reply.known_digest)
         return reply
 
@@ -133,9 +136,11 @@ class Delivery:
             if message.WhichOneof("kind") == "opened":
                 in_log = message.opened.next_index
                 ours = ours or message.opened.attached  # then it ends the turn itself
-            match from_reply(message):
-                case Frame() as frame:
-                    merger.push(frame)
+            with _understood():
+                event = from_reply(message)
+                if isinstance(event, Frame):
+                    merger.push(event)
+            match event:
                 case Durable() as notice:
                     merger.confirm(notice.next_index)
                 case Ended() as ended:
@@ -165,6 +170,19 @@ class Delivery:
             stop=request.stop,
             shape=Shape.EDGE.value,
         )
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Bytes that are no answer say nothing of the turn: it goes on waiting.
+
+    Raises:
+        Internal: in place of InvalidArgument, with which a cloud refuses a turn.
+    """
+    try:
+        yield
+    except InvalidArgument as error:
+        raise Internal(f"The cloud's answer cannot be read: {error.message}") from error
 
 
 def _shown(offline: OfflineTurn) -> Merger:
