@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -291,6 +292,35 @@ async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -
     )
     assert first.tokens == SHOWN
     await again.close()
+
+
+async def test_who_settles_a_session_may_be_cancelled_at_any_time(tmp_path: Path) -> None:
+    class Slow(Journal):
+        def remove(self, number: int) -> None:
+            loop.call_soon_threadsafe(removing.set)
+            go_on.wait(10)
+            super().remove(number)
+
+    loop, removing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    delivered: list[str] = []
+
+    async def deliver(turn: OfflineTurn) -> None:
+        delivered.append(turn.asked.turn)
+
+    outbox = Outbox(deliver, Slow(tmp_path / "outbox"))
+    await keep(outbox, said("t1"))
+    settling = asyncio.create_task(outbox.settle("trip"))
+    await asyncio.wait_for(removing.wait(), 10)
+    await asyncio.wait_for(outbox.settled("trip", "t1"), 10)
+    settling.cancel()
+    go_on.set()
+    await asyncio.gather(settling, return_exceptions=True)
+    assert not outbox.holds("trip")
+    await keep(outbox, said("t2"))
+    await outbox.settle("trip")
+    assert delivered == ["t1", "t2"]
+    assert (outbox.holds("trip"), len(outbox)) == (False, 0)
+    await outbox.close()
 
 
 async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class Outbox:
         return sum(len(turns) for turns in self._sessions.values())
 
     def holds(self, session: str) -> bool:
-        return session in self._sessions
+        return bool(self._sessions.get(session))
 
     def find(self, session: str, turn: str) -> OfflineTurn | None:
         """The turn of that id that the log has not: it waits here, or was refused."""
@@ -190,13 +190,14 @@ class Outbox:
         async with lock:
             while turns := self._sessions.get(session):
                 refused = await self._deliver_one(turns[0])
+                # Whoever waits is told before the file is written: a caller may be cancelled there.
+                turn = turns.popleft()
                 if refused is None:
-                    await self._forget(turns.popleft())
+                    self._wake()
+                    await self._forget(turn)
                 else:
-                    await self._refuse(turns, refused)
-                if not turns:
-                    del self._sessions[session]
-                self._wake()
+                    await self._refuse(turns, replace(turn, refused=refused))
+            self._sessions.pop(session, None)
         if session not in self._sessions and not lock.locked():
             self._locks.pop(session, None)
 
@@ -222,10 +223,11 @@ class Outbox:
             raise _waiting() from error
         return None
 
-    async def _refuse(self, turns: deque[OfflineTurn], error: SegueError) -> None:
-        """Out of the queue; what was said after it follows the turn before it."""
-        turn = replace(turns.popleft(), refused=error)
+    async def _refuse(self, turns: deque[OfflineTurn], turn: OfflineTurn) -> None:
+        """Keep it apart; what was said after it follows the turn before it."""
         self.refused.append(turn)
+        self._on_refused(turn)
+        self._wake()
         for place, later in enumerate(list(turns)):  # more may come while the file is written
             turns[place] = self._placed(later)
             if turns[place] is not later:
@@ -235,7 +237,6 @@ class Outbox:
             oldest = self.refused.popleft()
             log.warning("refused_turn_forgotten", turn=oldest.asked.turn)
             await self._forget(oldest)
-        self._on_refused(turn)
 
     async def _rewrite(self, turn: OfflineTurn) -> None:
         if self._journal is None or not turn.number:
