@@ -73,13 +73,8 @@ async def read_log(
             if found.more:
                 found = await _whole_snapshot(nodes, session, device)
             snapshot = view.load(decode_state(found.state))
-            if snapshot is not None:
-                lost = reply.snapshot.lost_from
-                if 0 < lost <= before.offset:
-                    gone = Lost(before.generation, lost, before.offset)
-                    snapshot = replace(snapshot, lost=gone)
-                if not anew:
-                    yield snapshot
+            if snapshot is not None and not anew:
+                yield replace(snapshot, lost=_lost(before, reply.snapshot.lost_from))
         for raw in raw_entries(reply.entries):
             view.follow_on(raw)
             for entry in view.offer((raw,)):
@@ -96,6 +91,13 @@ async def read_log(
             return
         if view.cursor == before:
             return
+
+
+def _lost(known: Cursor, lost_from: int) -> Lost | None:
+    """What a reader that knew the log up to `known` has that the log lost, from `lost_from` on."""
+    if 0 < lost_from <= known.offset:
+        return Lost(known.generation, lost_from, known.offset)
+    return None
 
 
 async def join_again(nodes: Nodes, session: str, device: str) -> None:

@@ -151,7 +151,19 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
-    server = await start_server(
+    server = await _serve(settings, agent, decode)
+    stack.push_async_callback(server.stop)
+    stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
+    if settings.metrics_port:
+        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
+        stack.enter_context(metrics.listen(settings.metrics_port))
+    return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
+
+
+async def _serve(
+    settings: CloudSettings, agent: AgentService, decode: DecodeService
+) -> RunningServer:
+    return await start_server(
         settings.host,
         settings.port,
         [
@@ -165,12 +177,6 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
             ),
         ],
     )
-    stack.push_async_callback(server.stop)
-    stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
-    if settings.metrics_port:
-        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
-        stack.enter_context(metrics.listen(settings.metrics_port))
-    return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
 
 
 async def _load_engine(settings: CloudSettings, directory: Path, manifest: Manifest) -> Engine:
