@@ -93,3 +93,20 @@ def test_who_has_no_snapshot_yet_is_woken_and_told_to_read() -> None:
     assert hub.behind(follower) == Cursor(1, 1)
     assert list(hub.announce(KEY, Cursor(1, 1), hub.tail(KEY))) == []
     assert list(hub.offer(SessionName("default", "other"), [entry(1)])) == []
+
+
+def test_large_entries_wait_up_to_their_bytes_and_are_read_beyond() -> None:
+    """Behind followers that stand still: each has its bound, and all together have one."""
+    hub = HubState(queue_entries=100, queue_bytes=40, all_bytes=100)
+    followers = [hub.join(KEY) for _ in range(4)]
+    for follower in followers:
+        hub.move(follower, Cursor(1, 0))
+    large = [StoredEntry(Cursor(1, offset), b"x" * 15) for offset in range(1, 6)]
+    for one in large:
+        hub.offer(KEY, [one])
+        hub.check_integrity()
+    waiting = [sum(len(one.op) for one in hub.take(follower, 1000)) for follower in followers]
+    assert max(waiting) == 30, "two of them fit, a third would be beyond the bound"
+    assert sum(waiting) == 90
+    assert all(hub.behind(follower) == Cursor(1, 5) for follower in followers)
+    hub.check_integrity()

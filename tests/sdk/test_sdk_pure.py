@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segue._inbox import Batch, Head, Inbox, Link, Overflow, RawEntry
+from segue._inbox import Batch, Head, Inbox, Link, Overflow, RawEntry, Tail
 from segue._log import LogView
 from segue._reply import ReplyView
 from segue.events import Frame, Rewound
@@ -90,7 +90,35 @@ def test_a_full_inbox_keeps_its_links_and_says_overflow() -> None:
         inbox.put(Batch((raw(offset),)))
         inbox.put(Head(Cursor(1, offset)))
     kinds = [type(item) for item in inbox._items]
-    assert kinds == [Link, Overflow, Head, Batch, Head]
+    assert kinds == [Link, Overflow, Batch, Head]
+    inbox.check_integrity()
+
+
+@given(st.data())
+def test_an_inbox_stays_within_its_bounds_and_loses_nothing_silently(data: st.DataObject) -> None:
+    """Whatever comes while the reader sleeps: what it may have to read is never forgotten."""
+    inbox = Inbox(max_entries=6, max_bytes=200)
+    items = st.one_of(
+        st.builds(
+            lambda size, count: Batch(tuple(RawEntry(1, 1, b"x" * size) for _ in range(count))),
+            st.integers(0, 120),
+            st.integers(0, 3),
+        ),
+        st.builds(lambda offset: Head(Cursor(1, offset)), st.integers(0, 9)),
+        st.builds(lambda up: Link(up), st.booleans()),
+        st.just(Overflow()),
+        st.builds(lambda offset: Tail(Cursor(1, offset), True), st.integers(0, 9)),
+    )
+    put = data.draw(st.lists(items, max_size=30))
+    for item in put:
+        inbox.put(item)
+        inbox.check_integrity()
+    kept = list(inbox._items)
+    links = [item for item in put if isinstance(item, Link)]
+    assert [item for item in kept if isinstance(item, Link)] == links[-1:]
+    lost = [item for item in put if isinstance(item, Batch | Head) and item not in kept]
+    later = [item for item in kept if isinstance(item, Head | Overflow)]
+    assert not lost or later or not any(isinstance(item, Batch) for item in lost)
 
 
 async def test_a_full_inbox_is_full_of_bytes_as_well() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import TypeAlias
 
 from segue_contract.limits import FOLLOWER_QUEUE_BYTES, FOLLOWER_QUEUE_ENTRIES
@@ -32,6 +33,11 @@ class Batch:
     @property
     def bytes(self) -> int:
         return sum(len(entry.op) for entry in self.entries)
+
+    @property
+    def places(self) -> int:
+        """In a queue: an empty one takes one, too."""
+        return max(len(self.entries), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +103,16 @@ class Inbox:
 
     def put(self, item: Item) -> None:
         if isinstance(item, Batch):
-            self._entries += len(item.entries)
+            self._entries += item.places
             self._bytes += item.bytes
-        elif isinstance(item, Head) and self._items and isinstance(self._items[-1], Head):
-            # of several heads in a row the last one says it all
-            last = self._items.pop()
-            assert isinstance(last, Head)
-            same = last.cursor.generation == item.cursor.generation
-            cursor = max(last.cursor, item.cursor) if same else item.cursor
-            item = Head(cursor, last.urgent or item.urgent)
-        elif isinstance(item, Link | Tail):
-            # only the last word counts: a reader that sleeps must not find one for each second
-            kind = type(item)
-            self._items = deque(one for one in self._items if not isinstance(one, kind))
+        elif isinstance(item, Head):
+            item = self._merged(item)
+        elif isinstance(item, Link | Tail | Overflow):
+            self._drop(type(item))
         self._items.append(item)
         if self._entries > self._max_entries or self._bytes > self._max_bytes:
-            kept = [i for i in self._items if not isinstance(i, Batch | Head | Overflow)]
-            self._items = deque([*kept, Overflow()])
+            self._drop(Batch | Head | Overflow)
+            self._items.append(Overflow())
             self._entries = self._bytes = 0
         self._filled.set()
 
@@ -128,6 +127,29 @@ class Inbox:
                 return None
         item = self._items.popleft()
         if isinstance(item, Batch):
-            self._entries -= len(item.entries)
+            self._entries -= item.places
             self._bytes -= item.bytes
         return item
+
+    def check_integrity(self) -> None:
+        """Assert what must always hold."""
+        batches = [item for item in self._items if isinstance(item, Batch)]
+        assert self._entries == sum(one.places for one in batches) <= self._max_entries
+        assert self._bytes == sum(one.bytes for one in batches) <= self._max_bytes
+        for kind in (Link, Tail, Overflow, Head):
+            assert sum(isinstance(item, kind) for item in self._items) <= 1, kind
+
+    def _merged(self, head: Head) -> Head:
+        """Of several heads the last one says it all."""
+        last = next((item for item in self._items if isinstance(item, Head)), None)
+        if last is None:
+            return head
+        self._drop(Head)
+        same = last.cursor.generation == head.cursor.generation
+        cursor = max(last.cursor, head.cursor) if same else head.cursor
+        return Head(cursor, last.urgent or head.urgent)
+
+    def _drop(self, kinds: type | UnionType) -> None:
+        """Only the last word counts: a reader that sleeps must not find one for each second."""
+        if any(isinstance(item, kinds) for item in self._items):
+            self._items = deque(item for item in self._items if not isinstance(item, kinds))

@@ -94,7 +94,7 @@ class Follower:
         self._head_topic = head_topic(where.name)
         self._view = LogView(where.generation)
         self._limits = limits
-        self._inbox = Inbox(limits.follower_entries)
+        self._inbox = Inbox(limits.follower_entries, limits.follower_bytes)
         self._closed = False
         self._begun = False
         self._mqtt_up = False

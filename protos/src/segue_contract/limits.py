@@ -273,4 +273,5 @@ class ClientLimits:
     retry_pause_s: float = RETRY_PAUSE_MAX_S  # where a node does not know yet what it is asked for
     resume_timeout_s: float = 30.0  # a broken turn stream is resumed for this long without news
     follower_entries: int = FOLLOWER_QUEUE_ENTRIES
+    follower_bytes: int = FOLLOWER_QUEUE_BYTES
     beside_min_s: float = 5.0  # a gRPC stream that was opened beside MQTT stays for so long
