@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -262,6 +263,33 @@ async def test_take_over_raises_the_epoch(store: RedisStore) -> None:
     assert await texts(store) == ["a", "c"]
 
 
+async def test_one_epoch_has_one_owner(store: RedisStore) -> None:
+    """Whoever names the turn and its epoch, but not the claim that made it, is refused."""
+    t1 = await begin(store, "t1", 30.0)
+    assert (await store.append_turn(S, t1, 1, [op("a")])).status is Status.OK
+    other = replace(t1, nonce="another")
+    for first in (1, 2):
+        assert (await store.append_turn(S, other, first, [op("z")])).status is Status.STALE
+    assert (await store.append_turn(S, other, 1, [op("a")])).status is Status.STALE, "no duplicate"
+    assert (await store.renew_turn(S, other, 30.0)).status is Status.STALE
+    await store.release_turn(S, other)
+    held = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
+    assert held.status is Status.BUSY, "another one gave the lease back"
+    assert await texts(store) == ["a"]
+
+
+async def test_whoever_takes_an_older_turn_over_fences_the_later_one(store: RedisStore) -> None:
+    """Both lost their owners; that of the second one was paused and is alive."""
+    await begin(store, "t1", 0.0)
+    t2 = await begin(store, "t2", 0.0)
+    taken = await store.take_over(S, "t1", 30.0)
+    assert (taken.status, taken.epoch) == (Status.OK, 3), "the second one had fenced it"
+    stale = await store.append_turn(S, t2, 1, [op("z")])
+    assert (stale.status, stale.current_epoch) == (Status.STALE, 2)
+    assert (await store.append_turn(S, taken.hold("t1"), 1, [op("a")])).status is Status.OK
+    assert await texts(store) == ["a"]
+
+
 async def test_an_expired_lease_may_be_taken_over(store: RedisStore) -> None:
     await begin(store, "t1", 0.0)
     taken = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
@@ -396,6 +424,29 @@ async def test_dirty_until_published(store: RedisStore) -> None:
     assert await store.take_idle(10, 60.0) == []
     assert await store.take_idle(10, 0.0) == [S]
     assert await store.take_idle(10, 0.0) == []
+
+
+async def test_what_was_published_of_lost_entries_is_not_of_those_in_their_place(
+    store: RedisStore,
+) -> None:
+    me = await producer(store, S, "p", 1)
+    one = await store.append(S, me, [op("a"), op("b"), op("lost")])
+    await store.mark_published(S, Cursor(one.generation, 3))
+    assert await store.take_dirty(64, 0.0) == []
+    keys = SessionKeys.of(S)  # the next server has two of them
+    await store._wire.call(
+        ("XDEL", keys.log, f"{one.generation}-3"),
+        ("HSET", keys.meta, "tail", 2, "life", "another"),
+    )
+    two = await store.append(S, await producer(store, S, "other", 1), [op("new")])
+    assert (two.generation, two.tail) == (one.generation + 1, 3)
+    assert await store.take_dirty(64, 0.0) == [S]
+    await store.mark_published(S, Cursor(one.generation, 3))
+    assert await store.take_dirty(64, 0.0) == [S], "that was said of the earlier life"
+    await store.mark_published(S, Cursor(two.generation, 2))
+    assert await store.take_dirty(64, 0.0) == [S], "its last entry was told to nobody"
+    await store.mark_published(S, Cursor(two.generation, 3))
+    assert await store.take_dirty(64, 0.0) == []
 
 
 async def test_the_sweep_reaches_every_session_in_turn(store: RedisStore) -> None:

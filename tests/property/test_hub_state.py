@@ -74,6 +74,28 @@ def test_every_follower_sees_the_whole_log(seed: int, bound: int) -> None:
     assert hub.followed == []
 
 
+def test_what_waits_is_bounded_by_bytes_each_and_together() -> None:
+    """Large entries beyond a bound are not kept; whoever misses them reads the log."""
+
+    def large(offset: int) -> StoredEntry:
+        return StoredEntry(Cursor(1, offset), b"x" * 100)
+
+    hub = HubState(queue_bytes=250, all_bytes=350)
+    one, two = hub.join(KEY), hub.join(KEY)
+    for follower in (one, two):
+        hub.move(follower, Cursor(1, 0))
+    hub.offer(KEY, [large(offset) for offset in range(1, 6)])
+    hub.check_integrity()
+    kept = [hub.take(follower, 10_000) for follower in (one, two)]
+    assert sorted(len(entries) for entries in kept) == [1, 2]
+    assert [hub.behind(follower) for follower in (one, two)] == [Cursor(1, 5)] * 2
+    hub.move(one, Cursor(1, 5))
+    hub.move(two, Cursor(1, 5))
+    hub.offer(KEY, [large(6)])  # there is room again
+    assert [len(hub.take(follower, 10_000)) for follower in (one, two)] == [1, 1]
+    hub.check_integrity()
+
+
 def test_another_generation_makes_a_follower_read() -> None:
     hub = HubState()
     follower = hub.join(KEY)
