@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue_contract.sync.ops import Frame, Op, Set, TurnEnded, TurnStarted, Unknown, decode_op
+from segue_contract.sync.ops import (
+    Frame,
+    Op,
+    Set,
+    TurnEnded,
+    TurnStarted,
+    TurnWaiting,
+    TurnWithdrawn,
+    Unknown,
+    decode_op,
+)
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import SessionState
 from tests.sim.process import Process
@@ -112,12 +122,13 @@ class History:
             f"{session}: {place} after {last} {history.tail}",
         )
         history.tail = place[1]
+        # Each instance at which a message waits says so; who folds the log takes the first.
         world.require(
-            op.id not in history.ids,
+            op.id not in history.ids or isinstance(op, TurnWaiting | TurnWithdrawn),
             "One op is in the log twice.",
             f"{session} {op.id}: {history.ids.get(op.id)} and {place}",
         )
-        history.ids[op.id] = place
+        history.ids.setdefault(op.id, place)
         history.lineage.append(entry)
         self._check_turn(client, session, history, op)
 

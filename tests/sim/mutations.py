@@ -91,6 +91,21 @@ MUTATIONS: dict[str, Mutation] = {
         "        self._soonest_s = min(self._soonest_s, head.due_s)\n        self._forget",
         "        self._forget",
     ),
+    "the outbox gives up a turn that is refused for now": Mutation(
+        "segue_edge.turns.offline.outbox",
+        "        except _FOR_GOOD as error:\n",
+        "        except SegueError as error:\n",
+    ),
+    "the outbox forgets its file": Mutation(
+        "segue_edge.turns.offline.outbox",
+        "in journal.turns if journal is not None else []:\n",
+        "in []:\n",
+    ),
+    "a turn served offline is not put into the outbox": Mutation(
+        "segue_edge.turns.offline.outbox",
+        "            await outbox.add(turn)\n",
+        "            pass\n",
+    ),
 }
 
 

@@ -186,7 +186,8 @@ def _content(state: SessionState) -> tuple[object, ...]:
     def turn(one: TurnState) -> tuple[object, ...]:
         return one.turn, one.prompt, one.tokens, one.pieces, one.reason, one.epoch
 
-    return [turn(one) for one in state.turns], state.values, state.claims, state.results
+    turns = [turn(one) for one in state.turns]
+    return turns, state.waiting, state.values, state.claims, state.results
 
 
 def _differs(one: SessionState, other: SessionState) -> str:
