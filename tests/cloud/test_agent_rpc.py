@@ -41,6 +41,7 @@ from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import decode_pb2 as dpb
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -71,7 +72,9 @@ async def refused(call: Callable[[], Awaitable[Any]]) -> SegueError:
         await call()
     error = error_from_rpc(raised.value)
     assert error.message
-    assert error.message[:100] in (raised.value.details() or "")
+    details = (raised.value.details() or "").removesuffix("…")
+    assert details
+    assert str(error).startswith(details)
     return error
 
 
@@ -348,3 +351,25 @@ async def test_listeners_stay_on_this_machine_and_on_free_ports(cloud: CloudRpc)
     port = int(cloud.address.rpartition(":")[2])
     with pytest.raises(PortInUse):
         await start_server("127.0.0.1", port, [])
+
+
+async def test_a_hung_engine_shows_in_the_heartbeats_of_turns_that_wait_for_it(
+    valkey: Valkey, model_dir: Path
+) -> None:
+    engine = ScriptedEngine(range(100, 110), free=False)
+    async with cloud_rpc(valkey.url, model_dir, engine) as cloud:
+        await cloud.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        stalled: list[bool] = []
+        async with asyncio.timeout(WAIT_S):
+            async for event in cloud.agent.RunTurn(turn()):
+                if event.WhichOneof("kind") == "heartbeat":
+                    stalled.append(event.heartbeat.stalled)
+                    if stalled == [False]:
+                        engine.stalled = True
+                    elif stalled[-1]:
+                        facts = (await cloud.decode.Probe(dpb.ProbeRequest())).facts
+                        assert facts.stalled
+                        engine.stalled = False
+                        engine.allow(10)
+    assert stalled[0] is False
+    assert True in stalled

@@ -105,6 +105,7 @@ async def test_broken_stream_is_joined_again_at_the_same_node() -> None:
             events = await collect(turn)
     assert "".join(event.text for event in events) == REPLY == turn.text
     assert [run.from_index for run in agent.runs] == [0, 2, 4]
+    assert [run.lost for run in agent.runs] == [False, True, True]
     assert [run.plan for run in agent.runs] == ["ship", "", ""], "a cloud alone cannot force it"
     assert len({run.turn for run in agent.runs}) == 1
     assert not [event for event in events if isinstance(event, segue.Rewound)]
