@@ -10,7 +10,15 @@ from random import Random
 import pytest
 
 from segue_cloud.sessions.keys import SessionKeys, key_slot
-from segue_cloud.sessions.port import Producer, RawPage, Status, StoredEntry, TurnHold
+from segue_cloud.sessions.port import (
+    Deleted,
+    Producer,
+    RawPage,
+    SessionImport,
+    Status,
+    StoredEntry,
+    TurnHold,
+)
 from segue_cloud.sessions.store import RedisStore
 from segue_contract import limits
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
@@ -503,6 +511,15 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         assert [one.session for one in (await store.keeper.list_sessions("default", 10))[0]] == [
             "trip"
         ]
+        assert await store.keeper.delete(S) is Deleted.YES
+        assert await store.deleted([S]) == {S}
+        later = await store.keeper.latest_generation(S) + 1
+        state = SessionState(values={"n": b"v"})
+        made = SessionImport(
+            generation=later, first=1, ops=[op("a")], folded=0, state=b"", session=state, title="t"
+        )
+        assert await store.keeper.make(S, made, "nonce") == Cursor(later, 1)
+        assert await texts(store) == ["a"]
         await store.close()
 
 
