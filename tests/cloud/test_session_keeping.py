@@ -321,6 +321,11 @@ async def test_an_exported_session_comes_back_whole(
     assert [item.offset for item in await again.read(found.first)] == list(
         range(found.first + 1, made.cursor.offset + 1)
     )
+    if not compacted:  # the digest of those ops, as whoever saw all of them has it
+        original, copy = await store.tails([TRIP, SessionName("default", "again")])
+        assert original is not None
+        assert copy is not None
+        assert copy.digest == original.digest != b""
     listed = {one.session: one for one in await client.sessions()}
     assert (listed["again"].title, listed["again"].turns) == ("Hello", 1)
     # It goes on like any other: turns, appends, its turns' ids.

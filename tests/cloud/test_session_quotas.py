@@ -31,12 +31,12 @@ class Writer:
         return result
 
     async def refused(self, what: str, *ops: Op) -> None:
-        before = await self.log.tails([S])
+        before = await self.log._store.tails([S])
         with pytest.raises(QuotaExceeded) as raised:
             await self.append(*ops)
         assert raised.value.fields == {"what": what, "limit": getattr(QUOTAS, what)}
         assert raised.value.hint
-        assert await self.log.tails([S]) == before
+        assert await self.log._store.tails([S]) == before
 
 
 @pytest.fixture

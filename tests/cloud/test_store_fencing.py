@@ -11,15 +11,14 @@ import pytest
 
 from segue_cloud.sessions.keys import SessionKeys, key_slot
 from segue_cloud.sessions.port import (
-    Deleted,
     Producer,
     RawPage,
-    SessionImport,
     Status,
     StoredEntry,
     TurnHold,
 )
 from segue_cloud.sessions.store import RedisStore
+from segue_cloud.sessions.whole import Deleted, SessionImport
 from segue_contract import limits
 from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
 from segue_contract.ids import SessionName

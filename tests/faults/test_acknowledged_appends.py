@@ -21,7 +21,7 @@ async def test_no_acknowledged_append_is_missing_or_doubled(
     """(No clock has a part in it.)"""
     seed = int(os.environ.get("SEGUE_SEED") or int.from_bytes(os.urandom(4), "big"))
     print("SEGUE_SEED =", seed)
-    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine([]), compact_after=10**9) as cloud:
+    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine([]), folds=False) as cloud:
         found = await append_under_faults(cloud.address, "trip", CALLS, Random(seed))
     assert (found.missing, found.doubled, found.moved) == ([], [], [])
     assert found.acknowledged >= ACKNOWLEDGED

@@ -17,7 +17,7 @@ from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.chat import ChatTokenizer
-from segue_contract.limits import COMPACT_AFTER_ENTRIES, TurnLimits
+from segue_contract.limits import COMPACT_AFTER_BYTES, COMPACT_AFTER_ENTRIES, TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
@@ -48,19 +48,20 @@ async def cloud_rpc(
     tokenizer: ChatTokenizer | None = None,
     mqtt_url: str = "",
     limits: TurnLimits = TurnLimits(),
-    compact_after: int = COMPACT_AFTER_ENTRIES,
+    folds: bool = True,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
-    that devices follow over. `compact_after`: entries after which a log is folded."""
+    that devices follow over. `folds`: False keeps every entry of a log."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
     async with AsyncExitStack() as stack:
         publisher = None
+        after, size = (COMPACT_AFTER_ENTRIES, COMPACT_AFTER_BYTES) if folds else (2**53, 2**53)
         if mqtt_url:
             publisher = await stack.enter_async_context(Publisher(mqtt_url, store))
         log = await stack.enter_async_context(
-            SessionLog(store, publisher, compact_after=compact_after)
+            SessionLog(store, publisher, compact_after=after, compact_bytes=size)
         )
         context = manifest.geometry.context
         deps = OwnerDeps(

@@ -153,7 +153,7 @@ async def _list(report: Report, url: str, sessions: int) -> None:
 async def _acknowledged(report: Report, url: str, calls: int) -> None:
     model: Path = model_directory(DEFAULT_MODEL)
     began = time.monotonic()
-    async with cloud_rpc(url, model, ScriptedEngine([]), compact_after=10**9) as cloud:
+    async with cloud_rpc(url, model, ScriptedEngine([]), folds=False) as cloud:
         found = await append_under_faults(cloud.address, "trip", calls, Random(SEED))
     note = f"{calls} calls of three clients of one device, links cut, in "
     note += f"{time.monotonic() - began:.0f} s"

@@ -10,15 +10,9 @@ from contextlib import asynccontextmanager, contextmanager
 import msgspec
 import structlog
 
-from segue_cloud.sessions.port import (
-    Deleted,
-    PageStatus,
-    SessionImport,
-    SessionSummary,
-    Store,
-    StoredEntry,
-)
+from segue_cloud.sessions.port import PageStatus, Store, StoredEntry
 from segue_cloud.sessions.reader import LogReader
+from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
 from segue_contract.errors import (
     Overloaded,
     SegueError,

@@ -104,7 +104,7 @@ function verbs.commit(at, tail, folded, written, written_folded, nonce)
   redis.call('HSET', META, 'gen', at, 'tail', tail, 'gens', at .. ':1', 'life', life, 'pub', 0,
     'da', int(now), 'u', int(now), 'cur', '', 'lease', 0, 'stop', '', 'pe', at, 'so', folded,
     'sb', redis.call('STRLEN', SNAPSHOT), 'wb', written, 'wo', written_folded, 'im', nonce)
-  redis.pcall('PUBLISH', META, at .. ' ' .. tail)
+  redis.pcall('PUBLISH', META, at .. ' ' .. tail .. ' ' .. (redis.call('HGET', META, 'ck') or ''))
   return {'ok', tonumber(tail)}
 end
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from functools import reduce
 from importlib.resources import files
 from typing import Any
 
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
-from segue_cloud.sessions.port import Deleted, SessionImport, SessionSummary
 from segue_cloud.sessions.quota import taken
+from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
 from segue_cloud.sessions.wire import Command, Script, Wire
 from segue_contract.errors import InvalidArgument, SessionBusy, SessionNotEmpty
 from segue_contract.ids import SessionName
@@ -24,6 +25,7 @@ from segue_contract.limits import (
     MIB,
     TURN_ID_MEMORY,
 )
+from segue_contract.sync.chain import chained
 from segue_contract.sync.ops import request_digest
 from segue_contract.sync.state import Cursor
 
@@ -34,7 +36,7 @@ _AFTER = re.compile(r"(\d{1,16}):(.+)")
 
 
 class SessionKeeper:
-    """`Keeping` of `segue_cloud.sessions.port`."""
+    """`Keeping` of `segue_cloud.sessions.whole`."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -144,11 +146,14 @@ class SessionKeeper:
         """What makes a turn's id, asked for again, join that turn, and what counts for quotas."""
         turns = made.session.turns
         names, counts = taken(made.session)
-        fields: list[str | int] = [
+        fields: list[str | int | bytes] = [
             "n", len(turns), "title", made.title, "mx", max(map(len, made.ops), default=1),
         ]  # fmt: skip
         for name, count in counts.items():
             fields += [name, count]
+        # As a follower of the empty session makes it. Of what was folded nobody has a digest.
+        digest = reduce(chained, made.ops, b"")
+        fields += ["ck", digest]
         for slot in names:
             fields += [f"q:{slot}", 1]
         for turn in turns:

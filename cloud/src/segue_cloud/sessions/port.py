@@ -3,9 +3,8 @@
     Sessions   open, list, append       what devices do
     Turns      begin, take over, append what the owner of a turn does
     Reading    read, tails, changes     what the reader and the hub need
-    Keeping    list, delete, import     what is done with sessions as wholes
     Fanout     dirty, idle, published   what the publisher needs
-    Store      all of it                what `segue_cloud.log` stands on
+    Store      all of it, and `Keeping` what `segue_cloud.log` stands on
 
 All methods raise StoreUnavailable when the store does not answer within its deadline. A call that
 raised may be repeated with the same arguments: every write is idempotent.
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from segue_cloud.sessions.whole import Keeping
 from segue_contract.ids import SessionName
 from segue_contract.limits import READ_PAGE_BYTES, SessionQuotas
 from segue_contract.sync.ops import Op, decode_op, encode_op
@@ -177,16 +177,6 @@ class TurnClaim:
 
 
 @dataclass(frozen=True)
-class SessionSummary:
-    session: str
-    cursor: Cursor
-    updated_ms: int
-    title: str
-    turns: int
-    running_turn: str
-
-
-@dataclass(frozen=True)
 class TailTold:
     """The session's log goes up to `tail` now."""
 
@@ -227,82 +217,6 @@ class Changes(Protocol):
 
     async def next(self) -> TailTold | Watched | Beat:
         """The next news; waits as long as there is none."""
-        ...
-
-
-class Deleted(StrEnum):
-    YES = "yes"
-    MISSING = "missing"  # there is no session of that name
-    USED = "used"  # somebody used it lately
-
-
-@dataclass(frozen=True)
-class SessionImport:
-    """A session that is to be made as a whole.
-
-    `ops`: its entries, from the offset `first` up to `tail`; `state`: what the snapshot key holds
-    ("<generation> <offset>\\n" and the encoded state at `folded`), empty where there is none.
-    `session`: all of it, folded, its turns ended.
-    """
-
-    generation: int
-    first: int
-    ops: Sequence[bytes]
-    folded: int
-    state: bytes
-    session: SessionState
-    title: str
-
-    @property
-    def tail(self) -> int:
-        return self.first + len(self.ops) - 1
-
-
-class Keeping(Protocol):
-    """Sessions as wholes."""
-
-    async def list_sessions(
-        self, tenant: str, max_sessions: int, after: str = ""
-    ) -> tuple[list[SessionSummary], str]:
-        """A page of sessions, newest first, and the place where the next page begins ("": none).
-
-        One that is written to meanwhile moves to the front: it may come twice, or have been there.
-
-        Raises:
-            InvalidArgument: `after` is no such place.
-        """
-        ...
-
-    async def summary(self, session: SessionName) -> SessionSummary | None: ...
-
-    async def delete(self, session: SessionName, idle_s: float | None = None) -> Deleted:
-        """All keys of it, and its name in the lists; with `idle_s`, only if nobody wrote to it,
-        opened or used it for so long.
-
-        Raises:
-            SessionBusy: a turn runs in it.
-        """
-        ...
-
-    async def oldest(self, tenant: str, idle_s: float, most: int) -> list[SessionName]:
-        """Sessions that `delete` may find idle, the oldest first."""
-        ...
-
-    async def postpone(self, session: SessionName) -> None:
-        """It is in use: among the `oldest` it comes last."""
-        ...
-
-    async def latest_generation(self, session: SessionName) -> int:
-        """No log of that name had a later one, and no clock is behind it."""
-        ...
-
-    async def make(self, session: SessionName, made: SessionImport, nonce: str) -> Cursor:
-        """Write all of it where nobody looks, then let it be the session, at once.
-
-        Raises:
-            SessionNotEmpty: there is a session of that name with entries.
-            SessionBusy: one was opened meanwhile, so that the generation is no later one.
-        """
         ...
 
 
