@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
 import segue
+from segue.local.parts import Program, module_command
 from segue.testing import LocalStack
 from tests.support.devices import WAIT_S, text_in_log, watching
 from tests.support.slow_proxy import SlowProxy
@@ -189,12 +191,15 @@ async def test_the_store_stands_still_for_longer_than_a_call_waits(stack: LocalS
 
 
 async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
-    stack: LocalStack,
+    stack: LocalStack, tmp_path: Path
 ) -> None:
     """Killed in mid-reply, and out of the edge's reach until it goes on alone; meanwhile the cloud
     finishes the same turn from what the log had of it, at this temperature with other tokens."""
     async with SlowProxy(int(stack.cloud_address.rpartition(":")[2])) as link:
-        edge = await stack.add_edge("--cloud", f"127.0.0.1:{link.port}")
+        cloud = f"127.0.0.1:{link.port}"  # and no other
+        command = module_command("segue", "edge", "--port", "0", "--cloud", cloud)
+        edge = Program("cut-off-edge", command, log=tmp_path / "edge.log")
+        await edge.start()
         async with (
             segue.Client(edge.address, device="phone") as phone,
             watching(stack.cloud_address, "back-early", "laptop") as laptop,
@@ -203,7 +208,7 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
             alone = asyncio.Event()
             made_alone: list[int] = []
             rewound: list[segue.Rewound] = []
-            turn = session.run(STORY, max_tokens=220, temperature=0.8, seed=3, plan="text")
+            turn = session.run(STORY, max_tokens=220, temperature=1.5, seed=3, plan="text")
 
             def see(event: segue.events.TurnEvent) -> None:
                 if isinstance(event, segue.Frame) and event.made_by == "edge":
@@ -217,20 +222,21 @@ async def test_the_cloud_is_back_before_the_edge_has_made_the_rest_alone(
                 async for event in turn:
                     if isinstance(event, segue.Frame) and event.next_index > 20:
                         break
-                known = len(turn.text)
                 reading = asyncio.create_task(the_whole_reply(turn, see))
                 link.refuse = True
                 link.cut()
                 await stack.cloud.kill()
                 await stack.cloud.restart()
+                known = await text_in_log(stack.cloud_address, "back-early", turn.id)
+                await laptop.until_text(turn.id, len(known) + 150)  # the cloud goes on by itself
                 await asyncio.wait_for(alone.wait(), WAIT_S)
-                await laptop.until_text(turn.id, known + 150)  # the cloud goes on by itself
                 link.refuse = False
                 told = await reading
+            assert rewound, "the cloud and the edge made the same tokens at this temperature"
             print(f"rewound at {[event.index for event in rewound]} of {len(turn.tokens)} tokens")
             assert told == await text_in_log(stack.cloud_address, "back-early", turn.id)
             async with session.run(
-                STORY, max_tokens=220, temperature=0.8, seed=3, turn=turn.id
+                STORY, max_tokens=220, temperature=1.5, seed=3, turn=turn.id
             ) as again:
                 assert (await again.result()).text == told
         await edge.stop()
