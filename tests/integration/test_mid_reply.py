@@ -18,7 +18,11 @@ from tests.bench.suites._fault_house import House, Kind, house, mend, strike
 from tests.support.devices import WAIT_S, Pauses, text_in_log, watching
 from tests.support.servers import require_broker, require_valkey
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(300),  # four programs start at once, which takes minutes on a busy machine
+]
 
 STORY = "Tell me a long story about a lighthouse keeper and the sea."
 TOKENS = {"silent": 60, "planned": 120}  # a planned stop lets turns end for 2.5 s first
