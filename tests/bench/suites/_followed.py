@@ -26,6 +26,7 @@ import segue
 from segue.local.parts import Program, module_command
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
+from segue_cloud.sessions.port import LogOp, Producer
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.ids import SessionName
 from segue_contract.limits import SHUTDOWN_GRACE_S
@@ -52,9 +53,13 @@ async def followed_rows(report: Report, quick: bool) -> None:
         "of a core",
         target=None if quick else 0.05,
         better="lower",
-        note=f"{sessions} followers in this process, nothing is appended",
+        note=f"{sessions} followers in this process, each session written to before",
     )
     await _cloud_rows(report, quick, sessions)
+
+
+def _value() -> Set:
+    return Set(id="written", device="writer", name="asked", value=b"0")
 
 
 async def _hub_share(redis_url: str, mqtt_url: str, sessions: int, seconds: float) -> float:
@@ -68,6 +73,10 @@ async def _hub_share(redis_url: str, mqtt_url: str, sessions: int, seconds: floa
             await log.open_session(name)
             following = await stack.enter_async_context(log.follow(name))
             await anext(following)
+            # Written to lately, so the sweep looks at it.
+            opened = await log.open_session(name, producer="writer")
+            await log.append(name, Producer("writer", opened.epoch), [LogOp.of(_value())])
+        await asyncio.sleep(min(seconds, SHUTDOWN_GRACE_S))  # heads and marks are on their way
         before, began = time.process_time(), time.monotonic()
         await asyncio.sleep(seconds)
         return (time.process_time() - before) / (time.monotonic() - began)
