@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from random import Random
 
 import pytest
@@ -20,6 +21,7 @@ from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor
 from tests.support.producers import producer
+from tests.support.servers import stopped
 from tests.support.slow_proxy import SlowProxy
 
 S = SessionName("default", "s")
@@ -172,6 +174,17 @@ async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> No
     after, created = again.tail, again.created
     assert created
     assert after.generation > before.generation
+    await store.close()
+
+
+async def test_time_in_which_this_process_did_not_run_is_not_the_stores(valkey: Valkey) -> None:
+    """A call under way when the process is stopped: nobody can hear an answer meanwhile."""
+    store = await RedisStore.connect(valkey.url, timeout_s=0.4)
+    with stopped(valkey):
+        call = asyncio.create_task(store.open_session(S))
+        await asyncio.sleep(0.02)  # sent
+    time.sleep(1.0)  # noqa: ASYNC251 - as under SIGSTOP, or in a laptop's sleep
+    assert (await call).tail.offset == 0
     await store.close()
 
 

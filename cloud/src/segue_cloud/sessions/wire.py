@@ -184,6 +184,7 @@ class Wire:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
         pause = STORE_RETRY_S
+        stopped = False
         reason = ""
         while not self._closed:
             try:
@@ -202,7 +203,12 @@ class Wire:
                     raise Internal(f"The session store refused a command: {reason}") from error
             except (RedisError, OSError) as error:  # the connection: lost, refused, unusable
                 reason = str(error) or type(error).__name__
-            if loop.time() + pause >= deadline:
+            late_s = loop.time() - deadline
+            if late_s > self._timeout_s / 4 and not stopped:
+                # This process did not run: what the store said meanwhile was not heard.
+                stopped = True
+                deadline = loop.time() + self._timeout_s
+            elif late_s + pause >= 0:
                 break
             await self._sleep(pause)
             pause = min(pause * 2, STORE_RETRY_MAX_S)
