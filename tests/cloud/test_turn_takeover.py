@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.store import RedisStore
+from segue_cloud.turns.opening import opening_ops
 from segue_cloud.turns.recovery import recovering
 from segue_contract.errors import (
     EngineGone,
@@ -22,6 +25,7 @@ from segue_contract.limits import (
 )
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
+from segue_contract.sync.ops import encode_op
 from segue_contract.turn.events import Ended
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.turn_bench import SESSION, WAIT_S, bench_on, shown_tokens
@@ -323,3 +327,25 @@ async def test_where_nobody_takes_it_a_turn_stays_with_its_hung_engine(
         engine.stalled = False
         engine.allow(len(words))
         assert (await hung.ended(owner)).tokens == words
+
+
+async def test_a_turn_that_lost_its_session_and_got_no_end_gets_it_from_the_next_look(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    """The store fell silent behind the claim of the next turn, before the end of this one."""
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench:
+        said = opening_ops(bench.request("t2"), model="m", now_ms=0)
+        ops = [encode_op(op) for op in said]
+        store = await RedisStore.connect(valkey.url)
+        async with asyncio.timeout(WAIT_S):
+            claim = await store.begin_turn(SESSION, "t2", ops, 30.0)
+            while claim.status is Status.BUSY:  # its lease runs out
+                claim = await store.begin_turn(SESSION, "t2", ops, 30.0)
+        await store.close()
+        assert not (await bench.turn("t1")).ended
+        assert not await bench.manager.recover(SESSION), "t2 has an owner"
+        turn = await bench.turn("t1")
+        assert (turn.reason, turn.error_code) == ("error", "turn_failed")
+        assert not (await bench.turn("t2")).ended
