@@ -10,10 +10,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from segue_cloud.sessions.wire import Wire
-from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    NotLoopback,
+    Overloaded,
+    PortInUse,
+    SegueError,
+)
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.server import start_server
+from segue_contract.transport.status import error_from_rpc
 from segue_contract.urls import without_password
 from tests.support.slow_proxy import SlowProxy
 
@@ -133,3 +141,18 @@ def test_a_broker_that_wants_a_password_is_refused_not_asked_without_it(url: str
 def test_broker_addresses() -> None:
     assert parse_mqtt_url("mqtt://h") == ("h", 1883)
     assert parse_mqtt_url("mqtt://[::1]:7") == ("::1", 7)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("CLIENT: Sent message larger than max (9 vs. 8)", InvalidArgument),
+        ("SERVER: Received message larger than max (9 vs. 8)", InvalidArgument),
+        ("SERVER: Sent message larger than max (9 vs. 8)", Internal),
+        ("Too many pings", Overloaded),
+    ],
+)
+def test_a_message_beyond_grpcs_bound_is_no_lack_of_room(said: str, kind: type[SegueError]) -> None:
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, none, none, details=said)
+    assert type(error_from_rpc(error)) is kind
