@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import cast
 
 import pytest
 
+from segue_cloud.hub.feed import Followed, TailFeed
 from segue_cloud.log.session_log import SessionLog
-from segue_cloud.sessions.port import LogOp
+from segue_cloud.sessions.port import Beat, LogOp, Reading, TailTold, Watched
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.sessions.wire import Wire
+from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
@@ -131,3 +134,44 @@ async def test_what_others_append_is_seen_whatever_becomes_of_the_news(
         assert (await anext(following)).entries[-1].cursor.offset == 2
         tail = await append(elsewhere, 3)
         await until_known(log, tail)
+
+
+class BreakingLink:
+    """Fails when told to, as a link to a store that is closed."""
+
+    def __init__(self) -> None:
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.listening = asyncio.Event()
+
+    async def watch(self, sessions: Sequence[SessionName]) -> None: ...
+
+    async def forget(self, sessions: Sequence[SessionName]) -> None: ...
+
+    async def beat(self, number: int) -> None: ...
+
+    async def next(self) -> TailTold | Watched | Beat:
+        self.listening.set()
+        await self.broken
+        raise AssertionError("the link does not break without an error")
+
+
+async def test_a_feed_closes_although_its_link_breaks_just_then() -> None:
+    link = BreakingLink()
+
+    class Store:
+        @asynccontextmanager
+        async def changes(self, name: str) -> AsyncIterator[BreakingLink]:
+            yield link
+
+        async def tails(self, sessions: Sequence[SessionName]) -> list[None]:
+            return [None] * len(sessions)
+
+    feed = TailFeed(cast(Reading, Store()), cast(Followed, None))
+    async with asyncio.timeout(DEADLINE_S):
+        async with feed:
+            feed.hold(S)
+            await link.listening.wait()
+            link.broken.set_exception(StoreUnavailable("closed"))
+            # The group has heard of the error, and its tasks are not all gone yet.
+            while not any(task.cancelling() for task in asyncio.all_tasks()):  # noqa: ASYNC110
+                await asyncio.sleep(0)

@@ -69,7 +69,13 @@ def test_a_stack_for_code_without_an_event_loop(model_dir: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads(done.stdout)["checks"]
     reached = [check for check in checks if check["group"] == "reachable"]
-    assert [check["name"] for check in reached] == ["edge", "cloud", "store", "broker"]
+    assert [check["name"] for check in reached] == [
+        "edge",
+        "cloud",
+        "store",
+        "broker",
+        "one broker",
+    ]
     assert all("round trip" in check["value"] for check in reached)
     assert len(pids) == 4
     assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -70,6 +70,7 @@ class TailFeed:
         self._sent: dict[int, float] = {}  # beats on their way round, since when
         self._heard_s = -math.inf  # everything that was told before then has been heard
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def __aenter__(self) -> TailFeed:
         self._task = asyncio.create_task(self._run(), name="tail feed")
@@ -81,6 +82,7 @@ class TailFeed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -123,7 +125,8 @@ class TailFeed:
 
     async def _run(self) -> None:
         said = False
-        while True:
+        # A task group that ends with an error just then swallows the cancellation.
+        while not self._closing:
             await self._needed.wait()
             try:
                 async with self._store.changes(new_id("hub-", self._random_bytes)) as link:
@@ -143,7 +146,8 @@ class TailFeed:
             finally:
                 self._heard_s = -math.inf
                 self._table.lost()
-            await asyncio.sleep(STORE_RETRY_MAX_S)
+            if not self._closing:
+                await asyncio.sleep(STORE_RETRY_MAX_S)
 
     async def _listen(self, link: Changes) -> None:
         while True:

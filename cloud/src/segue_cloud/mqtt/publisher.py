@@ -61,6 +61,7 @@ class Publisher:
         self.url = url
         self._host, self._port = parse_mqtt_url(url)
         self._moving = asyncio.Event()
+        self._closing = False
         self._store = store
         self._retry_s = retry_s
         self._sweep_s = sweep_s
@@ -97,6 +98,7 @@ class Publisher:
         trace: TracebackType | None,
     ) -> None:
         """Send what waits, for a moment, then stop."""
+        self._closing = True
         if self.connected:
             self._outbox.hurry(self._monotonic())
             self._wake.set()
@@ -164,7 +166,8 @@ class Publisher:
 
     async def _keep_connected(self) -> None:
         said = False
-        while True:
+        # A task group that ends with an error just then swallows the cancellation.
+        while not self._closing:
             try:
                 self._moving.clear()
                 async with mqtt_client.MqttClient(
@@ -191,7 +194,8 @@ class Publisher:
                 said = True
             finally:
                 self._online.clear()
-            await asyncio.sleep(self._retry_s)
+            if not self._closing:
+                await asyncio.sleep(self._retry_s)
 
     async def _move(self) -> None:
         """Ends the link once another broker is meant."""
