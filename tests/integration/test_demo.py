@@ -76,6 +76,6 @@ def test_a_stack_for_code_without_an_event_loop(model_dir: Path) -> None:
         "broker",
         "one broker",
     ]
-    assert all("round trip" in check["value"] for check in reached)
+    assert all("round trip" in check["value"] for check in reached[:4])
     assert len(pids) == 4
     assert not any(psutil.pid_exists(pid) for pid in pids)
