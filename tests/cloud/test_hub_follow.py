@@ -126,7 +126,9 @@ async def test_a_follower_that_lost_nothing_goes_on_in_another_generation(
         async with asyncio.timeout(DEADLINE_S):
             step = await anext(following)
         assert step.snapshot is None
-        assert [one.cursor for one in step.entries] == [Cursor(first.cursor.generation + 1, 2)]
+        (entry,) = step.entries
+        assert entry.cursor.generation > first.cursor.generation
+        assert entry.cursor.offset == 2
 
 
 async def test_a_follower_is_told_what_was_lost(store: RedisStore, log: SessionLog) -> None:
@@ -144,7 +146,8 @@ async def test_a_follower_is_told_what_was_lost(store: RedisStore, log: SessionL
             step = await anext(following)
         assert step.snapshot is not None
         assert step.lost_from == 3
-        assert step.snapshot.cursor == Cursor(generation + 1, 4)
+        assert step.snapshot.cursor.generation > generation
+        assert step.snapshot.cursor.offset == 4
         assert step.snapshot.values == {"last": b"c"}
         assert (await log.state(S)).values == {"last": b"c"}, "what was folded here, too"
 

@@ -53,7 +53,8 @@ async def test_what_a_lost_tail_had_published_counts_for_nothing(store: RedisSto
     assert await store.append(S, me, [op("d")])
     (tail,) = await store.tails([S])
     assert tail is not None
-    assert tail.cursor == Cursor(done.generation + 1, 2)
+    assert tail.cursor.generation > done.generation
+    assert tail.cursor.offset == 2
     assert await store.take_dirty(10, 0.0) == [S], "nobody published the new entry"
 
 

@@ -407,7 +407,8 @@ async def test_a_state_folded_before_a_loss_is_no_snapshot(store: RedisStore) ->
     tail, _ = unpack(await store.read(S, Cursor(1, 0), 10))
     await another_life(store)
     after, _ = unpack(await store.read(S, Cursor(), 10))
-    assert after == Cursor(tail.generation + 1, 2)
+    assert after.generation > tail.generation
+    assert after.offset == 2
     # It may hold what was lost, and its offset is one that the log has by now again.
     await store.compact(S, SessionState(cursor=tail), 3, 0)
     assert await store.load_snapshot(S) is None
@@ -446,7 +447,8 @@ async def test_what_was_published_of_lost_entries_is_not_of_those_in_their_place
         ("HSET", keys.meta, "tail", 2, "life", "another"),
     )
     two = await store.append(S, await producer(store, S, "other", 1), [op("new")])
-    assert (two.generation, two.tail) == (one.generation + 1, 3)
+    assert two.generation > one.generation
+    assert two.tail == 3
     assert await store.take_dirty(64, 0.0) == [S]
     await store.mark_published(S, Cursor(one.generation, 3))
     assert await store.take_dirty(64, 0.0) == [S], "that was said of the earlier life"
@@ -500,12 +502,14 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         assert await store.load_snapshot(S) is not None
         await another_life(store)
         await store.mend(S, SessionState(cursor=tail))  # nothing is missing
-        assert (await store.open_session(S)).tail == Cursor(tail.generation + 1, 5)
+        there = (await store.open_session(S)).tail
+        assert there.generation > tail.generation
+        assert there.offset == 5
         (now,) = await store.tails([S])
         assert now is not None
-        assert now.cursor == Cursor(tail.generation + 1, 5)
+        assert now.cursor == there
         assert await store.take_idle(10, 0.0) == [], "nobody was told of the new generation"
-        await store.mark_published(S, Cursor(tail.generation + 1, 5))
+        await store.mark_published(S, there)
         assert await store.take_idle(10, 0.0) == [S]
         assert [one.session for one in (await store.keeper.list_sessions("default", 10))[0]] == [
             "trip"

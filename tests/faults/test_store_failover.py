@@ -53,7 +53,7 @@ async def test_a_fail_over_that_loses_a_tail_is_told_and_never_renumbered() -> N
                 new = Producer("new", opened.epoch)
                 first = await store.append(S, new, [op(f"new{i}").data for i in range(4)])
                 assert (first.first_offset, first.tail) == (6, 9)
-                assert first.generation == lost.generation + 1
+                assert first.generation > lost.generation
                 step = await anext(following)
                 assert step.lost_from == 6
                 assert step.snapshot is not None
@@ -95,7 +95,7 @@ async def test_a_restart_is_another_life_also_where_nothing_was_lost(tmp_path: P
         await valkey.restart()
         again = await store.append(S, me, [op("a").data])
         assert (again.status, again.first_offset) == (Status.DUP, 1)
-        assert again.generation == before.generation + 1
+        assert again.generation > before.generation
         page = await store.read(S, Cursor(before.generation, 1), 10, judged=True)
         assert (page.status.value, page.entries) == ("ok", [])
         await store.close()

@@ -86,6 +86,13 @@ local function new_generation(generation, start, life, now)
     'pub', int(math.min(tonumber(known[2] or '0'), start - 1)))
 end
 
+-- The generation after `generation` in this life of the store. A server that was promoted may never have
+-- heard of what an earlier one gave, so that counting alone would give it again: the step is of the
+-- life's own random id, and at most 2^20.
+local function next_generation(generation, life)
+  return generation + 1 + (tonumber(string.sub(life, 1, 5), 16) or 0)
+end
+
 -- {generation, tail, ...further fields}; nil where there is no session. The store's life is
 -- compared first, so nothing is done in a new one under the old generation.
 local function meta(...)
@@ -95,7 +102,7 @@ local function meta(...)
   table.remove(values, 3)
   local life = alive()
   if life ~= before then
-    generation = generation + 1
+    generation = next_generation(generation, life)
     new_generation(generation, tail + 1, life, now_ms())
     tell(generation, tail)
   end
