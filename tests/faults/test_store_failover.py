@@ -9,6 +9,7 @@ import pytest
 
 from segue.local.probes import probe_store
 from segue_cloud.log.session_log import SessionLog
+from segue_cloud.sessions.keys import SessionKeys
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable, Unreachable
@@ -99,6 +100,26 @@ async def test_a_restart_is_another_life_also_where_nothing_was_lost(tmp_path: P
         page = await store.read(S, Cursor(before.generation, 1), 10, judged=True)
         assert (page.status.value, page.entries) == ("ok", [])
         await store.close()
+
+
+async def test_two_lives_that_begin_alike_give_different_generations(tmp_path: Path) -> None:
+    """A second fail-over, to a server that never heard of what the first one's gave."""
+    given: list[int] = []
+    async with Valkey.start(directory=tmp_path) as valkey, command(valkey) as wire:
+        store = await RedisStore.connect(valkey.url, timeout_s=WAIT_S)
+        before = await store.append(S, await producer(store, S, "p", 1), [op("a").data])
+        keys = SessionKeys.of(S).all
+        copies = await wire.call(*(("DUMP", key) for key in keys))
+        for _ in range(2):
+            await wire.call(("DEL", *keys))
+            for key, copy in zip(keys, copies, strict=True):
+                if copy is not None:
+                    await wire.call(("RESTORE", key, 0, copy, "REPLACE"))
+            await valkey.restart()
+            given.append((await store.open_session(S)).tail.generation)
+        await store.close()
+    assert before.generation not in given
+    assert given[0] != given[1]
 
 
 async def test_a_store_that_evicts_is_refused_at_the_start() -> None:
