@@ -20,7 +20,7 @@ from segue_cloud.sessions.port import (
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.sessions.whole import Deleted, SessionImport
 from segue_contract import limits
-from segue_contract.errors import InvalidArgument, UnknownDevice, UnknownSession
+from segue_contract.errors import InvalidArgument, SessionBusy, UnknownDevice, UnknownSession
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.servers.ports import free_port
@@ -341,6 +341,17 @@ async def test_a_lease_that_a_clock_gave_which_was_set_back_since_is_none(
     taken = await store.take_over(S, "t1", 30.0, quiet_s=30.0)
     assert (taken.status, taken.epoch) == (Status.OK, 2)
     assert (await store.begin_turn(S, "t2", opening("t2"), 30.0)).status is Status.BUSY
+
+
+async def test_a_lease_that_holds_no_turn_keeps_no_session_from_being_deleted(
+    store: RedisStore,
+) -> None:
+    await begin(store, "t1", 300.0)  # as before: no owner asks for so much
+    assert (await store.keeper.delete(S)) is Deleted.YES
+    await store.open_session(S)
+    await begin(store, "t1", 30.0)
+    with pytest.raises(SessionBusy):
+        await store.keeper.delete(S)
 
 
 async def test_a_stop_reaches_the_owner_with_its_next_call(store: RedisStore) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from segue_cloud.sessions.cluster import read_slots, slot_of
 from segue_cloud.sessions.keys import SessionKeys, index_key, key_slot
-from segue_cloud.sessions.node import Script
+from segue_cloud.sessions.scripts import Script
 from segue_contract.ids import SessionName
 
 

@@ -2,6 +2,7 @@
 
     port      what a store does, and its values
     log.lua   every change of a session: one atomic call
+    scripts   this and the other scripts, each behind common.lua
     whole     the port's part for whole sessions
     keep.lua  whole sessions: deleted, made of an export; `keeper` calls it
     quota     what a session may hold

@@ -3,8 +3,7 @@
 -- KEYS[1] active     sorted set: "tenant:session" by the time a writer last named it, ms
 -- ARGV    verb, then its arguments
 
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now = now_ms()
 
 if ARGV[1] == 'touch' then
   redis.call('ZADD', KEYS[1], now, ARGV[2])

@@ -4,10 +4,7 @@
 --                 when the lease ends, ms
 -- ARGV    verb, then its arguments -> {url, owner, what is left of the lease, ms}; '' where none
 
-local LEASE_MAX_MS = 600000 -- a lease further ahead is of a clock that was set back since
-
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now = now_ms()
 local known = redis.call('HMGET', KEYS[1], 'url', 'owner', 'until')
 local url, owner = known[1] or '', known[2] or ''
 local left = tonumber(known[3] or '0') - now
@@ -24,5 +21,5 @@ end
 -- claim: url, owner, lease ms, url of a dead broker that it replaces or ''
 if url ~= '' and url ~= ARGV[2] and url ~= ARGV[5] then return {url, owner, left} end
 redis.call('HSET', KEYS[1], 'url', ARGV[2], 'owner', ARGV[3], 'until',
-  string.format('%.0f', now + tonumber(ARGV[4])))
+  int(now + tonumber(ARGV[4])))
 return {ARGV[2], ARGV[3], tonumber(ARGV[4])}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
 
-from segue_cloud.sessions.wire import Script, Wire
+from segue_cloud.sessions import scripts
+from segue_cloud.sessions.wire import Wire
 from segue_contract.limits import BROKER_LEASE_S
 from segue_contract.topics import BROKER_KEY
 
-BROKER = Script(files(__package__).joinpath("broker.lua").read_text())
+BROKER = scripts.load("broker.lua")
 
 
 @dataclass(frozen=True)

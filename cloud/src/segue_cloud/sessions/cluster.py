@@ -23,7 +23,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as LinkError
 
 from segue_cloud.sessions.keys import key_slot
-from segue_cloud.sessions.node import Command, Connections, NewNode, Node, elsewhere, heard
+from segue_cloud.sessions.node import Connections, NewNode, Node, elsewhere, heard
+from segue_cloud.sessions.scripts import Command
 from segue_contract.limits import SILENCE_S, STORE_LOOKUP_S
 from segue_contract.store_url import Address, StoreUrl
 

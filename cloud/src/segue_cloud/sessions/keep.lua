@@ -7,15 +7,6 @@
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
 
-local LEASE_MAX_MS = 600000 -- as in log.lua
-
-local function int(number) return string.format('%.0f', number) end
-
-local function now_ms()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-end
-
 -- {generation, offset} that a snapshot begins with
 local function snapshot_place()
   local generation, offset = string.match(redis.call('GETRANGE', SNAPSHOT, 0, 40), '^(%d+) (%d+)')
@@ -99,8 +90,7 @@ function verbs.commit(at, tail, folded, written, written_folded, nonce)
     end
   end
   local now = now_ms()
-  local info = redis.pcall('INFO', 'replication')
-  local life = type(info) == 'string' and string.match(info, 'master_replid:(%w+)') or ''
+  local life = store_life()
   redis.call('HSET', META, 'gen', at, 'tail', tail, 'gens', at .. ':1', 'life', life, 'pub', 0,
     'da', int(now), 'u', int(now), 'cur', '', 'lease', 0, 'stop', '', 'pe', at, 'so', folded,
     'sb', redis.call('STRLEN', SNAPSHOT), 'wb', written, 'wo', written_folded, 'im', nonce)

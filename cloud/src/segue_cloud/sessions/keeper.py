@@ -6,13 +6,14 @@ import re
 import time
 from collections.abc import Sequence
 from functools import reduce
-from importlib.resources import files
 from typing import Any
 
+from segue_cloud.sessions import scripts
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.quota import taken
+from segue_cloud.sessions.scripts import Command
 from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
-from segue_cloud.sessions.wire import Command, Script, Wire
+from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import InvalidArgument, SessionBusy, SessionNotEmpty
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
@@ -29,7 +30,7 @@ from segue_contract.sync.chain import chained
 from segue_contract.sync.ops import request_digest
 from segue_contract.sync.state import Cursor
 
-KEEP = Script(files(__package__).joinpath("keep.lua").read_text())
+KEEP = scripts.load("keep.lua")
 
 _STAGE_BYTES = 256 * KIB  # of one command: no other session waits longer for the store than that
 _AFTER = re.compile(r"(\d{1,16}):(.+)")

@@ -40,24 +40,13 @@ local DIGEST_CHARS = 16
 local GENERATIONS = 32 -- starts that are kept, so that a reader's cursor can be judged exactly
 local PRODUCER_KEPT_MS = 120000 -- longer than any call, with all its repetitions, may take
 local PRODUCERS_MOST = 16 -- times the bound, of those that appended so lately
-local LEASE_MAX_MS = 60000 -- a lease further ahead is of a clock that was set back since
-
--- Lua writes a number of 15 digits and more as 1e+15.
-local function int(number) return string.format('%.0f', number) end
-
-local function now_ms()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-end
 
 local replicas = 0 -- that the store has
 
--- The store's life: a server that starts, is promoted, or takes over a slot has another one.
 local function alive()
-  local info = redis.pcall('INFO', 'replication')
-  if type(info) ~= 'string' then return '' end
-  replicas = tonumber(string.match(info, 'connected_slaves:(%d+)') or '0')
-  return string.match(info, 'master_replid:(%w+)') or ''
+  local life
+  life, replicas = store_life()
+  return life
 end
 
 local function generations(text)
@@ -86,9 +75,9 @@ local function new_generation(generation, start, life, now)
     'pub', int(math.min(tonumber(known[2] or '0'), start - 1)))
 end
 
--- The generation after `generation` in this life of the store. A server that was promoted may never have
--- heard of what an earlier one gave, so that counting alone would give it again: the step is of the
--- life's own random id, and at most 2^20.
+-- The generation after `generation` in this life of the store. A server that was promoted may never
+-- have heard of what an earlier one gave, so that counting alone would give it again: the step is of
+-- the life's own random id, and at most 2^20.
 local function next_generation(generation, life)
   return generation + 1 + (tonumber(string.sub(life, 1, 5), 16) or 0)
 end

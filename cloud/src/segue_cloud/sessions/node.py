@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha1
 from typing import Any
 
 from redis.asyncio.connection import Connection, parse_url
@@ -27,10 +26,10 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as LinkError
 
+from segue_cloud.sessions.scripts import Command, Script
 from segue_contract.errors import InvalidArgument
 from segue_contract.store_url import Address, StoreUrl
 
-Command = tuple[str | bytes | int | float, ...]
 Make = Callable[[], Any]
 
 
@@ -42,17 +41,6 @@ def elsewhere(error: ResponseError) -> bool:
     return any(code in text for code in ("READONLY", "MOVED", "LOADING", "MASTERDOWN")) or (
         "read only replica" in text or "read only slave" in text
     )
-
-
-class Script:
-    """A Lua script, called by its digest."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
-
-    def call(self, keys: Sequence[str], *args: str | bytes | int | float) -> Command:
-        return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
 
 def heard(task: asyncio.Task[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from redis.exceptions import ResponseError
 
-from segue_cloud.sessions.node import Command
+from segue_cloud.sessions.scripts import Command
 from segue_contract.store_url import WaitPolicy
 
 log = structlog.get_logger("segue.sessions")

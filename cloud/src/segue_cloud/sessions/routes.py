@@ -11,7 +11,6 @@ from redis.exceptions import AskError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as LinkError
 
 from segue_cloud.sessions.node import (
-    Command,
     Connections,
     NewNode,
     Node,
@@ -19,6 +18,7 @@ from segue_cloud.sessions.node import (
     exchange,
     heard,
 )
+from segue_cloud.sessions.scripts import Command
 from segue_contract.limits import SILENCE_S, STORE_LOOKUP_S
 from segue_contract.store_url import Address, StoreUrl
 

@@ -4,8 +4,7 @@
 -- KEYS[1] running
 -- ARGV    verb, then its arguments
 
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now = now_ms()
 
 -- name: look at all of ARGV[3..] in ARGV[2] ms
 if ARGV[1] == 'name' then

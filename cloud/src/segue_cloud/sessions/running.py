@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from importlib.resources import files
 
+from segue_cloud.sessions import scripts
 from segue_cloud.sessions.keys import SessionKeys, active_shard, running_key
-from segue_cloud.sessions.wire import Command, Script, Wire
+from segue_cloud.sessions.scripts import Command
+from segue_cloud.sessions.wire import Wire
 from segue_contract.ids import SessionName
 from segue_contract.limits import ACTIVE_SHARDS, RECOVERY_SWEEP_S
 
-RUNNING = Script(files(__package__).joinpath("running.lua").read_text())
+RUNNING = scripts.load("running.lua")
 
 _HIDE_MS = int(RECOVERY_SWEEP_S * 1000)
 

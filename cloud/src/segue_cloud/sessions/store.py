@@ -7,12 +7,11 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import structlog
 
-from segue_cloud.sessions import rows
+from segue_cloud.sessions import rows, scripts
 from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
@@ -27,7 +26,8 @@ from segue_cloud.sessions.port import (
     TurnHold,
 )
 from segue_cloud.sessions.running import RUNNING, RunningTurns
-from segue_cloud.sessions.wire import Command, Script, Sleep, Wire
+from segue_cloud.sessions.scripts import Command
+from segue_cloud.sessions.wire import Sleep, Wire
 from segue_contract.errors import (
     Internal,
     InvalidArgument,
@@ -64,8 +64,8 @@ from segue_contract.sync.state import (
 
 log = structlog.get_logger("segue.sessions")
 
-_LOG = Script(files(__package__).joinpath("log.lua").read_text())
-_ACTIVE = Script(files(__package__).joinpath("active.lua").read_text())
+_LOG = scripts.load("log.lua")
+_ACTIVE = scripts.load("active.lua")
 SCRIPTS = (_LOG, _ACTIVE, RUNNING, KEEP, BROKER)
 
 

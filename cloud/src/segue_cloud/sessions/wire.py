@@ -22,9 +22,10 @@ from redis.exceptions import (
 )
 
 from segue_cloud.sessions.cluster import Cluster
-from segue_cloud.sessions.node import Command, Connections, Make, Node, Script, elsewhere
+from segue_cloud.sessions.node import Connections, Make, Node, elsewhere
 from segue_cloud.sessions.replicas import ReplicaWaits
 from segue_cloud.sessions.routes import OneServer, Route, SentinelPrimary
+from segue_cloud.sessions.scripts import Command, Script
 from segue_contract.errors import Internal, StoreUnavailable
 from segue_contract.limits import (
     CONNECT_TIMEOUT_S,
@@ -34,8 +35,6 @@ from segue_contract.limits import (
     STORE_TIMEOUT_S,
 )
 from segue_contract.store_url import StoreKind, parse_store_url
-
-__all__ = ["Command", "Script", "Sleep", "Wire"]
 
 Sleep = Callable[[float], Awaitable[None]]
 CountReplicas = Callable[[Any], int | None]
