@@ -34,17 +34,11 @@ log = structlog.get_logger("segue.hub")
 
 
 class Followed(Protocol):
-    """Who follows held sessions here, as `HubState` has it."""
-
-    def tail(self, session: SessionName) -> Cursor: ...
+    """Who follows held sessions here: the hub."""
 
     def told(self, session: SessionName, tail: Cursor) -> None: ...
 
-    def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> None: ...
-
-    async def missing(self, sessions: Sequence[SessionName]) -> None:
-        """There are no such sessions."""
-        ...
+    async def look(self, sessions: Sequence[SessionName]) -> list[LogTail | None]: ...
 
 
 class TailFeed:
@@ -177,15 +171,9 @@ class TailFeed:
                 if sessions := self._table.take_watches(HUB_POLL_SESSIONS):
                     await link.watch(sessions)
                 if looks := self._table.take_looks(HUB_POLL_SESSIONS):
-                    asked = [self._followed.tail(look.session) for look in looks]
-                    tails = await self._store.tails([look.session for look in looks])
-                    for look, tail, at in zip(looks, tails, asked, strict=True):
+                    tails = await self._followed.look([look.session for look in looks])
+                    for look, tail in zip(looks, tails, strict=True):
                         self._table.looked_up(look, tail)
-                        if tail is not None:
-                            self._followed.announce(look.session, tail.cursor, at)
-                    pairs = zip(looks, tails, strict=True)
-                    gone = [look.session for look, tail in pairs if tail is None]
-                    await self._followed.missing(gone)
 
     async def _beat(self, link: Changes) -> None:
         """Ends, with an error, where what is said here no longer comes back."""

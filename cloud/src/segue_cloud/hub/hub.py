@@ -92,22 +92,29 @@ class Hub:
 
     # -- of tails, by the feed ----------------------------------------------------------------
 
-    def tail(self, session: SessionName) -> Cursor:
-        return self._state.tail(session)
-
     def told(self, session: SessionName, tail: Cursor) -> None:
         self._wake(self._state.told(session, tail))
 
-    def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> None:
-        self._gone.discard(session)
-        self._wake(self._state.announce(session, tail, asked_at))
+    async def look(self, sessions: Sequence[SessionName]) -> list[LogTail | None]:
+        """Their tails as the store has them; followers are woken where that is news. A session that
+        the store lost is waited for: somebody may open it again.
 
-    async def missing(self, sessions: Sequence[SessionName]) -> None:
-        """They are not in the store. One that it lost is waited for: somebody may open it again."""
-        news = [one for one in sessions if one not in self._gone]
-        for session in await self._store.deleted(news):
+        Raises:
+            StoreUnavailable.
+        """
+        asked_at = [self._state.tail(session) for session in sessions]
+        tails = await self._store.tails(sessions)
+        missing: list[SessionName] = []
+        for session, tail, at in zip(sessions, tails, asked_at, strict=True):
+            if tail is not None:
+                self._gone.discard(session)
+                self._wake(self._state.announce(session, tail.cursor, at))
+            elif session not in self._gone:
+                missing.append(session)
+        for session in await self._store.deleted(missing):
             self.deleted(session)
-        self._gone.update(news)
+        self._gone.update(missing)
+        return tails
 
     # -- followers ----------------------------------------------------------------------------
 
@@ -213,9 +220,4 @@ class Hub:
         start = self._polled if self._polled < len(followed) else 0
         some = followed[start : start + HUB_POLL_SESSIONS]
         self._polled = start + len(some)
-        asked = [self._state.tail(session) for session in some]
-        tails = await self._store.tails(some)
-        for session, tail, at in zip(some, tails, asked, strict=True):
-            if tail is not None:
-                self.announce(session, tail.cursor, at)
-        await self.missing([one for one, tail in zip(some, tails, strict=True) if tail is None])
+        await self.look(some)
