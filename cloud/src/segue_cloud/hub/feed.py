@@ -29,6 +29,7 @@ from segue_contract.limits import (
     TAIL_NEWS_DELAY_S,
 )
 from segue_contract.sync.state import Cursor
+from segue_contract.transport.together import Together
 
 log = structlog.get_logger("segue.hub")
 
@@ -64,7 +65,6 @@ class TailFeed:
         self._sent: dict[int, float] = {}  # beats on their way round, since when
         self._heard_s = -math.inf  # everything that was told before then has been heard
         self._task: asyncio.Task[None] | None = None
-        self._closing = False
 
     async def __aenter__(self) -> TailFeed:
         self._task = asyncio.create_task(self._run(), name="tail feed")
@@ -76,7 +76,6 @@ class TailFeed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -119,20 +118,19 @@ class TailFeed:
 
     async def _run(self) -> None:
         said = False
-        # A task group that ends with an error just then swallows the cancellation.
-        while not self._closing:
+        while True:
             await self._needed.wait()
             try:
                 async with self._store.changes(new_id("hub-", self._random_bytes)) as link:
                     self._table.lost()
                     self._work.set()
-                    async with asyncio.TaskGroup() as group:
-                        group.create_task(self._listen(link), name="tail news")
-                        group.create_task(self._keep(link), name="tail watches")
-                        group.create_task(self._beat(link), name="tail beats")
-            except* SegueError as errors:
+                    async with Together() as tasks:
+                        tasks.start(self._listen(link), name="tail news")
+                        tasks.start(self._keep(link), name="tail watches")
+                        tasks.start(self._beat(link), name="tail beats")
+            except SegueError as error:
                 if not said:
-                    log.warning("tails_unknown", error=str(errors.exceptions[0]),
+                    log.warning("tails_unknown", error=str(error),
                                 hint="They are looked up, a few at a time.")  # fmt: skip
                 said = True
             else:
@@ -140,8 +138,7 @@ class TailFeed:
             finally:
                 self._heard_s = -math.inf
                 self._table.lost()
-            if not self._closing:
-                await asyncio.sleep(STORE_RETRY_MAX_S)
+            await asyncio.sleep(STORE_RETRY_MAX_S)
 
     async def _listen(self, link: Changes) -> None:
         while True:

@@ -34,6 +34,7 @@ from segue_contract.sync.state import Cursor
 from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
 from segue_contract.transport import mqtt_client
 from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.together import Together
 
 log = structlog.get_logger("segue.mqtt")
 
@@ -61,7 +62,6 @@ class Publisher:
         self.url = url
         self._host, self._port = parse_mqtt_url(url)
         self._moving = asyncio.Event()
-        self._closing = False
         self._store = store
         self._retry_s = retry_s
         self._sweep_s = sweep_s
@@ -98,7 +98,6 @@ class Publisher:
         trace: TracebackType | None,
     ) -> None:
         """Send what waits, for a moment, then stop."""
-        self._closing = True
         if self.connected:
             self._outbox.hurry(self._monotonic())
             self._wake.set()
@@ -166,8 +165,7 @@ class Publisher:
 
     async def _keep_connected(self) -> None:
         said = False
-        # A task group that ends with an error just then swallows the cancellation.
-        while not self._closing:
+        while True:
             try:
                 self._moving.clear()
                 async with mqtt_client.MqttClient(
@@ -183,32 +181,31 @@ class Publisher:
                     if said:
                         log.info("broker_back", host=self._host, port=self._port)
                     said = False
-                    async with asyncio.TaskGroup() as group:
-                        group.create_task(self._move(), name="mqtt move")
-                        group.create_task(_watch(client), name="mqtt watch")
-                        group.create_task(self._pump(client, group), name="mqtt pump")
-            except* (aiomqtt.MqttError, OSError, ValueError) as errors:
+                    async with Together() as tasks:
+                        tasks.start(self._move(), name="mqtt move")
+                        tasks.start(_watch(client), name="mqtt watch")
+                        tasks.start(self._pump(client, tasks), name="mqtt pump")
+            except (aiomqtt.MqttError, OSError, ValueError) as error:
                 if not said:
                     log.warning("broker_away", host=self._host, port=self._port,
-                                error=str(errors.exceptions[0]))  # fmt: skip
+                                error=str(error))  # fmt: skip
                 said = True
             finally:
                 self._online.clear()
-            if not self._closing:
-                await asyncio.sleep(self._retry_s)
+            await asyncio.sleep(self._retry_s)
 
     async def _move(self) -> None:
         """Ends the link once another broker is meant."""
         await self._moving.wait()
         raise aiomqtt.MqttError("the clouds publish through another broker now")
 
-    async def _pump(self, client: mqtt_client.MqttClient, group: asyncio.TaskGroup) -> None:
+    async def _pump(self, client: mqtt_client.MqttClient, tasks: Together) -> None:
         """Send what waits; many messages may be unacknowledged at a time, in order sent."""
         room = asyncio.Semaphore(PUBLISH_INFLIGHT)
 
         async def send(coroutine: Coroutine[Any, Any, None]) -> None:
             await room.acquire()
-            group.create_task(coroutine).add_done_callback(lambda _: room.release())
+            tasks.start(coroutine).add_done_callback(lambda _: room.release())
 
         while True:
             self._wake.clear()
