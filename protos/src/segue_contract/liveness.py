@@ -33,8 +33,8 @@ class Silence:
         return self.lost
 
 
-class StallWatch:
-    """Whether a compute thread hangs in a step; its owner looks each `STALL_LOOK_S`.
+class SameStep:
+    """For how many looks a thread has been in one and the same step.
 
     Looks are counted, as in `Silence`: a process that was stopped for a while, or a machine that
     slept, and then goes on has not hung.
@@ -44,16 +44,28 @@ class StallWatch:
         self._seen = 0.0
         self._looks = 0
 
+    def look(self, step: float) -> int:
+        """`step`: what tells the running step from others; 0 where none runs. Returns how many
+        looks after the first one found it."""
+        self._looks = self._looks + 1 if step and step == self._seen else 0
+        self._seen = step
+        return self._looks
+
+
+class StallWatch:
+    """Whether a compute thread hangs in a step; its owner looks each `STALL_LOOK_S`."""
+
+    def __init__(self) -> None:
+        self._same = SameStep()
+
     def look(self, step: float, usual_s: float) -> bool:
         """True while the running step takes much longer than such steps do.
 
         Args:
-            step: what tells the running step from others; 0 where none runs.
+            step: as in `SameStep`.
             usual_s: how long such steps take, seconds; infinite where that is not known.
         """
-        self._looks = self._looks + 1 if step and step == self._seen else 0
-        self._seen = step
-        return self._looks * STALL_LOOK_S >= max(STALL_S, STALL_FACTOR * usual_s)
+        return self._same.look(step) * STALL_LOOK_S >= max(STALL_S, STALL_FACTOR * usual_s)
 
 
 class UsualTime:
