@@ -223,8 +223,7 @@ class RedisStore:
         """As `append`, for the owner of a turn."""
         producer = Producer("", hold.epoch, first_seq)
         verb = self._append(session, producer, ops, hold, ends=ends)
-        index = [self._index(session)] if ends else []
-        return rows.append_result(await self._write(session, *index, verb, waits=ends))
+        return rows.append_result(await self._write(session, verb, listed=ends, waits=ends))
 
     async def begin_turn(
         self,
@@ -243,7 +242,7 @@ class RedisStore:
             session, "begin", turn, int(lease_s * 1000), self._turn_ids, title, nonce, digest,
             int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
         )  # fmt: skip
-        row = await self._write(session, self._index(session), verb, waits=True)
+        row = await self._write(session, verb, listed=True, waits=True)
         return rows.claim(row[:-1], nonce)
 
     async def wait_turn(
@@ -455,26 +454,32 @@ class RedisStore:
         verb = self._log(session, "take", turn, lease_ms, mode, nonce, quiet_ms)
         return rows.claim((await self._write(session, verb, waits=True))[:-1], nonce)
 
-    async def _write(self, session: SessionName, *commands: Command, waits: bool = False) -> Any:
-        """The last one's reply. The session is named active first, where that is not fresh.
+    async def _write(
+        self, session: SessionName, verb: Command, *, listed: bool = False, waits: bool = False
+    ) -> Any:
+        """The reply of `verb`. The session is named active first, where that is not fresh.
 
         So the sweep finds whatever a writer leaves behind that dies after its append, without a
-        command more for every append and without a script across Cluster slots. With `waits` the
-        store's replicas are waited for: see `replicas.py`.
+        command more for every append and without a script across Cluster slots. The list of
+        sessions learns of the write then, too; with `listed` in any case. With `waits` the store's
+        replicas are waited for: see `replicas.py`.
         """
-        count = rows.replicas if waits else None
+        commands = [verb]
         now = self._monotonic()
         named = self._named.get(session)
-        if named is not None and now - named < ACTIVE_REFRESH_S:
-            return (await self._wire.call(*commands, replicas=count))[-1]
-        shard = active_key(active_shard(session))
-        touch = _ACTIVE.call((shard,), "touch", str(session))
-        index = self._index(session)
-        reply = (await self._wire.call(touch, index, *commands, replicas=count))[-1]
-        self._named[session] = now
-        self._named.move_to_end(session)
-        while len(self._named) > SESSION_CACHE:
-            self._named.popitem(last=False)
+        fresh = named is not None and now - named < ACTIVE_REFRESH_S
+        if listed or not fresh:
+            commands.insert(0, self._index(session))
+        if not fresh:
+            shard = active_key(active_shard(session))
+            commands.insert(0, _ACTIVE.call((shard,), "touch", str(session)))
+        count = rows.replicas if waits else None
+        reply = (await self._wire.call(*commands, replicas=count))[-1]
+        if not fresh:
+            self._named[session] = now
+            self._named.move_to_end(session)
+            while len(self._named) > SESSION_CACHE:
+                self._named.popitem(last=False)
         return reply
 
     def _index(self, session: SessionName, condition: str = "XX") -> Command:
