@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from segue_contract.errors import BadSampling, EmptyPrompt, InvalidArgument, PromptTooLong
+from segue_contract.ids import check_id
 from segue_contract.limits import (
     MAX_NEW_TOKENS,
     MAX_PROMPT_BYTES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
+    MAX_TAILS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
 )
@@ -123,6 +125,17 @@ def check_run(prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[s
     check_prompt(prompt)
     check_sampling_values(sampling, max_tokens)
     check_stop(stop)
+
+
+def check_tails(device: str, sessions: Sequence[str]) -> None:
+    """Of a `Tails` request. Raises InvalidArgument where there are more than are answered at once,
+    or the device's name cannot be one."""
+    if len(sessions) > MAX_TAILS:
+        raise InvalidArgument(
+            f"{len(sessions)} sessions were named; {MAX_TAILS} are answered at once.",
+            hint="Ask for them in several calls.",
+        )
+    check_id(device, "device")
 
 
 def _is_int(value: object) -> bool:

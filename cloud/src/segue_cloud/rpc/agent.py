@@ -17,6 +17,7 @@ from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.turns.manager import TurnManager
+from segue_contract.checks import check_tails
 from segue_contract.errors import (
     InvalidArgument,
     OutcomeUnknown,
@@ -31,7 +32,6 @@ from segue_contract.limits import (
     MAX_APPEND_OPS,
     MAX_COUNT,
     MAX_READ_ENTRIES,
-    MAX_TAILS,
     TURN_HEARTBEAT_S,
 )
 from segue_contract.plan import Shape
@@ -247,12 +247,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         )
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
-        if len(request.sessions) > MAX_TAILS:
-            raise InvalidArgument(
-                f"{len(request.sessions)} sessions were named; {MAX_TAILS} are answered at once.",
-                hint="Ask for them in several calls.",
-            )
-        check_id(request.device, "device")
+        check_tails(request.device, request.sessions)
         sessions = [self._named(session) for session in request.sessions]
         tails = await self._log.tails(sessions)
         missing = [one for one, tail in zip(sessions, tails, strict=True) if tail is None]

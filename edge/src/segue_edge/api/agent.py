@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import InvalidArgument, OutcomeUnknown, StaleEpoch, Unreachable
+from segue_contract.checks import check_tails
+from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
 from segue_contract.ids import check_id
-from segue_contract.limits import EXPORT_TIMEOUT_S, MAX_TAILS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -202,12 +203,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
-        check_id(request.device, "device")
-        if len(request.sessions) > MAX_TAILS:
-            raise InvalidArgument(
-                f"{len(request.sessions)} sessions were named; {MAX_TAILS} are answered at once.",
-                hint="Ask for them in several calls.",
-            )
+        check_tails(request.device, request.sessions)
         return await self._tails.tails(request.sessions)
 
     async def _ask_tails(self, request: pb.TailsRequest) -> pb.TailsReply:
