@@ -25,10 +25,9 @@ MAX_SESSIONS_LISTED: Final = 1000
 MAX_COUNT: Final = 2**53 - 1  # of numbers from outside: what Lua and JSON count exactly
 
 # -- messages ---------------------------------------------------------------------------------
-MAX_ERROR_TEXT_BYTES: Final = (
-    1000  # of an error's message, and of its hint. It travels in a header:
-)
-MAX_ERROR_FIELD_BYTES: Final = 200  # gRPC takes 8 KiB of them, and binary ones grow by a third
+# Of an error, which travels in a header: gRPC takes 8 KiB of them, and binary ones grow by a third.
+MAX_ERROR_TEXT_BYTES: Final = 1000  # its message, and its hint
+MAX_ERROR_FIELD_BYTES: Final = 200
 MAX_ERROR_FIELDS: Final = 8
 MAX_GRPC_MESSAGE_BYTES: Final = 8 * MIB  # a snapshot of a full context with its text fits
 KV_PART_BYTES: Final = 256 * KIB  # best loopback goodput lies between 64 KiB and 768 KiB
@@ -94,7 +93,7 @@ STORE_WAIT_MS: Final = 100  # for replicas at a turn's lease and end; longer del
 STORE_WAIT_MAX_MS: Final = 1000  # with a round trip below SILENCE_S, after which a call is repeated
 STORE_WAIT_MAX_REPLICAS: Final = 16  # more than any primary has; a typing error
 STORE_LOOKUP_S: Final = 0.5  # to ask where the store's primary is; who is slower is not heard
-TURN_LEASE_S: Final = 2.5  # an owner renews it with every append and every quarter of it
+TURN_LEASE_S: Final = 2.5  # renewed with every append, else as `TurnLimits.renew_s` says
 LOST_OWNER_LOOKS: Final = 8  # at such a lease, each LOST_OWNER_PAUSE_S; then it runs out anyway
 LOST_OWNER_PAUSE_S: Final = 0.2
 RECOVERY_SWEEP_S: Final = 0.5  # with the lease: the longest that an orphaned turn lies still
@@ -206,9 +205,7 @@ TAIL_BEAT_S: Final = 0.25  # a listener to the store's changes hears itself at t
 TAIL_FRESH_S: Final = 0.5  # what is known of tails is told others while it is no older than this
 TAIL_IDLE_S: Final = 10.0  # a tail that nobody asked for so long is not watched any more
 MAX_WATCHED_TAILS: Final = 65_536  # of one instance; the store is asked for any others
-TAIL_NEWS_DELAY_S: Final = (
-    0.005  # news of what this process appends come here with the append itself
-)
+TAIL_NEWS_DELAY_S: Final = 0.005  # what this process appends comes with the append itself
 HEAD_DELAY_S: Final = 0.1  # a head goes out once its session was quiet for this long
 HEAD_MAX_DELAY_S: Final = 1.0  # or after this long while it is not; below DIRTY_AFTER_S
 PUBLISH_INFLIGHT: Final = 128  # unacknowledged MQTT messages of one publisher
@@ -264,6 +261,11 @@ class TurnLimits:
     # KV began and stopped: then the cloud recomputes. A part takes this long on a link of 26 kB/s,
     # and so may a chunk's prefill on a slow edge.
     kv_stall_s: float = 10.0
+
+    @property
+    def renew_s(self) -> float:
+        """An owner that appends nothing renews its lease this often."""
+        return self.lease_s / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

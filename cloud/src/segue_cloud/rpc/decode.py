@@ -132,7 +132,6 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             intake,
             self._engine,
             attached=attached,
-            from_index=0,
             limits=self._manager.limits,
         )
         opened = dpb.Opened(

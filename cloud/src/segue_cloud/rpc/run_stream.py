@@ -37,14 +37,12 @@ class RunStream:
         engine: Engine,
         *,
         attached: bool,
-        from_index: int,
         limits: TurnLimits = TurnLimits(),
     ) -> None:
         self._owner = owner
         self._intake = intake
         self._engine = engine
         self._attached = attached
-        self._from_index = from_index
         self._limits = limits
         self._replies: asyncio.Queue[dpb.RunReply | None] = asyncio.Queue(TURN_EVENT_QUEUE)
 
@@ -157,7 +155,7 @@ class RunStream:
 
     async def _relay(self) -> None:
         """Frames that the edge made itself come back as a durability notice."""
-        async for event in self._owner.feed.read(self._from_index):
+        async for event in self._owner.feed.read():
             reply = self._reply_of(event)
             if reply is not None:
                 await self._replies.put(reply)

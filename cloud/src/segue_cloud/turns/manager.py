@@ -175,7 +175,7 @@ class TurnManager:
         """Hold a turn for the edge that began it, for a while."""
         hold = TurnHold(request.turn, begun.epoch, begun.nonce)
         limits = self.limits
-        looks = max(1, math.ceil(limits.open_timeout_s / (limits.lease_s / 4)))
+        looks = max(1, math.ceil(limits.open_timeout_s / limits.renew_s))
         for _ in range(looks):
             await asyncio.sleep(limits.open_timeout_s / looks)
             if request.name not in self._begun:

@@ -142,7 +142,7 @@ class TurnWriter:
 
     async def _wait_or_renew(self) -> None:
         try:
-            async with asyncio.timeout(self._lease_s / 4):
+            async with asyncio.timeout(self._limits.renew_s):
                 await self._wake.wait()
             self._wake.clear()
         except TimeoutError:
@@ -163,7 +163,7 @@ class TurnWriter:
         if self._offers == 1:
             log.warning("turn_offered", turn=self._key.turn)
             await self._call(lambda: self._log.release_turn(self._key.session, self._key.hold))
-        return self._offers * self._lease_s / 4 < self._limits.stall_offer_s
+        return self._offers * self._limits.renew_s < self._limits.stall_offer_s
 
     async def _flush(self) -> None:
         upto = len(self._all)

@@ -77,7 +77,7 @@ def from_reply(reply: dpb.RunReply) -> TurnEvent | None:
     """The event in a reply of `Decode.Run`; None where it says something else.
 
     Raises:
-        InvalidArgument: the peer sent an event that is none.
+        InvalidArgument: the fields of the event cannot be right.
     """
     match reply.WhichOneof("kind"):
         case "frame":
