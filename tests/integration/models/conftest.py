@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,13 +28,19 @@ class Home:
     def start(
         self, *arguments: str, limit: Callable[[], None] | None = None
     ) -> subprocess.Popen[str]:
+        def prepare() -> None:
+            # A shell that runs the tests in the background has it ignored, and so would the build.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if limit is not None:
+                limit()
+
         return subprocess.Popen(
             [sys.executable, "-m", "segue", "model", *arguments],
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=limit,
+            preexec_fn=prepare,
         )
 
     def run(self, *arguments: str, limit: Callable[[], None] | None = None) -> tuple[int, str]:
