@@ -17,11 +17,12 @@ from segue_contract.errors import (
     Overloaded,
     PortInUse,
     SegueError,
+    Unreachable,
 )
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.server import start_server
-from segue_contract.transport.status import error_from_rpc
+from segue_contract.transport.status import ERROR_KEY, error_from_rpc
 from segue_contract.urls import without_password
 from tests.support.slow_proxy import SlowProxy
 
@@ -156,3 +157,22 @@ def test_a_message_beyond_grpcs_bound_is_no_lack_of_room(said: str, kind: type[S
     none = grpc.aio.Metadata()
     error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, none, none, details=said)
     assert type(error_from_rpc(error)) is kind
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Internal error from Core",  # a write that was under way as the stream broke
+        "Received RST_STREAM with error code 2",
+    ],
+)
+def test_a_stream_that_broke_is_a_peer_out_of_reach(said: str) -> None:
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, none, none, details=said)
+    assert type(error_from_rpc(error)) is Unreachable
+
+
+def test_an_internal_error_of_a_node_stays_one() -> None:
+    own = grpc.aio.Metadata((ERROR_KEY, Internal("A fault.").to_bytes()))
+    error = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), own, details="x")
+    assert type(error_from_rpc(error)) is Internal

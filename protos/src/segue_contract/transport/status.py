@@ -32,6 +32,9 @@ _BARE: dict[grpc.StatusCode, type[SegueError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.CANCELLED: Unreachable,
+    # a stream that was reset, or a write that failed as its stream broke: gRPC then says so instead
+    # of the peer's status. An internal error of a node of ours is typed.
+    grpc.StatusCode.INTERNAL: Unreachable,
 }
 
 # What gRPC itself says of a message beyond the bound: no lack of room, and no use in trying again.
