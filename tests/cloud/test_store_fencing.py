@@ -499,11 +499,11 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         await store.check_device(S, "phone")
         t1 = await begin(store, "t1", 30.0)
         assert (await store.append_turn(S, t1, 1, [op("a")])).status is Status.OK
-        await store.take_over(S, "t1", 30.0)
-        fence = await store.fence_turn(S, "t1")
-        await store.renew_turn(S, fence.hold("t1"), 30.0)
+        taken = await store.take_over(S, "t1", 30.0)
+        assert (await store.fence_turn(S, "t1")).status is Status.BUSY
+        await store.renew_turn(S, taken.hold("t1"), 30.0)
         assert await store.request_stop(S) == "t1"
-        await store.append_turn(S, fence.hold("t1"), 1, [op("b")], ends=True)
+        await store.append_turn(S, taken.hold("t1"), 1, [op("b")], ends=True)
         done = await store.append(S, await producer(store, S, "phone", 1), [op("c")])
         assert done.tail == 5
         tail = Cursor(done.generation, done.tail)
@@ -512,7 +512,7 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         await store.compact(S, SessionState(cursor=tail), 5, 0)
         assert await store.load_snapshot(S) is not None
         await another_life(store)
-        await store.mend(S, SessionState(cursor=tail))  # nothing is missing
+        await store.mend(S, SessionState(cursor=tail), [])  # nothing is missing
         there = (await store.open_session(S)).tail
         assert there.generation > tail.generation
         assert there.offset == 5

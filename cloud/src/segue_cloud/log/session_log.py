@@ -318,13 +318,15 @@ class SessionLog:
             return  # somebody ended it meanwhile
         # Nothing comes after the fence: a reader that is told fewer tokens would take some back.
         known = find_turn(await self.state(session), turn)
+        if known is None:
+            return  # the log has lost it
         end = TurnEnded(
             id=f"{turn}.abandoned.{fence.epoch}",
             at_ms=self._now_ms(),
             turn=turn,
             epoch=fence.epoch,
             reason="error",
-            usage=Usage(completion_tokens=len(known.tokens) if known is not None else 0),
+            usage=Usage(completion_tokens=len(known.tokens)),
             error_code="turn_failed",
             error_message="The node that ran this turn went away.",
         )

@@ -16,7 +16,7 @@ from segue_cloud.rpc.convert import (
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.sessions.port import LogOp, Producer, Status
-from segue_cloud.turns.manager import TurnManager
+from segue_cloud.turns.manager import Begun, TurnManager
 from segue_contract.checks import check_tails
 from segue_contract.errors import (
     InvalidArgument,
@@ -126,28 +126,29 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         await self._log.check_device(asked.session, asked.device)
         if request.must_exist:
             await self._check_known(asked.session, asked.turn)
-        _, owner = await self._manager.run(asked)
+        begun, owner = await self._manager.run(asked)
         if owner is not None:
             async for event in owner.feed.read(request.from_index):
                 yield event
             return
         if request.lost:
             self._manager.succeed(asked.session, asked.turn)
-        async for event in self._join(asked.session, asked.turn, request.from_index):
+        async for event in self._join(asked.session, asked.turn, request.from_index, begun):
             yield event
 
     async def _check_known(self, session: SessionName, turn: str) -> None:
         if find_turn(await self._log.state(session), turn) is None:
-            raise UnknownTurn(
-                f"Session {session.session} has no turn {turn}.",
-                hint="The edge that served it may still have to deliver it.",
-                turn=turn,
-            )
+            hint = "The edge that served it may still have to deliver it."
+            raise _unknown_turn(session, turn, hint)
 
     async def _join(
-        self, session: SessionName, turn: str, from_index: int
+        self, session: SessionName, turn: str, from_index: int, begun: Begun
     ) -> AsyncIterator[TurnEvent]:
-        """A turn that began earlier: here, in another instance, or long ago."""
+        """A turn that began earlier: here, in another instance, or long ago.
+
+        Raises:
+            UnknownTurn: its id was used, and the log has nothing of it (any more).
+        """
         await self._manager.recover(session)
         owner = self._manager.owned(session, turn)
         if owner is not None:
@@ -156,6 +157,9 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             return
         state = await self._log.state(session)
         known = find_turn(state, turn)
+        same_log = state.cursor.generation == begun.cursor.generation
+        if known is None and begun.ended and same_log:
+            raise _unknown_turn(session, turn, "The store lost what the log had of it.")
         if known is not None and known.ended:
             for event in turn_events(known, from_index):
                 yield event
@@ -280,6 +284,10 @@ def _device_ops(ops: Sequence[bytes]) -> list[LogOp]:
                 hint="Turns are written by whoever runs them; use RunTurn.",
             )
     return read
+
+
+def _unknown_turn(session: SessionName, turn: str, hint: str) -> UnknownTurn:
+    return UnknownTurn(f"Session {session.session} has no turn {turn}.", hint=hint, turn=turn)
 
 
 def _unknown(session: SessionName) -> UnknownSession:

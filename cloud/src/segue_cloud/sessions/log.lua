@@ -31,7 +31,7 @@
 -- any remembered op is that of its run's first one plus the distance.
 --
 -- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN DEL, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
--- ZCARD ZCOUNT ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
+-- ZCARD ZCOUNT ZRANGE ZRANGEBYSCORE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
@@ -228,15 +228,19 @@ local function last_entry()
   return last and place(last[1], '-') or {0, 0}
 end
 
--- The first offset that is neither in the snapshot nor in the log; nil where all is there.
+-- The first and the last offset that are neither in the snapshot nor in the log; nil where all is
+-- there.
 local function hole(tail)
   local so = tonumber(redis.call('HGET', META, 'so') or '0')
-  if so > 0 and redis.call('EXISTS', SNAPSHOT) == 0 then return 1 end
-  if tail <= so then return nil end
-  local first = redis.call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
-  if not first or place(first[1], '-')[2] > so + 1 then return so + 1 end
+  local folded = so > 0 and redis.call('EXISTS', SNAPSHOT) == 0
+  if tail <= so and not folded then return nil end
+  local entry = redis.call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
+  local first = entry and place(entry[1], '-')[2] or tail + 1
+  local from = folded and 1 or so + 1
+  if first > from then return from, first - 1 end
   local last = last_entry()[2]
-  return last < tail and last + 1 or nil
+  if last < tail then return last + 1, tail end
+  return nil
 end
 
 -- Which generations the entries that are left belong to, where meta forgot it. O(log), once.
@@ -546,6 +550,9 @@ function verbs.take(turn, lease_ms, mode, nonce, quiet_ms)
     return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
   local busy = held(current, known[4], now)
+  if mode == 'fence' and current == turn then -- nobody took its session from it
+    return {'busy', epoch, generation, tail, 1, 0, current, 0}
+  end
   if mode == 'quiet' then
     busy = busy and now < tonumber(known[4]) - tonumber(lease_ms) + tonumber(quiet_ms)
   end
@@ -679,16 +686,35 @@ function verbs.compact(generation, offset, keep_from, written, state)
   return {'ok'}
 end
 
--- generation and offset of the tail, state of what is left up to there -> {status}: the log goes on
--- behind a hole, under another generation. Only a hole that is found here again counts, and only a
--- state that no entry came behind: it would be in neither.
-function verbs.mend(generation, offset, state)
-  local known = meta('wb')
+-- As if `turn` had never begun: the log has lost its beginning.
+local function unknow(turn, current)
+  redis.call('HDEL', META, 't:' .. turn, 'x:' .. turn, 'd:' .. turn)
+  redis.call('ZREM', TURNS, turn)
+  if current == turn then redis.call('HSET', META, 'cur', '', 'lease', 0, 'stop', '') end
+end
+
+-- generation and offset of the tail, state of what is left up to there, "turn,..." that are not in
+-- it for want of their beginning, "turn,..." in it without an end, the one of these that is the last
+-- turn of all or "" -> {status}: the log goes on behind a hole, under another generation. Only a hole
+-- that is found here again counts, and only a state that no entry came behind: it would be in
+-- neither.
+function verbs.mend(generation, offset, state, headless, endless, last)
+  local known = meta('wb', 'cur')
   if not known then return {'missing'} end
-  local missing = hole(known[2])
+  local missing, upto = hole(known[2])
   if tonumber(generation) ~= known[1] or tonumber(offset) ~= known[2] or not missing then
     return {'stale'}
   end
+  for _, turn in ipairs(redis.call('ZRANGEBYSCORE', TURNS, int(missing), int(upto))) do
+    unknow(turn, known[4])
+  end
+  for turn in string.gmatch(headless, '[^,]+') do unknow(turn, known[4]) end
+  for turn in string.gmatch(endless, '[^,]+') do
+    local ended, nonce = turn_flags(turn)
+    if ended then redis.call('HSET', META, 'x:' .. turn, '0|' .. nonce) end
+  end
+  -- Whoever has room finishes it, once nobody holds the session.
+  if last ~= '' and redis.call('HGET', META, 'cur') == '' then hold(last, 0, now_ms()) end
   new_generation(known[1] + 1, missing, alive(), now_ms())
   tell(known[1] + 1, known[2])
   redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)

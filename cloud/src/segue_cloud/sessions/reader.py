@@ -19,11 +19,21 @@ from segue_contract.limits import (
     SESSION_CACHE,
     SESSION_CACHE_BYTES,
 )
-from segue_contract.sync.ops import Op
+from segue_contract.sync.ops import (
+    Frame,
+    Op,
+    ToolCall,
+    TurnEnded,
+    TurnStarted,
+    Usage,
+    decode_op,
+)
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 log = structlog.get_logger("segue.sessions")
+
+_LATER = (TurnStarted, Frame, ToolCall, TurnEnded)  # what a turn has after its message
 
 
 @dataclass(frozen=True)
@@ -198,17 +208,36 @@ class LogReader:
                 replica.apply_op(*_parts(entry))
 
     async def _mend(self, session: SessionName, replica: Replica, page: RawPage) -> None:
-        """Entries are gone from the store. What is left of them is folded, and goes on."""
+        """Entries are gone from the store. What is left of them is folded, and goes on.
+
+        Of a turn whose beginning is gone nothing is left: nobody could tell what was asked. One
+        that has its end and not all of its tokens is not over.
+        """
+        headless: dict[str, None] = {}
         entries = page.entries
         while entries:
             for entry in entries:
-                op = entry.op
-                replica.load_cursor(Cursor(entry.cursor.generation, entry.cursor.offset - 1))
-                replica.apply_op(entry.cursor.generation, entry.cursor.offset, op)
+                at, op = entry.cursor, entry.value or decode_op(entry.op)
+                replica.load_cursor(Cursor(at.generation, at.offset - 1))
+                if isinstance(op, _LATER) and replica.turn(op.turn) is None:
+                    headless[op.turn] = None
+                    replica.load_cursor(at)
+                else:
+                    replica.apply_op(at.generation, at.offset, op)
             entries = (await self._store.read(session, replica.cursor, MAX_READ_ENTRIES)).entries
         replica.load_cursor(page.tail)
+        turns = [_without_false_end(turn) for turn in replica.state.turns]
+        left = msgspec.structs.replace(replica.state, turns=turns)
         log.error("entries_missing", session=session.session, tail=page.tail.offset)
-        await self._store.mend(session, replica.state)
+        await self._store.mend(session, left, headless)
+
+
+def _without_false_end(turn: TurnState) -> TurnState:
+    if not turn.ended or turn.usage.completion_tokens <= len(turn.tokens):
+        return turn
+    return msgspec.structs.replace(
+        turn, reason="", usage=Usage(), plan=b"", error_code="", error_message=""
+    )
 
 
 def _parts(entry: StoredEntry) -> tuple[int, int, Op | bytes]:

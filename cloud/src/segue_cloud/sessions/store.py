@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -292,12 +292,17 @@ class RedisStore:
             )
         )  # fmt: skip
 
-    async def mend(self, session: SessionName, state: SessionState) -> None:
+    async def mend(
+        self, session: SessionName, state: SessionState, headless: Iterable[str]
+    ) -> None:
+        endless = [turn.turn for turn in state.turns if not turn.ended]
+        last = state.turns[-1].turn if state.turns and not state.turns[-1].ended else ""
         await self._wire.call(
             self._log(
-                session, "mend", state.cursor.generation, state.cursor.offset, encode_state(state)
+                session, "mend", state.cursor.generation, state.cursor.offset,
+                encode_state(state), ",".join(headless), ",".join(endless), last,
             )
-        )
+        )  # fmt: skip
 
     # -- reading ------------------------------------------------------------------------------
 

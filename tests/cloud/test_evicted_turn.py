@@ -1,0 +1,130 @@
+"""A store that evicts takes a turn's entries away and keeps what it knows of the turn's id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from segue_cloud.log.session_log import SessionLog
+from segue_cloud.sessions.keys import SessionKeys
+from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.store import RedisStore
+from segue_contract.errors import UnknownTurn
+from segue_contract.ids import SessionName
+from segue_contract.servers import Valkey
+from segue_contract.sync.ops import Frame, Op, TurnEnded, TurnStarted, Usage, UserMessage
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
+from tests.support.cloud_rpc import cloud_rpc
+from tests.support.scripted_engine import ScriptedEngine
+
+S = SessionName("default", "trip")
+WAIT_S = 20.0
+
+
+def opening(turn: str) -> list[Op]:
+    return [
+        UserMessage(id=f"{turn}.user", turn=turn, text="Hello"),
+        TurnStarted(id=f"{turn}.started", turn=turn, epoch=1, max_tokens=9),
+    ]
+
+
+def frame(index: int) -> Frame:
+    return Frame(id=f"t1.{index}", turn="t1", epoch=1, index=index, tokens=(7,), pieces=("a",))
+
+
+END = TurnEnded(id="t1.ended", turn="t1", epoch=1, reason="stop", usage=Usage(completion_tokens=2))
+
+
+@pytest.fixture
+async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
+    store = await RedisStore.connect(valkey.url)
+    await store.open_session(S, device="phone")
+    yield store
+    await store.close()
+
+
+async def evict(store: RedisStore, key: str) -> None:
+    await store._wire.call(("DEL", getattr(SessionKeys.of(S), key)))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_turn_whose_beginning_is_gone_begins_again(store: RedisStore, ended: bool) -> None:
+    """Else its id would be known, and whoever asks for it be told nothing, for ever."""
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0, digest="d")
+    await log.append_turn(S, claim.hold("t1"), 1, [frame(0), frame(1)])
+    await evict(store, "log")
+    if ended:
+        await log.append_turn(S, claim.hold("t1"), 3, [END], ends=True)
+    fresh = SessionLog(store)
+    assert not (await fresh.state(S)).turns, "nothing says what was asked"
+    again = await fresh.begin_turn(S, "t1", opening("t1"), 60.0, digest="d")
+    assert (again.status, again.known) == (Status.OK, False)
+    await fresh.append_turn(S, again.hold("t1"), 1, [frame(0), frame(1), END], ends=True)
+    (turn,) = (await fresh.state(S)).turns
+    assert (turn.prompt, turn.tokens, turn.reason) == ("Hello", [7, 7], "stop")
+
+
+async def test_a_turn_whose_end_is_gone_goes_on(store: RedisStore) -> None:
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0)
+    await log.append_turn(S, claim.hold("t1"), 1, [frame(0)])
+    state, written = await log._reader.folded(S)
+    await store.compact(S, state, state.cursor.offset + 1, written)
+    await log.append_turn(S, claim.hold("t1"), 2, [frame(1), END], ends=True)
+    await evict(store, "log")
+    fresh = SessionLog(store)
+    (turn,) = (await fresh.state(S)).turns
+    assert (turn.tokens, turn.reason) == ([7], "")
+    taken = await fresh.take_over(S, "t1", 60.0, quiet_s=60.0)  # as for an orphan
+    assert taken.status is Status.OK
+    result = await fresh.append_turn(S, taken.hold("t1"), 1, [frame(1), END], ends=True)
+    assert result.status is Status.OK
+
+
+async def test_an_end_that_came_without_its_tokens_is_none(store: RedisStore) -> None:
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0)
+    state, written = await log._reader.folded(S)
+    await store.compact(S, state, state.cursor.offset + 1, written)
+    await log.append_turn(S, claim.hold("t1"), 1, [frame(0), frame(1)])
+    await evict(store, "log")
+    await log.append_turn(S, claim.hold("t1"), 3, [END], ends=True)
+    (turn,) = (await SessionLog(store).state(S)).turns
+    assert (turn.tokens, turn.reason) == ([], "")
+
+
+async def test_a_turn_that_holds_its_session_is_not_abandoned(store: RedisStore) -> None:
+    """However the log looks that an instance has read."""
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0)
+    await log.end_abandoned(S, "t1")
+    result = await log.append_turn(S, claim.hold("t1"), 1, [frame(0)])
+    assert result.status is Status.OK
+    (turn,) = (await log.state(S)).turns
+    assert not turn.ended
+
+
+async def test_a_turn_of_which_nothing_is_left_is_told_so(valkey: Valkey, model_dir: Path) -> None:
+    """Where the store forgot when it began, too, so that it cannot know that it is gone."""
+    request = pb.RunTurnRequest(
+        session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=3
+    )
+    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine(range(100, 110))) as cloud:
+        await cloud.agent.OpenSession(pb.OpenSessionRequest(session="trip", device="phone"))
+        async with asyncio.timeout(WAIT_S):
+            assert [event async for event in cloud.agent.RunTurn(request)]
+        store = await RedisStore.connect(valkey.url)
+        for key in ("log", "turns"):
+            await evict(store, key)
+        await store.close()
+    async with cloud_rpc(valkey.url, model_dir, ScriptedEngine(range(100, 110))) as cloud:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async with asyncio.timeout(WAIT_S):
+                assert not [event async for event in cloud.agent.RunTurn(request)]
+    assert isinstance(error_from_rpc(raised.value), UnknownTurn)
