@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 
 import pytest
 
-from segue_contract.transport.together import Together
+from segue_contract.transport.together import Together, end
 
 
 async def fail(after: asyncio.Event, error: Exception) -> None:
@@ -97,3 +98,46 @@ async def test_a_cancellation_comes_through_whenever_it_comes(late: int) -> None
     await asyncio.wait({task}, timeout=5)
     assert task.cancelled(), "it went on"
     assert next(rounds) == 1
+
+
+async def slow_to_end(go_on: asyncio.Event, ended: list[str]) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+        ended.append("slow")
+
+
+async def test_who_ends_tasks_may_be_cancelled_itself() -> None:
+    go_on, ended = asyncio.Event(), list[str]()
+    tasks = [asyncio.create_task(slow_to_end(go_on, ended)) for _ in range(2)]
+    await asyncio.sleep(0)
+
+    async def close() -> None:
+        await end(*tasks)
+        ended.append("went on")
+
+    closing = asyncio.create_task(close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.sleep(0)
+    assert not closing.done()
+    go_on.set()
+    await asyncio.wait({closing}, timeout=5)
+    assert closing.cancelled()
+    assert ended == ["slow", "slow"]
+
+
+async def test_tasks_end_however_they_do() -> None:
+    async def fails() -> None:
+        raise ValueError
+
+    failed, over = asyncio.create_task(fails()), asyncio.create_task(asyncio.sleep(0))
+    await asyncio.wait({failed, over})
+    late = asyncio.create_task(wait_long([], "a"))
+    await end(failed, over, late)
+    assert (failed.done(), over.done(), late.cancelled()) == (True, True, True)
+    assert isinstance(failed.exception(), ValueError)
+    await end()

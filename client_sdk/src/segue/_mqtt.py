@@ -24,6 +24,7 @@ from segue_contract.limits import (
 )
 from segue_contract.transport import mqtt_client
 from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.together import end
 
 
 class Sink(Protocol):
@@ -89,8 +90,7 @@ class Broker:
         # a connection being made ends in a thread, and is better waited for than abandoned
         done, _ = await asyncio.wait({task}, timeout=SUBSCRIBE_TIMEOUT_S)
         if not done:
-            task.cancel()
-            await asyncio.wait({task})
+            await end(task)
 
     async def _run(self) -> None:
         while not self._stopping.is_set():
@@ -129,9 +129,7 @@ class Broker:
             if pump.done():
                 pump.result()
         finally:
-            for task in (pump, stopping):
-                task.cancel()
-            await asyncio.gather(pump, stopping, return_exceptions=True)
+            await end(pump, stopping)
 
     async def _subscribe(self, mqtt: mqtt_client.MqttClient, topics: Sequence[str]) -> bool:
         try:

@@ -29,6 +29,7 @@ from segue_contract.limits import (
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.heartbeat import answered
 from segue_contract.transport.status import ERROR_KEY, error_from_rpc
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -280,8 +281,7 @@ class Nodes:
         self._closed = True
         for node in self._nodes:
             if node.reviving is not None:
-                node.reviving.cancel()
-                await asyncio.gather(node.reviving, return_exceptions=True)
+                await end(node.reviving)
             await self._disconnect(node)
 
 

@@ -17,6 +17,7 @@ from segue._nodes import Nodes
 from segue_contract.errors import SegueError
 from segue_contract.limits import MAX_TAILS, TAILS_INTERVAL_S
 from segue_contract.sync.state import Cursor
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2 as pb
 
 
@@ -63,8 +64,7 @@ class Tails:
     async def close(self) -> None:
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end(task)
 
     async def _run(self) -> None:
         while True:

@@ -49,6 +49,7 @@ from segue_contract.limits import (
 from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.topics import decode_head, decode_log_message, head_topic, log_topic
 from segue_contract.transport.heartbeat import EOF, Listening
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -339,8 +340,7 @@ class Follower:
         task, self._stream = self._stream, None
         self._stream_number += 1
         if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+            await end(task)
 
     async def _pump_stream(self, number: int) -> None:
         """Put what `Attach` brings into the inbox, until it ends one way or another."""

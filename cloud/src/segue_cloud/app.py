@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import os
 import threading
@@ -40,6 +39,7 @@ from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs, without_password
 from segue_contract.transport.process import stop_requested
 from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 
 log = structlog.get_logger("segue.cloud")
@@ -68,8 +68,7 @@ async def serve(settings: CloudSettings) -> None:
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            await end(starting)
             return
         cloud = starting.result()
         _print_ready(cloud, time.monotonic() - began)
@@ -121,9 +120,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         tokenizer = ChatTokenizer.load(directory, manifest)
         engine = await loading
     except BaseException:
-        loading.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await loading
+        await end(loading)
         raise
     stack.push_async_callback(engine.close)
     deps = OwnerDeps(

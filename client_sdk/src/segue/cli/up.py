@@ -23,6 +23,7 @@ from segue.errors import SegueError
 from segue.events import SessionInfo
 from segue.local.parts import Part, Program, Server
 from segue.local.stack import LocalStack
+from segue_contract.transport.together import end
 from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
@@ -75,8 +76,7 @@ async def _serve(stack: LocalStack, view: StartView, console: Console) -> None:
         try:
             crashed = await stack.wait_crash()
         finally:
-            live.cancel()
-            await asyncio.wait({live})
+            await end(live)
     finally:
         words = "The rest is being stopped" if crashed else "Stopping"
         with console.status(f"{words} ..."):

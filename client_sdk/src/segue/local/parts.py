@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from segue.local.ready import Ready, parse_news, parse_ready, readable
 from segue_contract.errors import DeadlineExceeded, Internal, StartFailed
 from segue_contract.limits import SHUTDOWN_GRACE_S, START_TIMEOUT_S
 from segue_contract.servers import Broker, ChildProcess, Valkey
+from segue_contract.transport.together import end
 
 _HINT_LINES = 8
 
@@ -107,9 +107,7 @@ class Part(ABC):
 
     async def _end_watch(self) -> None:
         if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await end(self._watch)
             self._watch = None
 
 

@@ -19,6 +19,7 @@ from segue_contract.limits import RPC_TIMEOUT_S, TURN_TIMEOUT_S
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.servers import ChildProcess
 from segue_contract.sync.state import SessionState, TurnState
+from segue_contract.transport.together import end
 
 SESSION = "trip"
 KILL_AFTER_TOKENS = 48  # well inside the reply, and enough tokens to speak of a p99
@@ -170,8 +171,7 @@ async def play(node: str, watcher: Watcher, script: Script, start_s: float) -> D
             )
             first = await _first_turn(node, session, phone, laptop, watcher, script)
         finally:
-            following.cancel()
-            await asyncio.wait({following})
+            await end(following)
         second = await _second_turn(node, session, phone, laptop, watcher, script)
     return DemoNumbers(
         turns=[first.numbers, second.numbers],

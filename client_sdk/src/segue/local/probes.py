@@ -16,6 +16,7 @@ from segue_contract.topics import BROKER_KEY, ROOT
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
+from segue_contract.transport.together import end
 
 ROUNDS = 20
 TIMEOUT_S = 3.0
@@ -156,5 +157,5 @@ async def _echoes(client: aiomqtt.Client, topic: str) -> list[float]:
             if len(times) == ROUNDS:
                 break
     finally:
-        publishing.cancel()
+        await end(publishing)
     return times

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from segue.local.parts import Part, Program, Server, module_command
-from segue_contract.errors import InvalidArgument, SegueError, StartFailed
+from segue_contract.errors import InvalidArgument, StartFailed
 from segue_contract.limits import START_TIMEOUT_S
 from segue_contract.servers import Broker, Valkey
 from segue_contract.servers.ports import check_free, free_port
+from segue_contract.transport.together import Together, end
 
 T = TypeVar("T")
 
@@ -170,9 +171,7 @@ class LocalStack:
                 raise self.crash_error(crashing.result())
             return working.result()
         finally:
-            for task in (working, crashing):
-                task.cancel()
-            await asyncio.wait({working, crashing})
+            await end(working, crashing)
 
     async def add_edge(self, *args: str) -> Program:
         """Start one more edge node, with further arguments; it stops with the stack."""
@@ -297,17 +296,7 @@ def _environment() -> dict[str, str]:
 
 
 async def together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all jobs at once; the first error of ours ends the others and is raised alone."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
-    except BaseExceptionGroup as errors:
-        ours, _ = errors.split(SegueError)
-        raise _first(ours or errors) from None
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    """Run all jobs at once; the first error ends the others and is raised."""
+    async with Together() as tasks:
+        for job in jobs:
+            tasks.start(job)

@@ -29,7 +29,7 @@ from segue_contract.limits import (
     TAIL_NEWS_DELAY_S,
 )
 from segue_contract.sync.state import Cursor
-from segue_contract.transport.together import Together
+from segue_contract.transport.together import Together, end
 
 log = structlog.get_logger("segue.hub")
 
@@ -77,8 +77,7 @@ class TailFeed:
         trace: TracebackType | None,
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     @property
     def fresh(self) -> bool:

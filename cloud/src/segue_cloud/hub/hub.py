@@ -27,6 +27,7 @@ from segue_contract.limits import (
     MAX_READ_ENTRIES,
 )
 from segue_contract.sync.state import Cursor, SessionState
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.hub")
 
@@ -74,8 +75,7 @@ class Hub:
         trace: TracebackType | None,
     ) -> None:
         if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+            await end(self._poller)
         await self._feed.__aexit__(kind, error, trace)
 
     @property

@@ -29,6 +29,7 @@ from segue_contract.limits import (
 from segue_contract.sync.export import Export, ExportHead, ExportReader, ExportWriter
 from segue_contract.sync.ops import Op, TurnEnded, TurnWithdrawn, encode_op
 from segue_contract.sync.state import Cursor, SessionState, encode_state
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.log")
 
@@ -262,5 +263,4 @@ async def expiring(
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end(task)

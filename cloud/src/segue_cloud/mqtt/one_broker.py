@@ -16,6 +16,7 @@ from segue_cloud.sessions.broker import BrokerRecord, KnownBroker
 from segue_contract.errors import OtherBroker, SegueError
 from segue_contract.limits import CONNECT_ATTEMPT_S
 from segue_contract.transport.mqtt import canonical_mqtt_url, parse_mqtt_url
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.mqtt")
 
@@ -62,8 +63,7 @@ class OneBroker:
         trace: TracebackType | None,
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         if self._owner:
             try:
                 await self._record.release(self._url, self._owner)

@@ -47,6 +47,7 @@ from segue_contract.limits import (
 )
 from segue_contract.plan import Shape, encode_plan
 from segue_contract.sync.ops import Frame, TurnEnded, Usage
+from segue_contract.transport.together import end
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import MadeBy, Reason, Started
 from segue_contract.turn.from_log import op_ended, op_frame
@@ -223,9 +224,7 @@ class TurnOwner:
         try:
             await asyncio.wait({writing, producing}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():  # it ends first only by failing
-                producing.cancel()
-                with contextlib.suppress(asyncio.CancelledError, SegueError):
-                    await producing
+                await end(producing)
                 writing.result()
                 raise Internal("The log writer of a running turn returned early.")
             reason, error = self._reason_of(producing)
@@ -259,8 +258,7 @@ class TurnOwner:
             if await done_within({making}, TURN_TIMEOUT_S, looks=TURN_LOOKS):
                 return making.result()
         finally:
-            making.cancel()
-            await asyncio.gather(making, return_exceptions=True)
+            await end(making)
         raise DeadlineExceeded(
             f"The turn took longer than {TURN_TIMEOUT_S:.0f} s.", hint="Ask for fewer tokens."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,6 +16,7 @@ from segue_contract.limits import (
     RECOVERY_SWEEP_S,
     RUNNING_REFRESH_S,
 )
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.turns")
 
@@ -36,9 +36,7 @@ async def recovering(
     try:
         yield
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await end(task)
 
 
 async def _sweep(

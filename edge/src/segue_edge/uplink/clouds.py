@@ -22,6 +22,7 @@ from segue_contract.limits import (
 )
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.planner.estimators import CloudView
@@ -295,8 +296,8 @@ class CloudSet:
             self._returned.set()
 
     async def close(self) -> None:
-        if self._prober is not None:
-            self._prober.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._prober
-        await asyncio.gather(*(cloud.close() for cloud in self.clouds.values()))
+        try:
+            if self._prober is not None:
+                await end(self._prober)
+        finally:
+            await asyncio.gather(*(cloud.close() for cloud in self.clouds.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -14,6 +13,7 @@ from segue_contract.kv.frame import encode_frames
 from segue_contract.kv.layout import KvBlock
 from segue_contract.kv.steps import codec_named
 from segue_contract.limits import UPLINK_QUEUE_BLOCKS
+from segue_contract.transport.together import end
 from segue_edge.uplink.stream import TurnStream
 
 Array = NDArray[Any]
@@ -81,9 +81,7 @@ class KvSender:
                 self.sent_bytes += len(data)
             await encoding
         finally:
-            encoding.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await encoding
+            await end(encoding)
 
     async def _encode_all(self, have: int, encoded: asyncio.Queue[bytes | None]) -> None:
         loop = asyncio.get_running_loop()

@@ -7,7 +7,6 @@ before it takes the next piece of KV.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -20,6 +19,7 @@ from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import KV_PART_BYTES, MAX_NEW_TOKENS, TURN_HEARTBEAT_S, TURN_SILENCE_S
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.uplink.clouds import Cloud
@@ -62,10 +62,10 @@ class TurnStream:
         trace: TracebackType | None,
     ) -> None:
         assert self._writer is not None
-        self._writer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._writer
-        self._call.cancel()
+        try:
+            await end(self._writer)
+        finally:
+            self._call.cancel()
 
     def control(self, message: dpb.RunRequest) -> None:
         """Queue a small message; it overtakes KV that is not being written yet.

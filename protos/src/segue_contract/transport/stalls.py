@@ -11,6 +11,7 @@ import structlog
 from segue_contract.errors import Overloaded
 from segue_contract.limits import STALL_LOOK_S, STALL_S
 from segue_contract.liveness import StallWatch
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.stalls")
 
@@ -59,17 +60,14 @@ class StallMonitor:
                 retry_after_s=STALL_S,
             )
         finally:
-            working.cancel()
-            hung.cancel()
-            await asyncio.gather(working, hung, return_exceptions=True)
+            await end(working, hung)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._look_on(), name=f"watch {self._what}")
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def _look_on(self) -> None:
         while True:

@@ -8,6 +8,28 @@ from types import TracebackType
 from typing import Any
 
 
+async def end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and return when all have ended, however they did: asyncio tells of an error that
+    nobody takes out of one.
+
+    A cancellation of the caller comes through, once they have ended. (To suppress CancelledError
+    around `await task` swallows it, so that whoever cancelled the caller waits for ever.)
+    """
+    cancelled: asyncio.CancelledError | None = None
+    left = set(tasks)
+    for task in left:
+        task.cancel()
+    while left:
+        try:
+            _, left = await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            for task in left:
+                task.cancel()
+    if cancelled is not None:
+        raise cancelled
+
+
 class Together:
     """`async with Together() as tasks:` starts some. Its end waits for all of them, also for those
     that one of them started. Where one fails the others are cancelled and its error is raised.
@@ -42,10 +64,7 @@ class Together:
             if error is None and (self._tasks or self._over.done()):
                 await self._over
         finally:
-            left = list(self._tasks)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            await end(*self._tasks)
             if self._over.done() and not self._over.cancelled():
                 self._over.exception()  # seen: the body's own error is raised
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 
 import structlog
@@ -11,6 +10,7 @@ import structlog
 from segue_contract.errors import SegueError
 from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.limits import WARM_QUEUE_TURNS
+from segue_contract.transport.together import end
 from segue_edge.compute import ComputeThread, Priority
 from segue_edge.prefill.chunks import SMALL_CHUNK
 from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCachePort
@@ -64,9 +64,7 @@ class Warmer:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
 
     async def _run(self) -> None:
         while True:

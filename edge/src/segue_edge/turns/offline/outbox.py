@@ -26,6 +26,7 @@ from segue_contract.limits import (
     OUTBOX_TURNS,
     PROBE_INTERVAL_S,
 )
+from segue_contract.transport.together import end
 from segue_edge.turns.offline.journal import Journal
 from segue_edge.turns.offline.turn import OfflineTurn
 
@@ -257,16 +258,16 @@ class Outbox:
             log.error("outbox_not_written", turn=turn.asked.turn, error=str(error))
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        if len(self):
-            event = "offline_turns_lost" if self._journal is None else "offline_turns_kept"
-            log.warning(event, turns=len(self))
-        if self._journal is not None:
-            async with self._disk:
-                await asyncio.to_thread(self._journal.close)
+        try:
+            if self._task is not None:
+                await end(self._task)
+        finally:
+            if len(self):
+                event = "offline_turns_lost" if self._journal is None else "offline_turns_kept"
+                log.warning(event, turns=len(self))
+            if self._journal is not None:
+                async with self._disk:
+                    await asyncio.to_thread(self._journal.close)
 
 
 def _waiting() -> Overloaded:

@@ -1,0 +1,258 @@
+"""The queues of offline turns: order, refusals, places, cancellations, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    ModelMismatch,
+    Overloaded,
+    QuotaExceeded,
+    StaleEpoch,
+)
+from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
+from segue_contract.turn.events import Reason
+from segue_edge.turns.offline.journal import Journal
+from segue_edge.turns.offline.outbox import Outbox
+from segue_edge.turns.offline.turn import OfflineTurn
+from tests.support.offline_turns import SHOWN, keep, offline, said
+
+
+async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
+    faults = iter([ValueError("a fault of ours"), Overloaded("Full."), None])
+
+    async def fail(_: OfflineTurn) -> None:
+        error = next(faults)
+        if error is not None:
+            raise error
+
+    outbox = Outbox(fail)
+    await keep(outbox, offline())
+    assert not await outbox.flush()
+    assert not await outbox.flush()
+    assert len(outbox) == 1
+    assert await outbox.flush()
+    assert len(outbox) == 0
+
+
+async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> None:
+    passing = (Internal("A fault."), StaleEpoch("Not here."), ModelMismatch("Other weights."))
+    errors = iter([*passing, QuotaExceeded("The session is full."), None])
+    refused: list[str] = []
+
+    async def fail(_: OfflineTurn) -> None:
+        error = next(errors)
+        if error is not None:
+            raise error
+
+    outbox = Outbox(fail, refused=lambda turn: refused.append(turn.asked.turn))
+    await keep(outbox, said("t1"), replace(said("t2"), follows="t1"))
+    for _ in passing:
+        with pytest.raises(Overloaded):
+            await outbox.settle("trip")
+    waiting = asyncio.create_task(outbox.settled("trip", "t1"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await outbox.settle("trip")
+    await asyncio.wait_for(waiting, 10)
+    assert (refused, len(outbox)) == (["t1"], 0)
+    found = outbox.find("trip", "t1")
+    assert found is not None
+    assert isinstance(found.refused, QuotaExceeded)
+    assert outbox.find("trip", "t2") is None
+
+
+async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+
+    async def refuse(_: OfflineTurn) -> None:
+        raise QuotaExceeded("The session is full.", hint="Begin another.")
+
+    outbox = Outbox(refuse, Journal(path))
+    names = [f"t{number}" for number in range(OUTBOX_REFUSED_KEPT + 3)]
+    await keep(outbox, *(said(name) for name in names))
+    assert await outbox.flush()
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    assert len(again) == 0
+    assert [turn.asked.turn for turn in again.refused] == names[3:]
+    (first, *_) = again.refused
+    assert first.refused is not None
+    assert (first.refused.code, str(first.refused)) == (
+        "quota_exceeded",
+        "The session is full. Begin another.",
+    )
+    assert first.tokens == SHOWN
+    await again.close()
+
+
+async def test_who_settles_a_session_may_be_cancelled_at_any_time(tmp_path: Path) -> None:
+    class Slow(Journal):
+        def remove(self, number: int) -> None:
+            loop.call_soon_threadsafe(removing.set)
+            go_on.wait(10)
+            super().remove(number)
+
+    loop, removing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    delivered: list[str] = []
+
+    async def deliver(turn: OfflineTurn) -> None:
+        delivered.append(turn.asked.turn)
+
+    outbox = Outbox(deliver, Slow(tmp_path / "outbox"))
+    await keep(outbox, said("t1"))
+    settling = asyncio.create_task(outbox.settle("trip"))
+    await asyncio.wait_for(removing.wait(), 10)
+    await asyncio.wait_for(outbox.settled("trip", "t1"), 10)
+    settling.cancel()
+    go_on.set()
+    await asyncio.gather(settling, return_exceptions=True)
+    assert not outbox.holds("trip")
+    await keep(outbox, said("t2"))
+    await outbox.settle("trip")
+    assert delivered == ["t1", "t2"]
+    assert (outbox.holds("trip"), len(outbox)) == (False, 0)
+    await outbox.close()
+
+
+async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+
+    async def refuse(turn: OfflineTurn) -> None:
+        if turn.asked.turn != "t1":
+            raise Overloaded("Full.")
+        raise QuotaExceeded("The session is full.")
+
+    outbox = Outbox(refuse, Journal(path))
+    await keep(outbox, replace(said("t1"), follows="t0"), replace(said("t2"), follows="t1"))
+    assert not await outbox.flush()
+    await keep(outbox, replace(said("t3"), follows="t1"))  # it had begun before the refusal
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    for box in (outbox, again):
+        kept = box.find("trip", "t2")
+        assert kept is not None
+        assert (kept.follows, kept.refused) == ("t0", None)
+        late = box.find("trip", "t3")
+        assert late is not None
+        assert late.follows == "t0"
+    await again.close()
+
+
+async def test_what_could_not_be_delivered_is_tried_again() -> None:
+    done, tries = asyncio.Event(), []
+
+    async def second_time(turn: OfflineTurn) -> None:
+        tries.append(turn)
+        if len(tries) == 1:
+            raise ValueError("a fault of ours")
+        done.set()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    outbox = Outbox(second_time, retry_s=0.01)
+    await keep(outbox, offline())
+    outbox.start(never)
+    await asyncio.wait_for(done.wait(), 10)
+    await outbox.close()
+    assert len(tries) == 2
+
+
+async def test_sessions_do_not_wait_for_each_other_and_each_keeps_its_order() -> None:
+    delivered: list[str] = []
+    stuck = asyncio.Event()
+
+    async def deliver(turn: OfflineTurn) -> None:
+        if turn.asked.session == "busy":
+            await stuck.wait()
+        delivered.append(turn.asked.turn)
+
+    outbox = Outbox(deliver)
+    await keep(outbox, said("b1", "busy"), said("t1"), said("t2"), said("t3"))
+    flushing = asyncio.create_task(outbox.flush())
+    await outbox.settle("trip")
+    assert delivered == ["t1", "t2", "t3"]
+    assert (outbox.holds("trip"), outbox.holds("busy")) == (False, True)
+    stuck.set()
+    assert await flushing
+
+
+async def test_a_place_is_reserved_before_it_is_needed() -> None:
+    async def deliver(_: OfflineTurn) -> None:
+        raise Overloaded("Full.")
+
+    outbox = Outbox(deliver)
+    rooms = [outbox.reserve() for _ in range(OUTBOX_TURNS)]
+    with pytest.raises(Overloaded):
+        outbox.reserve()
+    rooms[0].free()
+    rooms[0].free()
+    kept = outbox.reserve()
+    with pytest.raises(Overloaded):
+        outbox.reserve()
+    await kept.keep(offline())
+    await rooms[1].keep(offline())
+    assert len(outbox) == 2
+
+
+async def test_a_restart_loses_none_and_keeps_the_order(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "edge.outbox"
+    delivered: list[OfflineTurn] = []
+
+    async def away(_: OfflineTurn) -> None:
+        raise Overloaded("Full.")
+
+    async def deliver(turn: OfflineTurn) -> None:
+        delivered.append(turn)
+
+    first = Outbox(away, Journal(path))
+    await keep(first, said("t1"), said("t2"), said("t3"))
+    with pytest.raises(InvalidArgument, match="Another edge"):
+        Journal(path)
+    await first.close()
+    second = Outbox(deliver, Journal(path))
+    assert len(second) == 3
+    assert await second.flush()
+    await second.close()
+    assert [turn.asked.turn for turn in delivered] == ["t1", "t2", "t3"]
+    assert (delivered[0].tokens, delivered[0].reason) == (SHOWN, Reason.STOP)
+    third = Journal(path)
+    assert third.turns == []
+    third.close()
+
+
+async def test_who_closes_may_be_cancelled_while_a_delivery_ends(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+    delivering, ending, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def deliver(_: OfflineTurn) -> None:
+        delivering.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            await go_on.wait()
+
+    async def at_once() -> None:
+        pass
+
+    outbox = Outbox(deliver, Journal(path))
+    await keep(outbox, offline())
+    outbox.start(at_once)
+    await asyncio.wait_for(delivering.wait(), 10)
+    closing = asyncio.create_task(outbox.close())
+    await asyncio.wait_for(ending.wait(), 10)
+    closing.cancel()
+    await asyncio.wait({closing}, timeout=10)
+    assert closing.cancelled()
+    again = Journal(path)  # the file was closed, too
+    assert len(again.turns) == 1
+    again.close()
