@@ -12,11 +12,18 @@ from pathlib import Path
 import pytest
 
 import segue
-from segue_contract.errors import TurnConflict, TurnFailed, UnknownTurn
+from segue_contract.errors import (
+    SessionDeleted,
+    TurnConflict,
+    TurnFailed,
+    UnknownTurn,
+    Unreachable,
+)
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.sync.branches import branches
 from segue_contract.sync.state import SessionState
+from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.node import EdgeNode
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
 from tests.support.edge_node import Device, device_of, edge_node
@@ -161,6 +168,25 @@ async def test_what_the_log_refuses_for_good_is_told_and_the_rest_goes_on(here: 
     prompt = here.cloud.tokenizer.decode(here.cloud.engine.turns[-1].prompt)
     assert "And then?" in prompt
     assert "And now?" not in prompt
+
+
+async def test_a_session_that_was_deleted_meanwhile_stays_deleted(here: Place) -> None:
+    here.go_offline()
+    first = await said_offline(here, "t1", "And now?")
+    second = await said_offline(here, "t2", "And then?")
+    await here.direct.call("DeleteSession", pb.DeleteSessionRequest(session="trip"))
+    here.come_back()
+    for turn in (first, second):
+        (told,) = await settle(turn)
+        assert isinstance(told, segue.Ended)
+        assert told.error is not None
+        assert told.error.fields["code"] == "session_deleted"
+    with pytest.raises(SessionDeleted):
+        await here.state()
+    assert [turn.asked.turn for turn in here.edge.outbox.refused] == ["t1", "t2"]
+    here.go_offline()  # nor does it go on at the edge alone
+    with pytest.raises(Unreachable):
+        await here.phone.open()
 
 
 async def test_a_refusal_outlives_a_restart(valkey: Valkey, tmp_path: Path) -> None:

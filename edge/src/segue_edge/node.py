@@ -20,6 +20,7 @@ import structlog
 
 from segue_contract.chat import ChatTokenizer
 from segue_contract.cpus import available_cpus
+from segue_contract.errors import SessionDeleted
 from segue_contract.ids import new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.limits import MIB
@@ -238,7 +239,10 @@ class EdgeNode:
     def _on_refused(self, offline: OfflineTurn) -> None:
         """The log will never have it: it is told from the outbox, and in no prompt to come."""
         session, turn = offline.asked.key
-        self.histories.of(session).delivered(turn, as_shown=False)
+        if isinstance(offline.refused, SessionDeleted):
+            self.histories.forget(session)
+        else:
+            self.histories.of(session).delivered(turn, as_shown=False)
         self.registry.forget(session, turn)
 
     def _retry_after_s(self) -> float:

@@ -15,6 +15,7 @@ from segue_contract.errors import (
     InvalidArgument,
     NotFound,
     SessionBusy,
+    SessionDeleted,
     UnknownDevice,
     UnknownSession,
     Unreachable,
@@ -64,6 +65,7 @@ class Delivery:
         know (any more) is opened there first: what was said is not dropped for that.
 
         Raises:
+            SessionDeleted: somebody deleted the session, and it stays deleted.
             SegueError: retryable ones leave the turn in the outbox.
         """
         session = offline.asked.session
@@ -91,8 +93,10 @@ class Delivery:
         """Begin may wait for the session's running turn; what follows has `RPC_TIMEOUT_S`."""
         try:
             reply = await self._begin(cloud, offline)
-        except (UnknownDevice, UnknownSession):
-            await _open_session(cloud, offline)
+        except SessionDeleted:
+            raise
+        except (UnknownDevice, UnknownSession) as error:
+            await _open_session(cloud, offline, there=isinstance(error, UnknownDevice))
             reply = await self._begin(cloud, offline)
         async with asyncio.timeout(RPC_TIMEOUT_S):
             if reply.joined:
@@ -191,9 +195,11 @@ def _shown(offline: OfflineTurn) -> Merger:
     return merger
 
 
-async def _open_session(cloud: Cloud, offline: OfflineTurn) -> None:
+async def _open_session(cloud: Cloud, offline: OfflineTurn, *, there: bool) -> None:
     request = offline.asked.request
-    opening = pb.OpenSessionRequest(session=request.session, device=request.device)
+    opening = pb.OpenSessionRequest(
+        session=request.session, device=request.device, must_exist=there
+    )
     try:
         await cloud.agent.OpenSession(opening, timeout=RPC_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:

@@ -17,6 +17,7 @@ from segue_contract.errors import (
     Overloaded,
     QuotaExceeded,
     SegueError,
+    SessionDeleted,
     TurnCancelled,
     TurnConflict,
 )
@@ -36,8 +37,8 @@ log = structlog.get_logger("segue.outbox")
 Deliver = Callable[[OfflineTurn], Awaitable[None]]
 Refused = Callable[[OfflineTurn], None]
 
-# What a log says of the turn itself, and will say again. Any other error may pass.
-_FOR_GOOD = (InvalidArgument, QuotaExceeded, TurnCancelled, TurnConflict)
+# What a log says of the turn or its session, and will say again. Any other error may pass.
+_FOR_GOOD = (InvalidArgument, QuotaExceeded, SessionDeleted, TurnCancelled, TurnConflict)
 
 
 class Room:
