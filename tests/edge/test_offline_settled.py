@@ -163,6 +163,10 @@ async def test_what_the_log_refuses_for_good_is_told_and_the_rest_goes_on(here: 
     # A device that comes back to it later is told the same, and nothing is run again.
     again = await here.phone.run("t1", "And now?", max_tokens=12)
     assert (again.ended.reason, again.ended.error_code) == ("error", "turn_conflict")
+    # Until it says that its user knows.
+    assert await here.session.dismiss("t1", "t2") == 1
+    opened = await here.phone.open()
+    assert not opened.offline_turns
     # No prompt to come holds it.
     await here.phone.run("t3", "Go on", plan="text")
     prompt = here.cloud.tokenizer.decode(here.cloud.engine.turns[-1].prompt)

@@ -19,7 +19,7 @@ from segue_contract.errors import (
 )
 from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
 from segue_contract.turn.events import Reason
-from segue_edge.turns.offline.journal import Journal
+from segue_edge.turns.offline.journal import Journal, StoredTurn
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.offline.turn import OfflineTurn
 from tests.support.offline_turns import SHOWN, keep, offline, said
@@ -91,6 +91,71 @@ async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -
     )
     assert first.tokens == SHOWN
     await again.close()
+
+
+async def test_a_device_that_was_told_of_refused_turns_dismisses_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+
+    async def refuse(_: OfflineTurn) -> None:
+        raise QuotaExceeded("The session is full.")
+
+    outbox = Outbox(refuse, Journal(path))
+    await keep(outbox, said("t1"), said("t2"), said("t3", "other"))
+    await outbox.flush()
+    assert await outbox.dismiss("trip", "laptop", {"t1", "t2"}) == 0
+    assert await outbox.dismiss("trip", "phone", {"t1", "t3"}) == 1
+    assert await outbox.dismiss("trip", "phone", {"t1"}) == 0
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    for box in (outbox, again):
+        assert {turn.asked.turn for turn in box.refused} == {"t2", "t3"}
+    await again.close()
+
+
+async def test_a_refusal_that_is_dismissed_at_once_does_not_come_back(tmp_path: Path) -> None:
+    """The device is told before the file says so."""
+    path = tmp_path / "outbox"
+    told = asyncio.Event()
+
+    async def refuse(turn: OfflineTurn) -> None:
+        if turn.asked.turn != "t1":
+            raise Overloaded("Full.")
+        raise QuotaExceeded("The session is full.")
+
+    class Slow(Journal):
+        def replace(self, number: int, turn: StoredTurn) -> None:
+            loop.call_soon_threadsafe(writing.set)
+            go_on.wait(10)
+            super().replace(number, turn)
+
+    loop, writing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    outbox = Outbox(refuse, Slow(path), refused=lambda _: told.set())
+    await keep(outbox, said("t1"), replace(said("t2"), follows="t1"))
+    flushing = asyncio.create_task(outbox.flush())
+    await asyncio.wait_for(told.wait(), 10)
+    await asyncio.wait_for(writing.wait(), 10)  # what follows it
+    dismissing = asyncio.create_task(outbox.dismiss("trip", "phone", {"t1"}))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert await dismissing == 1
+    await flushing
+    await outbox.close()
+    again = Outbox(refuse, Journal(path))
+    assert (len(again.refused), len(again)) == (0, 1)
+    await again.close()
+
+
+async def test_refused_turns_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_: OfflineTurn) -> None:
+        raise QuotaExceeded("The session is full.")
+
+    outbox = Outbox(refuse)
+    size = said("t1").size
+    assert size > len("Hello") + len(SHOWN)
+    monkeypatch.setattr("segue_edge.turns.offline.outbox.OUTBOX_REFUSED_BYTES", 2 * size + 1)
+    await keep(outbox, *(said(f"t{number}") for number in range(1, 6)))
+    await outbox.flush()
+    assert [turn.asked.turn for turn in outbox.refused] == ["t4", "t5"]
 
 
 async def test_who_settles_a_session_may_be_cancelled_at_any_time(tmp_path: Path) -> None:

@@ -217,6 +217,8 @@ async def test_messages_of_ours_that_the_log_has_not_are_told_at_the_start() -> 
             )
         async with room_of(agent, "laptop") as (_room, screen):
             notes = [line for line in screen if line.startswith("note")]
+            assert await asyncio.wait_for(agent.dismissed.get(), 10) == "b"
+            assert agent.dismissed.empty()
     assert notes == [
         "note The log refused “Message b” for good. No.",
         "note 1 of your messages wait for the cloud to come back.",

@@ -157,6 +157,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.fail_once: dict[str, SegueError] = {}
         self.runs: list[pb.RunTurnRequest] = []
         self.stops: list[pb.StopTurnRequest] = []
+        self.dismissed: asyncio.Queue[str] = asyncio.Queue()
         self.appends: list[pb.AppendRequest] = []
         self.reads = 0
         self.attaches = 0
@@ -249,6 +250,12 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
                     yield step
         finally:
             self.run_closed.set()
+
+    async def DismissTurns(self, request: pb.DismissTurnsRequest, _: Any) -> pb.DismissTurnsReply:
+        self._called("DismissTurns")
+        for turn in request.turns:
+            self.dismissed.put_nowait(turn)
+        return pb.DismissTurnsReply(dismissed=len(request.turns))
 
     async def StopTurn(self, request: pb.StopTurnRequest, _: Any) -> pb.StopTurnReply:
         self._called("StopTurn")

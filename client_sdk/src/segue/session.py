@@ -191,6 +191,25 @@ class Session:
             pass
         return view.state
 
+    async def dismiss(self, *turns: str) -> int:
+        """The user knows that the log refused these messages for good: the edge that keeps them
+        for it (`offline_turns`, `Turn.settled`) need not tell of them again.
+
+        Args:
+            turns: ids of turns of this device.
+
+        Returns:
+            How many the node that serves this session now had kept until then.
+
+        Raises:
+            Unreachable: no node answers.
+        """
+        request = pb.DismissTurnsRequest(session=self.name, device=self.device, turns=turns)
+        reply: pb.DismissTurnsReply = await self._nodes.unary(
+            "DismissTurns", request, patience_s=_PATIENCE_S
+        )
+        return int(reply.dismissed)
+
     async def append(self, *ops: Op) -> Cursor:
         """Append ops of this device, each once, all or none; `id`, `device`, `at_ms` are filled in.
 

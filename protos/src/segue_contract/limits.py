@@ -71,6 +71,7 @@ EDGE_SESSION_CACHE: Final = 1024
 ENDED_TURNS_KEPT: Final = 128  # ended turns an edge can replay to a device that comes back
 OUTBOX_TURNS: Final = 256  # turns served offline that wait for the cloud: twice those that run
 OUTBOX_REFUSED_KEPT: Final = 64  # of them that the log refused for good, so that devices are told
+OUTBOX_REFUSED_BYTES: Final = 16 * MIB  # and so much of them: some of the longest there can be
 OUTBOX_SESSIONS_AT_ONCE: Final = 8  # sessions whose offline turns are delivered side by side
 MAX_OUTBOX_RECORD_BYTES: Final = 4 * MIB  # the longest message, its token ids and its reply
 OUTBOX_REWRITE_BYTES: Final = 16 * MIB  # an outbox file that grew beyond this is written anew

@@ -6,8 +6,9 @@ No terminal here: a `Screen` shows it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.sync.branches import branch_of, branches
 from segue_contract.sync.ops import Frame, TurnStarted, TurnWaiting, TurnWithdrawn, UserMessage
 from segue_contract.sync.state import SessionState, TurnState, find_turn
+from segue_contract.transport.together import end
 
 _QUOTED_CHARS = 60
 
@@ -98,7 +100,7 @@ class Room:
         self._clock = clock
         self._done: set[str] = set()
         self._context_from = ""
-        self._settling: set[asyncio.Task[None]] = set()
+        self._besides: set[asyncio.Task[None]] = set()
         self._branched: set[str] = set()  # first turns of branches that were shown
         self._follower: segue.Follower | None = None
 
@@ -114,8 +116,7 @@ class Room:
         try:
             await self._follow()
         finally:
-            for task in self._settling:
-                task.cancel()
+            await end(*self._besides)
 
     async def _follow(self) -> None:
         told = False
@@ -185,9 +186,11 @@ class Room:
     def _show_offline(self) -> None:
         """What was said here offline in an earlier life, and is not in the log."""
         own = [one for one in self.session.offline_turns if one.device == self.session.device]
-        for one in own:
-            if one.error is not None:
-                self._screen.note(f"The log refused {_quoted(one.title)} for good. {one.error}")
+        refused = [one for one in own if one.error is not None]
+        for one in refused:
+            self._screen.note(f"The log refused {_quoted(one.title)} for good. {one.error}")
+        if refused:
+            self._beside(self._dismiss(*(one.turn for one in refused)), "dismiss")
         waiting = sum(one.error is None for one in own)
         if waiting:
             self._screen.note(f"{waiting} of your messages wait for the cloud to come back.")
@@ -282,9 +285,7 @@ class Room:
                 async for event in turn:
                     self._own(talk, event)
             if turn.ended is not None and turn.ended.pending:
-                settling = asyncio.create_task(self._settle(turn, talk), name=f"settle {turn.id}")
-                self._settling.add(settling)
-                settling.add_done_callback(self._settling.discard)
+                self._beside(self._settle(turn, talk), f"settle {turn.id}")
         except Unreachable as error:
             self._screen.note(str(error))
             if talk is not None:
@@ -319,12 +320,24 @@ class Room:
                 said = _quoted(talk.prompt)
                 if event.error is not None:
                     self._screen.note(f"The log refused {said} for good. {event.error}")
+                    await self._dismiss(turn.id)
                 elif turn.text != shown:
                     self._screen.note(f"The log keeps another reply to {said}:")
                     kept = replace(talk, pieces=[turn.text], reason=event.reason, plan=event.plan)
                     self._screen.finished(kept)
         except SegueError as error:
             self._screen.note(str(error))
+
+    async def _dismiss(self, *turns: str) -> None:
+        """They were shown; where nobody can be told of it, they are shown again another time."""
+        with contextlib.suppress(SegueError):
+            await self.session.dismiss(*turns)
+
+    def _beside(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do it while the conversation goes on, until it is left."""
+        task = asyncio.create_task(work, name=name)
+        self._besides.add(task)
+        task.add_done_callback(self._besides.discard)
 
     def _hand_to_log(self, talk: Talk) -> None:
         """Our stream is gone for good; if the turn ever began, the log shows its rest."""

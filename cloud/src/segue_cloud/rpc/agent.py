@@ -175,6 +175,13 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             self._manager.stop(session, turn)
         return pb.StopTurnReply(stopping=bool(turn), turn=turn)
 
+    async def DismissTurns(
+        self, request: pb.DismissTurnsRequest, context: Any
+    ) -> pb.DismissTurnsReply:
+        """Only edges keep such turns."""
+        self._named(request.session)
+        return pb.DismissTurnsReply(dismissed=0)
+
     def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachEvent]:
         return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 

@@ -85,6 +85,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         reply: pb.StopTurnReply = await self._ask("StopTurn", request, request.session)
         return reply
 
+    async def DismissTurns(
+        self, request: pb.DismissTurnsRequest, context: Any
+    ) -> pb.DismissTurnsReply:
+        session = check_id(request.session, "session")
+        device = check_id(request.device, "device")
+        dismissed = await self._outbox.dismiss(session, device, frozenset(request.turns))
+        return pb.DismissTurnsReply(dismissed=dismissed)
+
     # -- sessions ------------------------------------------------------------------------------
 
     async def OpenSession(

@@ -632,6 +632,52 @@ class StopTurnReply(_message.Message):
 Global___StopTurnReply: _TypeAlias = StopTurnReply  # noqa: Y015
 
 @_typing.final
+class DismissTurnsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    device: _builtins.str
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        device: _builtins.str = ...,
+        turns: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "session", b"session", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DismissTurnsRequest: _TypeAlias = DismissTurnsRequest  # noqa: Y015
+
+@_typing.final
+class DismissTurnsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISMISSED_FIELD_NUMBER: _builtins.int
+    dismissed: _builtins.int
+    """How many were kept until now."""
+    def __init__(
+        self,
+        *,
+        dismissed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dismissed", b"dismissed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DismissTurnsReply: _TypeAlias = DismissTurnsReply  # noqa: Y015
+
+@_typing.final
 class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

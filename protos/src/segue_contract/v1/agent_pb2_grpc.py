@@ -44,6 +44,11 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.RunTurnRequest.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.TurnEvent.FromString,
                 _registered_method=True)
+        self.DismissTurns = channel.unary_unary(
+                '/segue.v1.Agent/DismissTurns',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.FromString,
+                _registered_method=True)
         self.StopTurn = channel.unary_unary(
                 '/segue.v1.Agent/StopTurn',
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.StopTurnRequest.SerializeToString,
@@ -108,6 +113,14 @@ class AgentServicer(object):
 
     def RunTurn(self, request, context):
         """Runs one turn. Closing this call never cancels the turn; StopTurn does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DismissTurns(self, request, context):
+        """The device has told its user that the log refused these offline turns of its own for good: the
+        edge that kept them for it forgets them. Idempotent; the cloud keeps none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +208,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.RunTurn,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.RunTurnRequest.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.TurnEvent.SerializeToString,
+            ),
+            'DismissTurns': grpc.unary_unary_rpc_method_handler(
+                    servicer.DismissTurns,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.SerializeToString,
             ),
             'StopTurn': grpc.unary_unary_rpc_method_handler(
                     servicer.StopTurn,
@@ -301,6 +319,33 @@ class Agent(object):
             '/segue.v1.Agent/RunTurn',
             segue__contract_dot_v1_dot_agent__pb2.RunTurnRequest.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.TurnEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DismissTurns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/DismissTurns',
+            segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 import structlog
@@ -22,6 +22,7 @@ from segue_contract.errors import (
     TurnConflict,
 )
 from segue_contract.limits import (
+    OUTBOX_REFUSED_BYTES,
     OUTBOX_REFUSED_KEPT,
     OUTBOX_SESSIONS_AT_ONCE,
     OUTBOX_TURNS,
@@ -70,7 +71,8 @@ class Outbox:
         deliver: puts one turn into the log; errors that may pass leave it here.
         journal: the file; without one a restart loses what waits.
         refused: told of a turn that the log refused for good. It is kept apart from those that
-            wait, the newest `OUTBOX_REFUSED_KEPT`, so that its device can be told.
+            wait, so that its device can be told, until that says that it was; the newest
+            `OUTBOX_REFUSED_KEPT`, and `OUTBOX_REFUSED_BYTES`, of them.
         retry_s: at the longest, what could not be delivered is tried again.
     """
 
@@ -234,11 +236,36 @@ class Outbox:
             turns[place] = self._placed(later)
             if turns[place] is not later:
                 await self._rewrite(turns[place])
-        await self._rewrite(turn)
-        while len(self.refused) > OUTBOX_REFUSED_KEPT:
+        if turn in self.refused:  # not dismissed meanwhile
+            await self._rewrite(turn)
+        while self._too_many_refused:
             oldest = self.refused.popleft()
             log.warning("refused_turn_forgotten", turn=oldest.asked.turn)
             await self._forget(oldest)
+
+    @property
+    def _too_many_refused(self) -> bool:
+        size = sum(turn.size for turn in self.refused)
+        return len(self.refused) > OUTBOX_REFUSED_KEPT or size > OUTBOX_REFUSED_BYTES
+
+    async def dismiss(self, session: str, device: str, turns: Collection[str]) -> int:
+        """Forget those of the device's turns that the log refused: it has told its user of them.
+
+        Returns:
+            How many were kept until now.
+        """
+        gone = [
+            turn
+            for turn in self.refused
+            if turn.asked.session == session
+            and turn.asked.request.device == device
+            and turn.asked.turn in turns
+        ]
+        for turn in gone:
+            self.refused.remove(turn)
+        for turn in gone:
+            await self._forget(turn)
+        return len(gone)
 
     async def _rewrite(self, turn: OfflineTurn) -> None:
         if self._journal is None or not turn.number:

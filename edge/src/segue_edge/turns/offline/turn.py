@@ -13,6 +13,8 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.offline.journal import StoredTurn
 
+_TOKEN_BYTES = 8
+
 
 @dataclass(frozen=True)
 class OfflineTurn:
@@ -36,6 +38,13 @@ class OfflineTurn:
     follows: str = ""
     number: int = 0
     refused: SegueError | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about, in memory as in the file."""
+        text = sum(len(piece.encode()) for piece in self.pieces)
+        ids = _TOKEN_BYTES * (len(self.prompt) + len(self.tokens))
+        return self.asked.request.ByteSize() + text + ids + len(self.plan)
 
     def stored(self) -> StoredTurn:
         return StoredTurn(
