@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from segue.local.parts import Part, Program, Server
+from segue.local.revival import Restarts, keep_up
 from segue.local.stack import LocalStack, together
 from segue_contract.errors import Internal, InvalidArgument, PortInUse, StartFailed
+from segue_contract.limits import RESTARTS
 from segue_contract.servers import Broker, Valkey
 from segue_contract.servers.ports import check_free, free_port, is_free
 from tests.support.servers import require_broker, require_valkey
@@ -149,6 +151,43 @@ async def test_a_crash_is_told_once_and_a_kill_is_none(make: Make) -> None:
     assert crashed == [program]
     assert program.ended_how == "killed by SIGSEGV"
     assert "a line before" in program.tail()
+
+
+async def test_a_part_that_ends_each_time_is_given_up(make: Make, tmp_path: Path) -> None:
+    """Not started again for ever: what its last lines say is told instead."""
+    stack = LocalStack(folder=tmp_path)
+    ended: list[Part] = []
+    dying = make(
+        ready_on(free_port()).replace("ended.wait()", "sys.exit(3)"), on_crash=stack._on_crash
+    )
+    await dying.start()
+    with pytest.raises(StartFailed, match="edge-1 ended by itself: exit code 3"):
+        await asyncio.wait_for(keep_up(stack, ended.append), WAIT_S)
+    assert ended == [dying] * RESTARTS
+
+
+async def test_a_part_that_does_not_start_again_is_given_up(make: Make, tmp_path: Path) -> None:
+    stack = LocalStack(folder=tmp_path)
+    mark = tmp_path / "started"
+    once = f"import pathlib, sys\nmark = pathlib.Path({str(mark)!r})\n"
+    once += "if mark.exists(): sys.exit('no second time')\nmark.touch()\n"
+    dying = make(
+        once + ready_on(free_port()).replace("ended.wait()", "sys.exit(3)"),
+        on_crash=stack._on_crash,
+    )
+    await dying.start()
+    with pytest.raises(StartFailed) as caught:
+        await asyncio.wait_for(keep_up(stack, lambda part: None), WAIT_S)
+    assert "no second time" in caught.value.hint
+
+
+def test_restarts_are_counted_in_a_window() -> None:
+    restarts = Restarts(most=2, window_s=60.0)
+    assert restarts.allow(0.0)
+    assert restarts.allow(1.0)
+    assert not restarts.allow(59.0)
+    assert restarts.allow(60.0)
+    assert not restarts.allow(60.5)
 
 
 async def test_servers_are_killed_and_restarted_at_their_address() -> None:

@@ -146,6 +146,8 @@ SHUTDOWN_GRACE_S: Final = 5.0
 LOG_FLUSH_S: Final = 1.0  # at the end of a program, for log lines that wait
 START_NOTICE_S: Final = 2.0  # a program that takes longer to be ready says what it does
 START_TIMEOUT_S: Final = 60.0  # a program that we start must be ready by then
+RESTARTS: Final = 3  # of a part of a local stack that ends by itself, in RESTART_WINDOW_S
+RESTART_WINDOW_S: Final = 60.0
 PREPARE_TIMEOUT_S: Final = 300.0  # or by then from when it says that it compiles, on weak cores
 
 # -- ranks of a tensor-parallel engine -------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 import segue
 from segue.local.parts import Program, module_command
+from segue.local.revival import keep_up
 from segue.testing import LocalStack
 from tests.support.devices import WAIT_S, text_in_log, watching
 from tests.support.slow_proxy import SlowProxy
@@ -33,6 +36,31 @@ async def test_the_edge_is_restarted_between_turns(stack: LocalStack) -> None:
             second = await turn.result()
         state = await session.state()
     assert [t.text for t in state.turns] == [first.text, second.text]
+
+
+async def test_a_broker_and_a_cloud_that_die_are_started_again(stack: LocalStack) -> None:
+    """As `segue up` does: who tries a kill -9 finds everything back, the sessions included."""
+    ended: list[str] = []
+    keeping = asyncio.create_task(keep_up(stack, lambda part: ended.append(part.name)))
+    try:
+        async with segue.Client([stack.edge_address, stack.cloud_address], device="phone") as phone:
+            session = await phone.session("revived")
+            async with session.run(STORY, max_tokens=16) as turn:
+                first = await turn.result()
+            for name in ("broker", "cloud"):
+                before = stack.processes[name].pid
+                os.kill(before, signal.SIGKILL)
+                async with asyncio.timeout(WAIT_S):
+                    while stack.processes[name].pid == before or stack.crashed is not None:  # noqa: ASYNC110 - another process starts
+                        await asyncio.sleep(0.05)
+            async with session.run("And then?", max_tokens=16) as turn:
+                second = await turn.result()
+            state = await session.state()
+        assert ended == ["broker", "cloud"]
+        assert [turn.text for turn in state.turns] == [first.text, second.text]
+    finally:
+        keeping.cancel()
+        await asyncio.wait({keeping})
 
 
 async def test_the_edge_dies_in_mid_turn_and_the_cloud_finishes(stack: LocalStack) -> None:

@@ -22,7 +22,9 @@ from segue.client import Client
 from segue.errors import SegueError
 from segue.events import SessionInfo
 from segue.local.parts import Part, Program, Server
+from segue.local.revival import keep_up
 from segue.local.stack import LocalStack
+from segue_contract.errors import StartFailed
 from segue_contract.transport.together import end
 from segue_contract.urls import without_password
 
@@ -47,7 +49,10 @@ def up(
         Path | None, typer.Option(help="Keep sessions in this folder over restarts.")
     ] = None,
 ) -> None:
-    """Run an edge node, the cloud, a store and a broker on this machine until Ctrl-C."""
+    """Run an edge node, the cloud, a store and a broker on this machine until Ctrl-C.
+
+    What ends by itself is started again, three times a minute at most.
+    """
     view = StartView(out())
     stack = LocalStack(
         model=model,
@@ -68,22 +73,29 @@ def up(
 async def _serve(stack: LocalStack, view: StartView, console: Console) -> None:
     with view:
         await stack.__aenter__()
-    crashed: Part | None = None
+    stopped = True
     try:
         console.print(addresses(stack))
         console.print(next_steps(stack))
         live = asyncio.create_task(_show_state(stack, console), name="live state")
         try:
-            crashed = await stack.wait_crash()
+            await keep_up(stack, lambda part: view.ended(part, loses=_loses(stack, part)))
+        except StartFailed:
+            stopped = False
+            raise
         finally:
             await end(live)
     finally:
-        words = "The rest is being stopped" if crashed else "Stopping"
-        with console.status(f"{words} ..."):
+        with console.status("Stopping ..." if stopped else "The rest is being stopped ..."):
             await stack.__aexit__(None, None, None)
-        if crashed is None:
+        if stopped:
             console.print("Stopped.")
-    raise stack.crash_error(crashed)
+
+
+def _loses(stack: LocalStack, part: Part) -> str:
+    if part.name == "store" and not stack.keeps_data:
+        return "Its sessions are gone; `--data FOLDER` keeps them."
+    return ""
 
 
 async def _show_state(stack: LocalStack, console: Console) -> None:
@@ -141,6 +153,11 @@ class StartView:
         if self._live is not None:
             self._live.__exit__(None, None, None)
             self._live = None
+
+    def ended(self, part: Part, *, loses: str = "") -> None:
+        """It ended by itself and is started again; `loses`: what is gone with it."""
+        words = f"{part.name:<8} ended: {part.ended_how}. Starting it again. {loses}".rstrip()
+        self._console.print(f"  [yellow]![/] {escape(words)}", highlight=False)
 
     def started(self, part: Part, seconds: float) -> None:
         what = _WHAT.get(part.name.partition("-")[0], "")

@@ -90,13 +90,19 @@ class LocalStack:
         self._on_started = on_started
         self._on_news = on_news
         self._used_ports: set[int] = set()
-        self._crash: asyncio.Future[Part] | None = None
+        self._crashes: list[Part] = []
+        self._crash_told = asyncio.Event()
 
     @property
     def folder(self) -> Path:
         """Where the logs of this run are."""
         assert self._folder is not None, "the stack has not been started"
         return self._folder
+
+    @property
+    def keeps_data(self) -> bool:
+        """Whether sessions outlive the store's process."""
+        return self._data is not None
 
     @property
     def cloud(self) -> Program:
@@ -117,7 +123,6 @@ class LocalStack:
     async def __aenter__(self) -> Self:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="segue-"))
-        self._crash = asyncio.get_running_loop().create_future()
         try:
             await self._start()
         except BaseException:
@@ -137,15 +142,28 @@ class LocalStack:
 
     @property
     def crashed(self) -> Part | None:
-        """The first part that ended without having been asked to, or None."""
-        if self._crash is None or not self._crash.done() or self._crash.cancelled():
-            return None
-        return self._crash.result()
+        """The first part that ended without having been asked to and is still down, or None."""
+        return self._crashes[0] if self._crashes else None
 
     async def wait_crash(self) -> Part:
-        """Wait until a part ends by itself; returns it. `kill` and `stop` do not count."""
-        assert self._crash is not None, "the stack has not been started"
-        return await asyncio.shield(self._crash)
+        """Wait until a part is down that ended by itself; returns it.
+
+        `kill` and `stop` do not count.
+        """
+        await self._crash_told.wait()
+        return self._crashes[0]
+
+    async def revive(self, part: Part) -> None:
+        """Start a part again that ended by itself, at its address.
+
+        Raises:
+            StartFailed: as at the first start.
+        """
+        await part.stop()  # its end is known; a server's folder goes
+        await self._start_part(part)
+        self._crashes.remove(part)
+        if not self._crashes:
+            self._crash_told.clear()
 
     def crash_error(self, part: Part) -> StartFailed:
         """What to tell of a part that ended by itself."""
@@ -262,8 +280,8 @@ class LocalStack:
             self._on_started(part, time.monotonic() - began)
 
     def _on_crash(self, part: Part) -> None:
-        if self._crash is not None and not self._crash.done():
-            self._crash.set_result(part)
+        self._crashes.append(part)
+        self._crash_told.set()
 
     async def _stop(self) -> None:
         """Reverse order: edges, cloud, then what they stand on. Further cancels do not stop it."""
