@@ -68,6 +68,13 @@ async def begin(cloud: CloudRpc, turn: str = "t1") -> dpb.BeginReply:
     return reply
 
 
+async def test_edges_are_told_how_many_places_are_taken(cloud: CloudRpc) -> None:
+    idle = (await cloud.decode.Probe(dpb.ProbeRequest())).facts
+    assert (idle.held_turns, idle.places) == (0, 8)
+    assert idle.total_pages == cloud.engine.stats().pages_total > 0
+    assert (await begin(cloud)).facts.held_turns == 1, "it counts before an edge has opened it"
+
+
 async def test_an_edge_with_other_weights_is_refused_before_anything_is_written(
     cloud: CloudRpc,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The uplink's small parts: which cloud, how fast, what a stream does when it breaks."""
+"""The uplink's small parts: how fast, what a stream does when it breaks."""
 
 from __future__ import annotations
 
@@ -26,36 +26,11 @@ from segue_contract.v1 import decode_pb2_grpc
 from segue_edge.uplink.clouds import Cloud, CloudSet
 from segue_edge.uplink.goodput_probe import next_payload, sending_s
 from segue_edge.uplink.pacer import Pacer, TokenBucket
-from segue_edge.uplink.rendezvous import rank
 from segue_edge.uplink.sender import KvSender, encode_with
 from segue_edge.uplink.stream import TurnStream
 from tests.support.scripted_cloud import scripted_cloud
 from tests.support.slow_proxy import SlowProxy
 from tests.support.tiny_edge import RECIPE, block_of
-
-TARGETS = [f"10.0.0.{n}:7412" for n in range(1, 6)]
-
-
-# -- which cloud --------------------------------------------------------------------------------
-
-
-@given(st.text(min_size=1, max_size=20), st.sets(st.sampled_from(TARGETS), min_size=1))
-def test_a_lost_cloud_moves_only_its_own_sessions(session: str, lost: set[str]) -> None:
-    before = rank(session, TARGETS)
-    after = rank(session, [target for target in TARGETS if target not in lost])
-    assert after == [target for target in before if target not in lost]
-
-
-@given(st.text(min_size=1, max_size=20), st.sets(st.sampled_from(TARGETS), min_size=1))
-def test_healthy_clouds_come_first_and_the_others_stay(session: str, healthy: set[str]) -> None:
-    ranked = rank(session, TARGETS, healthy)
-    assert sorted(ranked) == sorted(TARGETS)
-    assert set(ranked[: len(healthy)]) == healthy
-
-
-def test_sessions_spread_over_the_clouds() -> None:
-    firsts = [rank(f"session-{n}", TARGETS)[0] for n in range(500)]
-    assert min(firsts.count(target) for target in TARGETS) > 50
 
 
 def test_a_node_without_clouds_says_so() -> None:

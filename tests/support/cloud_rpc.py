@@ -84,7 +84,7 @@ async def cloud_rpc(
             log,
             publishing=lambda: publisher is None or publisher.publishing,
         )
-        facts = FactsSource(engine, manifest, "cloud-1")
+        facts = FactsSource(engine, manager.places, manifest, "cloud-1")
         decode = DecodeService(manager, log, engine, manifest, facts, "default")
         server = await start_server(
             "127.0.0.1",

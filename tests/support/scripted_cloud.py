@@ -53,6 +53,8 @@ class Script:
     attached: bool = False  # it ran the turn before the edge came
     bad_end: str = ""  # "closed" or "not durable": how the next turn's stream ends, once
     queue_s: float = 0.0
+    places: int = 0  # as many turns as it says that it takes; 0: it does not say
+    pages_used: float = 0.0  # share of its KV pool
     stalled: bool = False  # its engine hangs, and it says so
     weights: str = MANIFEST.weights_digest
 
@@ -100,6 +102,12 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
     def address(self) -> str:
         return self.server.address
 
+    @property
+    def held(self) -> int:
+        """Turns that began here and have not ended."""
+        ended = (turn for turn, state in self.known.items() if state.ended)
+        return len(self.running.keys() - set(ended))
+
     def facts(self) -> dpb.CloudFacts:
         return dpb.CloudFacts(
             instance=self.name,
@@ -109,6 +117,10 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             recipes=self.script.recipes,
             weights_digest=self.script.weights,
             stalled=self.script.stalled,
+            held_turns=self.held,
+            places=self.script.places,
+            total_pages=1000,
+            free_pages=round(1000 * (1 - self.script.pages_used)),
         )
 
     # -- Agent ---------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         settings.tenant, instance, manifest.name, lambda: publisher.url, manifest.geometry.context
     )
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
-    facts = FactsSource(engine, manifest, instance)
+    facts = FactsSource(engine, manager.places, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
     server = await _serve(settings, agent, decode)
     stack.push_async_callback(server.stop)

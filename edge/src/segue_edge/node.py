@@ -130,7 +130,10 @@ class EdgeNode:
 
     async def _start(self) -> None:
         config = self.config
-        clouds = self.clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
+        self.histories = HistoryCache()
+        clouds = self.clouds = CloudSet(
+            config.cloud, Pacer(config.link_bytes_per_s), self.histories.home
+        )
         self._stack.push_async_callback(clouds.close)
         clouds.start()  # while the model loads
         model, tokenizer = await asyncio.to_thread(self._load, config)
@@ -170,7 +173,7 @@ class EdgeNode:
 
     async def _serve(self) -> None:
         tools, clouds = self.tools, self.clouds
-        histories = self.histories = HistoryCache()
+        histories = self.histories
         delivery = Delivery(clouds, histories, tools.recipe, self._on_delivered)
         path = self.config.outbox_path
         journal = await asyncio.to_thread(Journal, path) if path is not None else None

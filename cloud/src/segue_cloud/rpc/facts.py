@@ -1,15 +1,17 @@
-"""What the cloud tells planners about itself, from the engine's own measurements."""
+"""What the cloud tells planners about itself, from its own counts and measurements."""
 
 from __future__ import annotations
 
 from segue_cloud.engine.port import Engine
+from segue_cloud.turns.places import Places
 from segue_contract.model.manifest import Manifest
 from segue_contract.v1 import decode_pb2 as dpb
 
 
 class FactsSource:
-    def __init__(self, engine: Engine, manifest: Manifest, instance: str) -> None:
+    def __init__(self, engine: Engine, places: Places, manifest: Manifest, instance: str) -> None:
         self._engine = engine
+        self._places = places
         self._instance = instance
         self._weights = manifest.weights_digest
         self._recipes = sorted(manifest.allowed_recipes())
@@ -26,4 +28,7 @@ class FactsSource:
             recipes=self._recipes,
             weights_digest=self._weights,
             stalled=stats.stalled,
+            held_turns=self._places.held,
+            places=self._places.most,
+            total_pages=stats.pages_total,
         )

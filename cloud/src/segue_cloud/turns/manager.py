@@ -82,11 +82,11 @@ class TurnManager:
     ) -> None:
         self._deps = deps
         self._running = running
-        self._places = Places(max_turns)
-        self._takeover = Takeover(deps, self, self._places, running, model=model)
+        self.places = Places(max_turns)
+        self._takeover = Takeover(deps, self, self.places, running, model=model)
         self._claims = SessionClaims(
             deps,
-            self._places,
+            self.places,
             running,
             model=model,
             weights=weights,
@@ -115,7 +115,7 @@ class TurnManager:
     @property
     def room(self) -> int:
         """How many turns more this instance would take."""
-        return 0 if self._closing or self._deps.engine.died.is_set() else self._places.free
+        return 0 if self._closing or self._deps.engine.died.is_set() else self.places.free
 
     # -- beginning -----------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class TurnManager:
     def admit(self, turn: TurnName) -> None:
         """A place for `turn`. Raises Overloaded where none is left, EngineGone after the engine."""
         self._check_serving()
-        if not self._places.take(turn):
+        if not self.places.take(turn):
             raise self._overloaded()
 
     def _check_serving(self) -> None:
@@ -166,7 +166,7 @@ class TurnManager:
     def _overloaded(self) -> Overloaded:
         stats = self._deps.engine.stats()
         return Overloaded(
-            f"This cloud already serves {self._places.held} turns.",
+            f"This cloud already serves {self.places.held} turns.",
             hint="Try again a little later.",
             retry_after_s=round(max(0.2, stats.queue_s), 3),
         )
@@ -215,7 +215,7 @@ class TurnManager:
             # Its lease runs out, and `recover` finds it.
             self._begun.pop(request.name, None)
             if request.name not in self._owners:
-                self._places.give_back(request.name)
+                self.places.give_back(request.name)
             raise
         return self.start(
             OwnedTurn(
@@ -273,7 +273,7 @@ class TurnManager:
         finally:
             if self._owners.get(key) is owner:
                 del self._owners[key]
-                self._places.give_back(key)
+                self.places.give_back(key)
             self._claims.wake(key.session)
 
     # -- finding -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from segue_contract.ids import TurnName
 
 class Places:
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._held: set[TurnName] = set()
 
     @property
@@ -20,7 +20,7 @@ class Places:
 
     @property
     def free(self) -> int:
-        return max(0, self._most - len(self._held))
+        return max(0, self.most - len(self._held))
 
     def take(self, turn: TurnName) -> bool:
         """A place for `turn`, or the one that it holds; False where none is left."""

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from segue_contract.limits import EDGE_SESSION_CACHE
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState
+from segue_edge.uplink.clouds import Home
 
 
 class SessionHistory:
@@ -136,6 +137,13 @@ class HistoryCache:
 
     def find(self, session: str) -> SessionHistory | None:
         return self._sessions.get(session)
+
+    def home(self, session: str) -> Home:
+        """The cloud that has the session's KV, as far as this node knows."""
+        history = self.find(session)
+        if history is None or not history.held:
+            return Home()
+        return Home(history.held_by, len(history.held))
 
     def forget(self, session: str) -> None:
         self._sessions.pop(session, None)

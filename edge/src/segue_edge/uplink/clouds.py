@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grpc
 import structlog
@@ -28,11 +30,18 @@ from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.planner.estimators import CloudView
 from segue_edge.uplink.goodput_probe import next_payload, sending_s
 from segue_edge.uplink.pacer import Pacer
-from segue_edge.uplink.rendezvous import rank
+from segue_edge.uplink.rendezvous import Standing, rank
 
 log = structlog.get_logger("segue.uplink")
 
 _RECONNECT_MS = 250  # half of RECONNECT_WAIT_S: gRPC varies its pauses by a fifth
+
+
+class Home(NamedTuple):
+    """The cloud instance that has a session's KV, of so many tokens; "": none is known."""
+
+    instance: str = ""
+    tokens: int = 0
 
 
 class Cloud:
@@ -58,6 +67,9 @@ class Cloud:
         self.expected_weights = ""
         self.alone = True
         self.backlog_bytes = 0
+        self._taken = 0  # of `_places`, when it said so last
+        self._places = 0
+        self._asking: Counter[str] = Counter()
         self._full_until = 0.0  # monotonic
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
 
@@ -73,6 +85,9 @@ class Cloud:
             raise self.refuse_weights()
         self.healthy = not facts.stalled
         self.recipes = frozenset(facts.recipes)
+        self._places = facts.places
+        kv_used = 1 - facts.free_pages / facts.total_pages if facts.total_pages else 0.0
+        self._taken = max(facts.held_turns, math.ceil(kv_used * facts.places))
         self.view.observe_facts(
             queue_s=facts.queue_s,
             prefill_tokens_per_s=facts.prefill_tokens_per_s,
@@ -120,10 +135,30 @@ class Cloud:
         if isinstance(wait_s, int | float) and wait_s > 0:
             self._full_until = max(self._full_until, time.monotonic() + min(wait_s, RPC_TIMEOUT_S))
 
-    @property
-    def load_s(self) -> float:
-        """Seconds that a turn would wait there, as far as is known."""
-        return self.view.queue_s + max(0.0, self._full_until - time.monotonic())
+    @contextlib.contextmanager
+    def asking(self, session: str) -> Iterator[None]:
+        """While inside, a turn is about to begin there that its own counts do not have yet."""
+        self._asking[session] += 1
+        try:
+            yield
+        finally:
+            self._asking[session] -= 1
+            if not self._asking[session]:
+                del self._asking[session]
+
+    def standing(self, session: str, home: Home) -> Standing:
+        """As a turn of `session` sees it, whose KV lies at `home`."""
+        others = len(self._asking) - (session in self._asking)
+        refused_s = max(0.0, self._full_until - time.monotonic())
+        return Standing(
+            healthy=self.healthy,
+            full=refused_s > 0,
+            turns=self._taken + others,
+            places=self._places,
+            wait_s=self.view.queue_s + refused_s,
+            # An edge that ships its own KV may be quicker than that.
+            again_s=home.tokens / self.view.prefill_tokens_per_s.value,
+        )
 
     def failed(self, error: SegueError) -> None:
         """A call did not reach it."""
@@ -214,13 +249,23 @@ class Cloud:
 
 
 class CloudSet:
-    """All configured clouds. `start` probes them at a pace from then on; `close` stops that."""
+    """All configured clouds. `start` probes them at a pace from then on; `close` stops that.
 
-    def __init__(self, targets: Sequence[str], pacer: Pacer) -> None:
+    Args:
+        home_of: where a session's KV lies.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        pacer: Pacer,
+        home_of: Callable[[str], Home] = lambda _: Home(),
+    ) -> None:
         self.clouds = {target: Cloud(target) for target in targets}
         for cloud in self.clouds.values():
             cloud.alone = len(self.clouds) == 1
         self.pacer = pacer
+        self._home_of = home_of
         self._prober: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()
         self._returned = asyncio.Event()
@@ -252,10 +297,12 @@ class CloudSet:
             )
 
     def ranked(self, session: str) -> list[Cloud]:
-        """All clouds, the best for this session first, healthy ones before others."""
-        healthy = [target for target, cloud in self.clouds.items() if cloud.healthy]
-        loads = {target: cloud.load_s for target, cloud in self.clouds.items()}
-        return [self.clouds[target] for target in rank(session, self.clouds, healthy, loads)]
+        """All clouds, the best for this session first; see `rendezvous.rank`."""
+        home = self._home_of(session)
+        known = {name: cloud.standing(session, home) for name, cloud in self.clouds.items()}
+        at = (name for name, cloud in self.clouds.items() if cloud.instance == home.instance)
+        order = rank(session, known, next(at, "") if home.instance else "")
+        return [self.clouds[name] for name in order]
 
     def best(self, session: str) -> Cloud:
         """Raises Unreachable where none is configured."""

@@ -127,6 +127,9 @@ class CloudFacts(_message.Message):
     RECIPES_FIELD_NUMBER: _builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     STALLED_FIELD_NUMBER: _builtins.int
+    HELD_TURNS_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    TOTAL_PAGES_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     queue_s: _builtins.float
     prefill_tokens_per_s: _builtins.float
@@ -136,6 +139,11 @@ class CloudFacts(_message.Message):
     weights_digest: _builtins.str
     stalled: _builtins.bool
     """Its engine hangs in a step: other instances come first."""
+    held_turns: _builtins.int
+    """Turns that were begun here and have not ended, and how many there may be."""
+    places: _builtins.int
+    total_pages: _builtins.int
+    """Of the KV pool; `free_pages` counts those too that hold what no turn uses now."""
     @_builtins.property
     def recipes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The KV recipe digests that the cloud's engine accepts."""
@@ -152,10 +160,13 @@ class CloudFacts(_message.Message):
         recipes: _abc.Iterable[_builtins.str] | None = ...,
         weights_digest: _builtins.str = ...,
         stalled: _builtins.bool = ...,
+        held_turns: _builtins.int = ...,
+        places: _builtins.int = ...,
+        total_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "instance", b"instance", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "stalled", b"stalled", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "held_turns", b"held_turns", "instance", b"instance", "places", b"places", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "stalled", b"stalled", "total_pages", b"total_pages", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -212,7 +212,8 @@ async def call_begin(
     )
     started = time.monotonic()
     try:
-        reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
+        with cloud.asking(asked.session):
+            reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         failure = error_from_rpc(error)
         if isinstance(failure, ModelMismatch):  # it came back with them since the last probe

@@ -68,6 +68,8 @@ class CloudLink:
     def _broke(self, error: SegueError) -> None:
         if isinstance(error, Unreachable):
             self.cloud.failed(error)
+        else:
+            self.cloud.refused(error)
         self._emit(s.Broke(self._number, error))
 
     def _take(self, message: dpb.RunReply) -> None:
