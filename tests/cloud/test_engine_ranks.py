@@ -225,7 +225,7 @@ async def test_a_rank_killed_before_it_loaded_is_named(uneven: Tiny) -> None:
 
 
 async def test_closing_in_mid_turn_ends_turn_and_ranks(uneven: Tiny) -> None:
-    async with engine_of(uneven, 3) as engine:
+    async with engine_of(uneven, 2) as engine:
         stream = engine.submit(uneven.turn(2, max_tokens=500, end_tokens=frozenset()))
         await anext(stream)
         await engine.close()

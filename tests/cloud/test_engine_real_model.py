@@ -17,7 +17,7 @@ from tests.support.tiny_llama import HfReference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-NEW = 24
+NEW = 16
 QUESTIONS = [
     "Plan a day in Paris.",
     "What is the capital of Peru?",
@@ -75,17 +75,21 @@ async def test_twenty_prompts_equal_hugging_face(model_dir: Path) -> None:
         await engine.close()
     assert [tokens for tokens, _ in alone] == expected[::4]
 
+    shipping, hits = [], []
     engine = await TorchEngine.load(model_dir, manifest, options)
     try:
-        shipping = []
         for turn in turns:
             blocks = reference.blocks(turn.prompt, manifest.edge_recipe)
-            assert await engine.offer_blocks(blocks) == len(blocks)
-            shipping.append(replace(turn, prompt_blocks=tuple(block.id for block in blocks)))
+            if blocks:
+                assert await engine.offer_blocks(blocks) == len(blocks)
+                ids = tuple(block.id for block in blocks)
+                shipping.append(replace(turn, prompt_blocks=ids))
+                hits.append((len(turn.prompt) - 1) // 64 * 64)
         shipped = await asyncio.gather(*(reply(engine, turn) for turn in shipping))
     finally:
         await engine.close()
     engine.check_integrity()
-    assert [tokens for tokens, _ in shipped] == expected
-    assert [cached for _, cached in shipped] == [(len(p) - 1) // 64 * 64 for p in prompts]
-    assert any(cached for _, cached in shipped)
+    assert len(shipping) > 3
+    replies = {turn.turn: tokens for turn, tokens in zip(turns, expected, strict=True)}
+    assert [tokens for tokens, _ in shipped] == [replies[turn.turn] for turn in shipping]
+    assert [cached for _, cached in shipped] == hits

@@ -43,6 +43,16 @@ class Tiny:
     def turns(self, **changes: object) -> list[EngineTurn]:
         return [self.turn(index, **changes) for index in range(len(self.prompts))]
 
+    def asked(self, sizes: Sequence[int], seed: int) -> Tiny:
+        """The same model with other prompts, which no engine has seen."""
+        print("prompt seed", seed)
+        rng = random.Random(seed)
+        vocab = self.manifest.geometry.vocab
+        prompts = [tuple(rng.randrange(4, vocab) for _ in range(size)) for size in sizes]
+        replies = [self.reference.greedy(prompt, self.new, ENDS) for prompt in prompts]
+        assert any(len(reply) == self.new for reply in replies)
+        return replace(self, prompts=prompts, replies=replies)
+
 
 def make_tiny(
     directory: Path, sizes: Sequence[int], new: int, seed: int, geometry: ModelGeometry = TINY
@@ -50,12 +60,7 @@ def make_tiny(
     """`sizes`: tokens of each prompt, which are drawn by `seed`."""
     manifest = build_tiny_llama(directory, geometry=geometry)
     reference = HfReference(directory, manifest)
-    print("prompt seed", seed)
-    rng = random.Random(seed)
-    prompts = [tuple(rng.randrange(4, geometry.vocab) for _ in range(size)) for size in sizes]
-    replies = [reference.greedy(prompt, new, ENDS) for prompt in prompts]
-    assert any(len(reply) == new for reply in replies)
-    return Tiny(directory, manifest, reference, new, prompts, replies)
+    return Tiny(directory, manifest, reference, new, [], []).asked(sizes, seed)
 
 
 @asynccontextmanager

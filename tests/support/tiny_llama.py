@@ -151,6 +151,8 @@ class HfReference:
     @torch.inference_mode()
     def blocks(self, tokens: Sequence[int], recipe: KvRecipe) -> list[KvBlock]:
         """KV of all full 64-token blocks of `tokens`, float32, as an edge would ship them."""
+        if len(tokens) < BLOCK_TOKENS:
+            return []
         out = self.model(torch.tensor([list(tokens)]), use_cache=True)
         keys = np.stack([layer.keys[0].numpy() for layer in out.past_key_values.layers])
         values = np.stack([layer.values[0].numpy() for layer in out.past_key_values.layers])

@@ -35,8 +35,9 @@ def tiny_with_replies(directory: Path, geometry: ModelGeometry) -> Tiny:
 @asynccontextmanager
 async def engine_of(tiny: Tiny, ranks: int, **changes: object) -> AsyncIterator[TorchEngine]:
     options = replace(FP32, tensor_parallel=ranks, **changes)  # type: ignore[arg-type]
+    others = rank_processes()
     engine = await TorchEngine.load(tiny.directory, tiny.manifest, options)
-    children = rank_processes()
+    children = [child for child in rank_processes() if child not in others]
     assert len(children) == ranks - 1
     try:
         yield engine
