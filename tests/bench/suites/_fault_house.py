@@ -1,13 +1,14 @@
-"""What the fault suite breaks: two edges, two clouds, store and broker, each a real process."""
+"""What the fault suite breaks: edges, clouds, store and broker, each a real process."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -16,9 +17,10 @@ from segue.local.parts import Part, Program, Server, module_command
 from segue.testing import LocalStack
 from segue_contract.servers import Broker, Valkey
 from segue_contract.servers.process import LOOPBACK, free_port
+from segue_contract.telemetry import TURNS_RUNNING
 
-STORE_HOLD_S = 3.0  # nobody else can go on meanwhile, so the reader's pause is about this
-BROKER_HOLD_S = 6.0  # far above the goal for a follower's lag
+METRICS_S = 2.0  # for a cloud's metrics to answer
+_RUNNING = re.compile(rf"^{TURNS_RUNNING} (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class House:
     """`edges[0]` is the one that the asking device tries first."""
 
     stack: LocalStack
-    clouds: tuple[Program, Program]
+    clouds: tuple[Program, ...]
     servers: dict[str, Server]
+    metrics: dict[str, int] = field(default_factory=dict)  # a cloud's name: its metrics port
 
     @property
     def edges(self) -> list[Program]:
@@ -66,6 +69,19 @@ class House:
         """Processor time that each cloud has used: who decodes uses it."""
         times = [psutil.Process(cloud.pid).cpu_times() for cloud in self.clouds]
         return [one.user + one.system for one in times]
+
+    async def turns(self, cloud: Program) -> int:
+        """How many turns a cloud owns now, by its own metrics."""
+        async with asyncio.timeout(METRICS_S):
+            reader, writer = await asyncio.open_connection(LOOPBACK, self.metrics[cloud.name])
+            try:
+                writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+                text = (await reader.read()).decode()
+            finally:
+                writer.close()
+        found = _RUNNING.search(text)
+        assert found is not None, "a cloud's metrics without its turns"
+        return round(float(found[1]))
 
     def victim(self, kind: Kind, before: list[float], serving: str) -> Part:
         """The part to break: of two clouds the one at `serving`, or which worked since `before`."""
@@ -97,8 +113,8 @@ async def mend(part: Part) -> None:
 
 
 @asynccontextmanager
-async def house(model: str = "", edges: int = 2) -> AsyncIterator[House]:
-    """All edges know both clouds; the store keeps its data over a restart (AOF, everysec)."""
+async def house(model: str = "", edges: int = 2, clouds: int = 2) -> AsyncIterator[House]:
+    """All edges know all clouds; the store keeps its data over a restart (AOF, everysec)."""
     async with AsyncExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="segue-faults-")))
         servers = {
@@ -108,27 +124,41 @@ async def house(model: str = "", edges: int = 2) -> AsyncIterator[House]:
         for server in servers.values():
             await server.start()
             cleanup.push_async_callback(server.stop)
-        redis_url, mqtt_url = servers["store"].url, servers["broker"].url
-        port = free_port()
-        command = module_command("segue", "cloud", "--port", str(port))
-        urls = {"SEGUE_REDIS_URL": redis_url, "SEGUE_MQTT_URL": mqtt_url}
-        second = Program(
-            "cloud-2",
-            [*command, *(["--model", model] if model else [])],
-            log=folder / "cloud-2.log",
-            env={**os.environ, **urls, "PYTHONUNBUFFERED": "1"},
-        )
-        starting = asyncio.create_task(second.start())
-        cleanup.push_async_callback(second.stop)
+        urls = {
+            "SEGUE_REDIS_URL": servers["store"].url,
+            "SEGUE_MQTT_URL": servers["broker"].url,
+        }
+        names = ["cloud", *(f"cloud-{number}" for number in range(2, clouds + 1))]
+        ports = _free_ports(2 * clouds)
+        metrics = dict(zip(names, ports[clouds:], strict=True))
+        others = []
+        for name, port in zip(names[1:], ports, strict=False):
+            command = module_command("segue", "cloud", "--port", str(port))
+            command += ["--metrics-port", str(metrics[name])]
+            command += ["--model", model] if model else []
+            env = {**os.environ, **urls, "PYTHONUNBUFFERED": "1"}
+            others.append(Program(name, command, log=folder / f"{name}.log", env=env))
+        starting = [asyncio.create_task(other.start()) for other in others]
+        for other in others:
+            cleanup.push_async_callback(other.stop)
+        known = [("--cloud", f"{LOOPBACK}:{port}") for port in ports[: len(others)]]
         stack = LocalStack(
             model=model,
             edges=edges,
-            edge_args=("--cloud", f"{LOOPBACK}:{port}"),
-            redis_url=redis_url,
-            mqtt_url=mqtt_url,
+            edge_args=[word for pair in known for word in pair],
+            cloud_args=("--metrics-port", str(metrics["cloud"])),
+            redis_url=urls["SEGUE_REDIS_URL"],
+            mqtt_url=urls["SEGUE_MQTT_URL"],
         )
         try:
             await cleanup.enter_async_context(stack)
         finally:
-            await starting
-        yield House(stack, (stack.cloud, second), servers)
+            await asyncio.gather(*starting)
+        yield House(stack, (stack.cloud, *others), servers, metrics)
+
+
+def _free_ports(count: int) -> list[int]:
+    taken: list[int] = []
+    while len(taken) < count:
+        taken.append(free_port(frozenset(taken)))
+    return taken
