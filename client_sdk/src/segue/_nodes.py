@@ -17,7 +17,13 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import InvalidArgument, SegueError, Unreachable
+from segue_contract.errors import (
+    EngineGone,
+    InvalidArgument,
+    Overloaded,
+    SegueError,
+    Unreachable,
+)
 from segue_contract.limits import (
     ADDRESS_RETRY_S,
     CONNECT_TIMEOUT_S,
@@ -50,11 +56,13 @@ _LOST_CODES = frozenset(
 class Node:
     """One address. `failed_at` is a monotonic time; -inf: it did not fail lately.
 
+    `full_until`, alike: it refused, and may have room by then.
     `reviving` runs while it counts as silent: until a new connection gets an answer.
     """
 
     address: str
     failed_at: float = float("-inf")
+    full_until: float = float("-inf")
     channel: grpc.aio.Channel | None = None
     stub: Any = None
     reviving: asyncio.Task[None] | None = None
@@ -75,6 +83,11 @@ def is_link_loss(error: BaseException) -> bool:
     if any(key == ERROR_KEY for key, _ in metadata):
         return isinstance(error_from_rpc(error), Unreachable)
     return error.code() in _LOST_CODES
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the node has no room for now, or no engine any more; another one may."""
+    return isinstance(error, Overloaded | EngineGone)
 
 
 def typed(error: BaseException) -> SegueError:
@@ -134,17 +147,31 @@ class Nodes:
         self.tries = 0  # attempts of unary calls so far
 
     def order(self) -> list[Node]:
-        """By preference; those that failed within `ADDRESS_RETRY_S` last, longest ago first.
+        """By preference; those without room come later, the first to have some before the others.
 
-        A silent one is the very last, however long ago it fell silent.
+        Then those that failed within `ADDRESS_RETRY_S`, longest ago first. A silent one is the very
+        last, however long ago it fell silent.
         """
         now = self._clock()
 
-        def doubt(node: Node) -> tuple[bool, float]:
-            recent = now - node.failed_at < ADDRESS_RETRY_S
-            return node.reviving is not None, node.failed_at if recent else float("-inf")
+        def doubt(node: Node) -> tuple[bool, float, float]:
+            failed = node.failed_at if now - node.failed_at < ADDRESS_RETRY_S else float("-inf")
+            full = node.full_until if now < node.full_until else float("-inf")
+            return node.reviving is not None, failed, full
 
         return sorted(self._nodes, key=doubt)
+
+    @property
+    def full_s(self) -> float:
+        """Seconds until a node may have room; 0 where one did not refuse lately."""
+        return max(0.0, min(node.full_until for node in self._nodes) - self._clock())
+
+    def refused(self, node: Node, error: SegueError) -> None:
+        """It has no room: others come first for as long as it said."""
+        wait_s = error.fields.get("retry_after_s")
+        if not (isinstance(wait_s, int | float) and wait_s > 0):
+            wait_s = ADDRESS_RETRY_S
+        node.full_until = self._clock() + min(wait_s, RPC_TIMEOUT_S)
 
     async def stub(self, node: Node) -> Any:
         """The `Agent` stub of a connected node.
@@ -228,7 +255,8 @@ class Nodes:
         raise lost
 
     async def unary(self, method: str, request: Any, *, patience_s: float = 0.0) -> Any:
-        """One call at the first node that answers; repeated for `patience_s` while none does.
+        """One call at the first node that answers and has room; repeated for `patience_s` while
+        none does, at the pace that refusals ask for.
 
         Raises:
             SegueError: what the node answered, or Unreachable.
@@ -236,6 +264,7 @@ class Nodes:
         give_up = self._clock() + patience_s
         next_pause = pauses()
         while True:
+            refusal: SegueError | None = None
             lost: SegueError | None = None
             for node in self.order():
                 try:
@@ -245,14 +274,20 @@ class Nodes:
                 except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                     if being_cancelled():
                         raise
-                    if not is_link_loss(error):
-                        raise typed(error) from error
-                    await self.failed(node)
-                    lost = typed(error)
-            assert lost is not None
-            pause = next_pause()
+                    failure = typed(error)
+                    if is_link_loss(error):
+                        await self.failed(node)
+                        lost = failure
+                    elif is_refusal(failure):
+                        self.refused(node, failure)
+                        refusal = refusal or failure
+                    else:
+                        raise failure from error
+            reason = refusal or lost
+            assert reason is not None
+            pause = max(next_pause(), self.full_s)
             if self._clock() + pause >= give_up:
-                raise lost
+                raise reason
             await asyncio.sleep(pause)
 
     async def _ask(self, node: Node, method: Any, request: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, typed
+from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, is_refusal, typed
 from segue.events import Imported
 from segue_contract.errors import InvalidArgument, OutcomeUnknown, SessionBusy, Unreachable
 from segue_contract.ids import check_id
@@ -63,7 +63,10 @@ async def _receive(nodes: Nodes, session: str, part: Path) -> Export:
             raise
         if is_link_loss(error):
             await nodes.failed(node)
-        raise typed(error) from error
+        failure = typed(error)
+        if is_refusal(failure):
+            nodes.refused(node, failure)
+        raise failure from error
     finally:
         call.cancel()
     return await asyncio.to_thread(reader.finish)
@@ -95,7 +98,10 @@ async def import_session(nodes: Nodes, file: Path, session: str) -> Imported:
                 f"The connection broke while {name} was imported.",
                 hint="It is there as a whole, or not at all: list the sessions, then try again.",
             ) from error
-        raise typed(error) from error
+        failure = typed(error)
+        if is_refusal(failure):
+            nodes.refused(node, failure)
+        raise failure from error
     return Imported(reply.session, Cursor(reply.tail.generation, reply.tail.offset), reply.turns)
 
 

@@ -10,15 +10,21 @@ from types import TracebackType
 
 import grpc
 
-from segue._nodes import Node, Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._nodes import (
+    Node,
+    Nodes,
+    being_cancelled,
+    is_link_loss,
+    is_refusal,
+    pauses,
+    typed,
+)
 from segue._reading import join_again
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
 from segue_contract.errors import (
-    EngineGone,
     InvalidArgument,
     NotFound,
-    Overloaded,
     SegueError,
     TurnFailed,
     UnknownDevice,
@@ -258,13 +264,15 @@ class Turn:
         if not is_link_loss(error) and not (accepted and failure.retryable):
             await self._try_next_or_raise(failure)
             return
-        self._lost = True
-        if self._node is not None:
+        if self._node is not None and is_refusal(failure):
+            self._nodes.refused(self._node, failure)
+        elif self._node is not None:
             await (self._nodes.silent if silent else self._nodes.failed)(self._node)
+        self._lost = True
         now = self._clock()
         if self._lost_since is None:
             self._lost_since = now
-        pause = self._next_pause()
+        pause = max(self._next_pause(), self._nodes.full_s)
         bound_s = self._limits.resume_timeout_s if accepted else RPC_TIMEOUT_S / 4
         if now + pause - self._lost_since > bound_s:
             raise self._give_up(failure) from error
@@ -277,10 +285,10 @@ class Turn:
             self._joined = True
             await join_again(self._nodes, self._request.session, self._request.device)
             return
-        if not isinstance(failure, Overloaded | EngineGone) or self._node is None:
+        if not is_refusal(failure) or self._node is None:
             raise failure
         self._refused.add(self._node.address)
-        await self._nodes.failed(self._node)
+        self._nodes.refused(self._node, failure)
         if all(node.address in self._refused for node in self._nodes.order()):
             raise failure
 
