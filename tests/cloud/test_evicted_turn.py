@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 
 from segue_cloud.log.session_log import SessionLog
@@ -65,7 +66,11 @@ async def test_a_turn_whose_beginning_is_gone_begins_again(store: RedisStore, en
     assert not (await fresh.state(S)).turns, "nothing says what was asked"
     again = await fresh.begin_turn(S, "t1", opening("t1"), 60.0, digest="d")
     assert (again.status, again.known) == (Status.OK, False)
-    await fresh.append_turn(S, again.hold("t1"), 1, [frame(0), frame(1), END], ends=True)
+    assert again.epoch == 2, "what its first owner may still send is refused"
+    late = await fresh.append_turn(S, claim.hold("t1"), 3, [frame(2)])
+    assert late.status is Status.STALE
+    rest = [msgspec.structs.replace(op, epoch=2) for op in (frame(0), frame(1), END)]
+    await fresh.append_turn(S, again.hold("t1"), 1, rest, ends=True)
     (turn,) = (await fresh.state(S)).turns
     assert (turn.prompt, turn.tokens, turn.reason) == ("Hello", [7, 7], "stop")
 

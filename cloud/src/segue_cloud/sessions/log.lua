@@ -24,6 +24,7 @@
 --       wb, mx       bytes of all ops ever written; the largest op's
 --       q:<slot>     a name that counts for a quota; qv, qd, qk: how many values, docs, kept ops
 --       p:<producer>, t:<turn>  "<epoch>|<seq>|<seq>:<offset>,<seq>:<offset>,..."
+--       e:<turn>     epoch that a turn had as the log lost its beginning
 --       x:<turn>     "<ended>|<nonce of the claim that made its epoch>": who appends names it, so
 --                    one epoch has one owner
 --
@@ -481,7 +482,7 @@ end
 -- The nonce tells a repeated call, whose reply was lost, from another one's turn.
 function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms, room)
   local OPS = 11
-  local known = meta('cur', 'lease', 't:' .. turn, 'title')
+  local known = meta('cur', 'lease', 't:' .. turn, 'title', 'e:' .. turn)
   if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
   local generation, tail, current = known[1], known[2], known[3]
   local now = now_ms()
@@ -492,7 +493,10 @@ function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, aband
   end
   if current ~= '' then fence(current) end
   tail = write(generation, tail, OPS, #ARGV, now)
-  redis.call('HSET', META, 't:' .. turn, '1|0|', 'x:' .. turn, '0|' .. nonce, 'stop', '')
+  local epoch = tonumber(known[7] or '0') + 1
+  redis.call('HSET', META, 't:' .. turn, int(epoch) .. '|0|', 'x:' .. turn, '0|' .. nonce,
+    'stop', '')
+  if known[7] then redis.call('HDEL', META, 'e:' .. turn) end
   if digest ~= '' then redis.call('HSET', META, 'd:' .. turn, digest) end
   local list = waiting(now, wait_ms)
   local place = place_of(list, turn)
@@ -505,7 +509,7 @@ function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, aband
   hold(turn, lease_ms, now)
   redis.call('ZADD', TURNS, int(tail), turn)
   forget(TURNS, tonumber(bound), 't:', 'x:')
-  return {'ok', 1, generation, tail, 0, 0, current, #ARGV - OPS + 1, 0}
+  return {'ok', epoch, generation, tail, 0, 0, current, #ARGV - OPS + 1, 0}
 end
 
 -- turn, digest, mode ("look", "join" the turns that wait, "leave" them), wait ms, bound of those
@@ -686,8 +690,10 @@ function verbs.compact(generation, offset, keep_from, written, state)
   return {'ok'}
 end
 
--- As if `turn` had never begun: the log has lost its beginning.
+-- As if `turn` had never begun: the log has lost its beginning. Its epochs count on.
 local function unknow(turn, current)
+  local epoch = parse(redis.call('HGET', META, 't:' .. turn))
+  if epoch > 0 then redis.call('HSET', META, 'e:' .. turn, int(epoch)) end
   redis.call('HDEL', META, 't:' .. turn, 'x:' .. turn, 'd:' .. turn)
   redis.call('ZREM', TURNS, turn)
   if current == turn then redis.call('HSET', META, 'cur', '', 'lease', 0, 'stop', '') end
