@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 from contextlib import AsyncExitStack
 from typing import Any
@@ -11,6 +12,16 @@ import segue
 from tests.sim import broker, store
 from tests.sim.process import Process
 from tests.sim.world import World
+
+
+@functools.cache
+def _settings(instance: str, port: int) -> Any:
+    """To make them takes as long as hundreds of steps."""
+    app: Any = importlib.import_module("segue_cloud.app")
+    return app.CloudSettings(
+        _env_file=None, port=port, redis_url=store.URL, mqtt_url=broker.URL,
+        instance=instance, max_turns=8,
+    )  # fmt: skip
 
 
 class CloudProgram:
@@ -34,10 +45,7 @@ class CloudProgram:
 
     async def _serve(self) -> None:
         app: Any = importlib.import_module("segue_cloud.app")
-        settings = app.CloudSettings(
-            _env_file=None, port=self.port, redis_url=store.URL, mqtt_url=broker.URL,
-            instance=self.name, max_turns=8,
-        )  # fmt: skip
+        settings = _settings(self.name, self.port)
         while not self._stop.is_set():
             # As a supervisor does: a program that could not start is started again.
             async with AsyncExitStack() as stack:

@@ -61,9 +61,6 @@ class Handle:
     def when(self) -> float:
         return self._when
 
-    def run(self) -> None:
-        self.context.run(self._callback, *self._args)
-
 
 def _nothing() -> None:
     return None
@@ -156,7 +153,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.steps += 1
         if self.steps > self._max_steps:
             raise TooLong(f"{self._max_steps} steps were not enough.")
-        handle.run()
+        handle.context.run(handle._callback, *handle._args)
         self._after_step()
 
     def _advance(self) -> None:

@@ -21,6 +21,7 @@ from tests.sim.process import Process, current
 EPOCH_S = 1_795_000_000.0  # the wall clock at the start
 MAX_STEPS = 400_000  # of one run; a healthy one needs a tenth of it
 
+_RANDOM_BYTES = 1024
 _LOOK_STEPS = 4  # between looks at one structure or another
 
 
@@ -37,8 +38,10 @@ class World:
         structures: of the product, each looked at every few steps.
     """
 
-    def __init__(self, seed: int, *, max_steps: int = MAX_STEPS) -> None:
+    def __init__(self, seed: int, *, max_steps: int = MAX_STEPS, looks: bool = True) -> None:
+        """`looks`: whether structures are looked at; that changes nothing of a run."""
         self.seed = seed
+        self._looks = looks
         self.trace: list[tuple[Any, ...]] = []
         self.structures: list[Any] = []  # with a check_integrity
         self.failures: list[str] = []
@@ -68,7 +71,9 @@ class World:
         return EPOCH_S + self.now_s + (process.skew_s if process is not None else 0.0)
 
     def random_bytes(self, size: int) -> bytes:
-        return self._bytes.randbytes(size)
+        """Of what only has to be long, as a payload that measures a link, most repeats."""
+        some = self._bytes.randbytes(min(size, _RANDOM_BYTES))
+        return (some * (size // max(len(some), 1) + 1))[:size]
 
     def _measured_s(self) -> float:
         """What is measured within one step of the loop takes a while, too."""
@@ -99,10 +104,10 @@ class World:
             return self.loop.run(main)
 
     def _after_step(self) -> None:
-        if self.structures and self.loop.steps % _LOOK_STEPS == 0:
-            self._look_at(self.structures[self.loop.steps // _LOOK_STEPS % len(self.structures)])
         if self.failures:
             raise Violation(self.failures[0])
+        if self.loop.steps % _LOOK_STEPS == 0 and self._looks and self.structures:
+            self._look_at(self.structures[self.loop.steps // _LOOK_STEPS % len(self.structures)])
 
     def _look_at(self, structure: Any) -> None:
         try:
