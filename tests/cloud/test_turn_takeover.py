@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio as redis
 
-from segue_cloud.sessions.port import Status
+from segue_cloud.sessions.port import Status, TurnClaim
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.opening import opening_ops
 from segue_cloud.turns.recovery import recovering
@@ -349,3 +350,47 @@ async def test_a_turn_that_lost_its_session_and_got_no_end_gets_it_from_the_next
         turn = await bench.turn("t1")
         assert (turn.reason, turn.error_code) == ("error", "turn_failed")
         assert not (await bench.turn("t2")).ended
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+async def test_an_orphan_that_the_store_lost_under_its_take_over_is_left_alone(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Between the look that found it and the claim, or behind the claim; another turn stands in its
+    place by then, and stays its owner's."""
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
+        await dead.begin()
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench:
+        store = await RedisStore.connect(valkey.url)
+        wiped = redis.from_url(valkey.url)
+        said = opening_ops(bench.request("t2"), model="m", now_ms=0)
+        claim = bench.log.take_over
+        taken: list[Status] = []
+
+        async def lose() -> None:
+            await wiped.flushall()
+            await store.open_session(SESSION)
+            begun = await store.begin_turn(SESSION, "t2", [encode_op(op) for op in said], 30.0)
+            assert begun.status is Status.OK
+
+        async def losing(session: SessionName, turn: str, *args: Any, **more: Any) -> TurnClaim:
+            assert turn == "t1"
+            if when == "before":
+                await lose()
+            found = await claim(session, turn, *args, **more)
+            taken.append(found.status)
+            if when == "behind" and found.status is Status.OK:
+                await lose()
+            return found
+
+        monkeypatch.setattr(bench.log, "take_over", losing)
+        async with asyncio.timeout(WAIT_S):
+            while when == "behind" and Status.OK not in taken:  # the lease runs out
+                assert not await bench.manager.recover(SESSION)
+        assert when == "behind" or not await bench.manager.recover(SESSION)
+        assert taken[-1] is (Status.OK if when == "behind" else Status.MISSING)
+        state = await bench.log.state(SESSION)
+        assert [(turn.turn, turn.epoch, turn.ended) for turn in state.turns] == [("t2", 1, False)]
+        assert (bench.manager.running, bench.manager.room) == (0, 8)
+        await wiped.aclose()
+        await store.close()

@@ -1,9 +1,9 @@
 """Some replies at once, and faults that strike them one after another.
 
-A round's readers ask in different ways and are served by one cloud and one edge at first; each has
-a session, a follower and a writer of its own. What a fault did is seen in the time from it to the
-next one. A part goes on (or is started again) once every reply got further; so what wakes up meets
-replies that somebody else serves now.
+A round's readers ask in different ways, through one edge or at one cloud; each has a session, a
+follower and a writer of its own. What a fault did is seen in the time from it to the next one. A
+part goes on (or is started again) once every reply got further; so what wakes up meets replies that
+somebody else serves now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import segue
 from segue.local.parts import Part, Program
 from segue_contract.errors import SegueError
 from segue_contract.limits import TURN_SILENCE_S
-from segue_edge.uplink.rendezvous import rank
+from segue_edge.uplink.rendezvous import Standing, rank
 from tests.bench.suites._fault_house import Kind, strike
 from tests.bench.suites._fault_stock import Stock
 from tests.bench.suites._fault_turn import (
@@ -122,11 +122,11 @@ class Round:
 
     def _name(self, index: int) -> str:
         """A session of which `self._cloud` is the first choice."""
-        clouds = self._stock.house.clouds
-        healthy = [one.address for one in self._stock.well("cloud")]
+        well = self._stock.well("cloud")
+        clouds = {one.address: Standing(healthy=one in well) for one in self._stock.house.clouds}
         for salt in itertools.count():
             name = f"round-{self._number}-{index}-{salt}"
-            if rank(name, [one.address for one in clouds], healthy)[0] == self._cloud:
+            if rank(name, clouds)[0] == self._cloud:
                 return name
         raise AssertionError
 
@@ -185,7 +185,7 @@ class Round:
 
     async def _all(self, reached: Callable[[Reader], bool], timeout_s: float) -> bool:
         """Whether every reply under way reached it in time."""
-        waiting = [one.until(lambda one=one: reached(one)) for one in self._running]  # type: ignore[misc]
+        waiting = [one.until(lambda one=one: reached(one)) for one in self._running]
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*waiting)
