@@ -8,11 +8,12 @@ import signal
 import sys
 
 from segue._inbox import Inbox, Link, Tail
+from segue_contract.errors import Unreachable
 from segue_contract.limits import ClientLimits
 from segue_contract.servers import Broker
 from segue_contract.sync.state import Cursor
 from tests.support.fake_agent import FakeAgent, FakeLog
-from tests.support.followers import WAIT_S, following, op, publishing
+from tests.support.followers import WAIT_S, Seen, following, op, publishing
 
 
 async def test_broker_dies_and_comes_back(broker: Broker) -> None:
@@ -157,3 +158,78 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
     )  # fmt: skip
     said, _ = await asyncio.wait_for(child.communicate(), 60)
     assert (child.returncode, said.decode()) == (0, "")
+
+
+IDLE = ClientLimits(use_s=0.0)  # a session that nobody uses: only its own news are a use
+
+
+async def _asked_again(agent: FakeAgent, seen: Seen) -> None:
+    """The link's loss is known, and the log's tail was asked for since."""
+    async with asyncio.timeout(WAIT_S):
+        while seen.follower.live != "grpc":  # noqa: ASYNC110 - no event says it
+            await asyncio.sleep(0.01)
+        asked = agent.tail_calls
+        while agent.tail_calls < asked + 2:  # noqa: ASYNC110 - the agent tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_a_session_that_nobody_uses_needs_no_stream_when_the_broker_dies(
+    broker: Broker,
+) -> None:
+    log = FakeLog("trip")
+    async with (
+        FakeAgent(log, mqtt_url=broker.url) as agent,
+        following([agent.address], limits=IDLE) as seen,
+    ):
+        broker.process.kill()
+        await broker.process.wait()
+        await _asked_again(agent, seen)
+        assert agent.attaches == 0
+        log.append(op(1))
+        await seen.until_offset(1)
+        assert agent.attaches == 1, "its news opened one"
+        reads = agent.reads
+        await broker.restart()
+        async with publishing(broker, log) as cloud:
+            async with asyncio.timeout(WAIT_S):
+                while seen.follower.live != "mqtt":  # noqa: ASYNC110 - no event says it
+                    await asyncio.sleep(0.01)
+            log.append(op(2))
+            await cloud.entries(2)
+            await seen.until_offset(2)
+        assert seen.offsets == [1, 2]
+        assert agent.reads == reads, "what was missed would have shown in the tail"
+
+
+async def test_a_cloud_that_cannot_publish_opens_no_stream_for_a_session_that_nobody_uses(
+    broker: Broker,
+) -> None:
+    log = FakeLog("trip")
+    async with FakeAgent(log, mqtt_url=broker.url) as agent:
+        agent.publishing = False
+        async with following([agent.address], limits=IDLE) as seen:
+            async with asyncio.timeout(WAIT_S):
+                while agent.tail_calls < 3:  # noqa: ASYNC110 - the agent tells nobody
+                    await asyncio.sleep(0.01)
+            assert agent.attaches == 0
+            log.append(op(1))
+            await seen.until_offset(1)
+            assert seen.lives[-1] == "grpc"
+
+
+async def test_without_broker_and_tails_even_an_unused_session_has_a_stream(
+    broker: Broker,
+) -> None:
+    log = FakeLog("trip")
+    async with (
+        FakeAgent(log, mqtt_url=broker.url) as agent,
+        following([agent.address], limits=IDLE) as seen,
+    ):
+        agent.tails_error = Unreachable("This node cannot say.")
+        broker.process.kill()
+        await broker.process.wait()
+        async with asyncio.timeout(WAIT_S):
+            while not agent.attaches:  # noqa: ASYNC110 - the agent tells nobody
+                await asyncio.sleep(0.01)
+        log.append(op(1))
+        await seen.until_offset(1)

@@ -162,6 +162,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.reads = 0
         self.attaches = 0
         self.tail_calls = 0
+        self.tails_error: SegueError | None = None  # of every such call
         self.publishing = True
         self.mute_runs = 0  # so many of the next runs send no heartbeats
         self.calls = 0
@@ -332,6 +333,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
     async def Tails(self, request: pb.TailsRequest, _: Any) -> pb.TailsReply:
         self._called("Tails")
         self.tail_calls += 1
+        if self.tails_error is not None:
+            raise self.tails_error
         tails = [
             self.log.cursor() if session == self.log.session else pb.Cursor()
             for session in request.sessions

@@ -1,10 +1,11 @@
 """Following a session: a snapshot, then every later log entry, once and in order.
 
 Live entries come over MQTT; while the broker is away, or does not bring what the log has, the gRPC
-`Attach` stream brings them. The two overlap at every switch (the new one is asked first, the old
-one dropped after a Read), and the log view drops what came twice. The log is the truth: a gap, a
-head that is further on, a tail that MQTT did not reach in time, an overflow or a reconnect is
-healed by `Read`, and so is what contradicts the log: its digest shows it.
+`Attach` stream brings them, for as long as the session is in use (`segue._ways`). The two overlap
+at every switch (the new one is asked first, the old one dropped after a Read), and the log view
+drops what came twice. The log is the truth: a gap, a head that is further on, a tail that MQTT did
+not reach in time, an overflow or a reconnect is healed by `Read`, and so is what contradicts the
+log: its digest shows it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from segue._log import LogView
 from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
 from segue._reading import FollowItem, join_again, raw_entries, read_log
 from segue._tails import Tails
+from segue._ways import Ways
 from segue.events import Snapshot
 from segue_contract.errors import (
     InvalidArgument,
@@ -98,7 +100,7 @@ class Follower:
         self._inbox = Inbox(limits.follower_entries, limits.follower_bytes)
         self._closed = False
         self._begun = False
-        self._mqtt_up = False
+        self._ways = Ways(limits.use_s, news_at=0.0, heard_at=0.0)
         self._publishing = True  # as far as the log's nodes have said
         self._late = False  # the log was ahead, and MQTT has not brought it yet
         self._stream_since = 0.0
@@ -110,7 +112,7 @@ class Follower:
 
     @property
     def live(self) -> str:
-        if self._stream is None and self._mqtt_up:
+        if self._stream is None and self._ways.mqtt:
             return "mqtt"
         return "grpc" if self._begun else ""
 
@@ -154,6 +156,7 @@ class Follower:
             self._inbox.put(Overflow())
 
     def on_tail(self, tail: Tail) -> None:
+        self._ways.heard_at = _now()
         news = tail.cursor != self.cursor or tail.publishing != self._publishing or self._late
         if news or not self._view.matches(tail.cursor, tail.digest):
             self._inbox.put(tail)
@@ -168,15 +171,18 @@ class Follower:
             await self._go_live(topics)
             async for item in self._catch_up():
                 yield item
-            if not self._mqtt_up:
+            self._ways.news_at = self._ways.heard_at = _now()
+            if not self._ways.mqtt:
                 self._open_stream()  # it goes on from what was just read
             if self._broker is not None:
+                self._ways.tails = True
                 self._tails.add(self._session, self)
             while True:
                 item_or_none = await self._inbox.get(self._wait_s())
                 if self._closed:
                     return
                 async for item in self._handle(item_or_none):
+                    self._ways.news_at = _now()
                     yield item
         finally:
             await self._leave(topics)
@@ -186,7 +192,7 @@ class Follower:
         if self._broker is not None:
             await self._broker.add(topics, self)
             item = await self._inbox.get(SUBSCRIBE_TIMEOUT_S)
-            self._mqtt_up = isinstance(item, Link) and item.up
+            self._ways.mqtt = isinstance(item, Link) and item.up
             if isinstance(item, Closed | Batch | Head):
                 self._inbox.put(item)
         self._begun = True
@@ -221,12 +227,13 @@ class Follower:
         )
 
     def _wait_s(self) -> float | None:
-        """How long the next item may take before the log is asked; None: as long as it likes."""
+        """How long the next item may take before the log is asked, or the ways are looked at; None:
+        as long as it likes."""
+        now = _now()
         if not self._view.behind:
             self._heal_at = None
             self._late = False
-            return None
-        now = asyncio.get_running_loop().time()
+            return self._ways.look_s(now, streams=self._stream is not None)
         if self._heal_at is None:
             self._heal_at = now + FOLLOW_HEAL_S
         return max(0.0, self._heal_at - now)
@@ -250,15 +257,21 @@ class Follower:
                 if not (item.urgent and self._view.behind):
                     return
             case Link(up=False):
-                self._mqtt_up = False
-                if self._stream is None:
-                    self._open_stream()
+                self._ways.mqtt = False
+                await self._look_at_ways()
+                return
+            case Link(up=True) if self._ways.spares_stream(_now()):
+                self._ways.mqtt = True  # what was missed meanwhile shows in the next tail
+                await self._close_stream()
                 return
             case StreamLost():
-                if item.number == self._stream_number and not self._mqtt_up:
+                if item.number == self._stream_number and not self._ways.mqtt:
                     await self._reopen_stream(item.error)
                 elif item.number == self._stream_number:
                     self._stream = None  # the next look at the log's tail may open another one
+                return
+            case None if not self._view.behind:
+                await self._look_at_ways()
                 return
             case None if self._late and self._stream is None:
                 self._open_stream()  # MQTT had its time
@@ -268,16 +281,17 @@ class Follower:
             yield found
         if isinstance(item, Link):
             # from here on MQTT brings everything past what was just read
-            self._mqtt_up = True
+            self._ways.mqtt = True
             await self._close_stream()
 
     def _take_tail(self, item: Tail) -> None:
-        """The log is ahead: MQTT has a moment to bring it, as for any gap. A cloud that cannot
-        publish now says so, and nothing is waited for."""
+        """The log is ahead: MQTT has a moment to bring it, as for any gap. Without a broker, or
+        where the cloud says that it cannot publish now, nothing is waited for."""
         self._view.saw_head(item.cursor)
         self._publishing = item.publishing
         self._late = self._view.behind
-        if not item.publishing and self._stream is None:
+        brings = self._ways.mqtt and item.publishing
+        if not brings and self._stream is None and (self._late or self._ways.in_use(_now())):
             self._open_stream()
 
     def _agrees(self, item: Tail) -> bool:
@@ -286,12 +300,19 @@ class Follower:
         ahead = same and item.known.offset > item.cursor.offset
         return not ahead and self._view.matches(item.cursor, item.digest)
 
+    async def _look_at_ways(self) -> None:
+        """Open a stream where one is needed now, close one that is not."""
+        if self._stream is None and self._ways.needs_stream(_now()):
+            self._open_stream()
+        elif self._stream is not None and self._ways.spares_stream(_now()):
+            await self._close_stream()
+
     async def _mqtt_brought(self) -> None:
         """Where MQTT brings everything again, the stream that was opened beside it may go."""
-        now = asyncio.get_running_loop().time()
+        now = _now()
         if (
             self._stream is not None
-            and self._mqtt_up
+            and self._ways.mqtt
             and self._publishing
             and not self._view.behind
             and now - self._stream_since >= self._limits.beside_min_s
@@ -317,13 +338,16 @@ class Follower:
         if self._closed:
             return
         self._stream_number += 1
-        self._stream_since = asyncio.get_running_loop().time()
+        self._stream_since = _now()
         self._stream = asyncio.create_task(
             self._pump_stream(self._stream_number), name=f"attach {self._session}"
         )
 
     async def _reopen_stream(self, error: Exception) -> None:
         self._stream = None
+        passes = isinstance(error, SegueError) and error.retryable
+        if passes and not self._ways.needs_stream(_now()):
+            return
         if isinstance(error, UnknownDevice):  # the log forgets those that were quiet for longest
             try:
                 await join_again(self._nodes, self._session, self._device)
@@ -389,10 +413,14 @@ class Follower:
 
     async def _bear(self, error: Exception) -> None:
         """Pause after a failure; raise it where it lasted too long or cannot pass."""
-        now = asyncio.get_running_loop().time()
+        now = _now()
         if self._failing_since is None:
             self._failing_since = now
         passing = isinstance(error, SegueError) and error.retryable
         if not passing or now - self._failing_since > FOLLOW_TIMEOUT_S:
             raise error
         await asyncio.sleep(self._next_pause())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -280,3 +280,6 @@ class ClientLimits:
     follower_entries: int = FOLLOWER_QUEUE_ENTRIES
     follower_bytes: int = FOLLOWER_QUEUE_BYTES
     beside_min_s: float = 5.0  # a gRPC stream that was opened beside MQTT stays for so long
+    # A followed session counts as in use for so long after its last entry: a reply's pauses and the
+    # next question. Then, without a broker, its tail is enough until it has news.
+    use_s: float = 30.0
