@@ -17,7 +17,16 @@ from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import UnknownTurn
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
-from segue_contract.sync.ops import Frame, Op, TurnEnded, TurnStarted, Usage, UserMessage
+from segue_contract.sync.ops import (
+    Frame,
+    Op,
+    Sampling,
+    TurnEnded,
+    TurnStarted,
+    Usage,
+    UserMessage,
+    request_digest,
+)
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.cloud_rpc import cloud_rpc
@@ -102,6 +111,31 @@ async def test_an_end_that_came_without_its_tokens_is_none(store: RedisStore) ->
     await log.append_turn(S, claim.hold("t1"), 3, [END], ends=True)
     (turn,) = (await SessionLog(store).state(S)).turns
     assert (turn.tokens, turn.reason) == ([], "")
+
+
+async def test_what_is_known_of_turns_is_made_again_of_the_log(store: RedisStore) -> None:
+    """Else a turn that is asked for again is in the log twice, and a running one never ends."""
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0)
+    await log.append_turn(S, claim.hold("t1"), 1, [frame(0), frame(1), END], ends=True)
+    running = await log.begin_turn(S, "t2", opening("t2"), 60.0)
+    await evict(store, "meta")
+    await store.open_session(S, device="laptop")
+    early = await store.begin_turn(S, "t1", [], 60.0)
+    assert early.status is Status.BUSY, "nobody has looked what the log has"
+    fresh = SessionLog(store)
+    assert [turn.turn for turn in (await fresh.state(S)).turns] == ["t1", "t2"]
+    again = await fresh.begin_turn(S, "t1", opening("t1"), 60.0)
+    assert (again.status, again.known, again.ended) == (Status.OK, True, True)
+    digest = request_digest("Hello", 9, Sampling(), ())
+    other = await fresh.begin_turn(S, "t2", opening("t2"), 60.0, digest=digest[::-1])
+    assert other.status is Status.CONFLICT
+    late = await fresh.append_turn(S, running.hold("t2"), 1, [frame(0)])
+    assert late.status is Status.STALE
+    taken = await fresh.take_over(S, "t2", 60.0, quiet_s=60.0)  # as for an orphan
+    assert (taken.status, taken.epoch) == (Status.OK, 2)
+    (listed,), _ = await store.keeper.list_sessions("default", 9)
+    assert listed.title == "Hello"
 
 
 async def test_a_turn_that_holds_its_session_is_not_abandoned(store: RedisStore) -> None:

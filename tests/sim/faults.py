@@ -160,10 +160,11 @@ def other_store(scene: Scene, rng: Random, fault: Fault) -> None:
 
 
 def evict(scene: Scene, rng: Random, fault: Fault) -> None:
-    """A store whose policy was changed while it ran throws away a log, or all of a session."""
+    """A store whose policy was changed while it ran throws away a session's log, what it knows of
+    it, or all of a session."""
     keys = [key for key in scene.store.space.values if b":trip}:" in key]
-    some = [key for key in keys if key.endswith(b":log")]
-    scene.store.evict(rng.choice([some, keys]))
+    gone = rng.choice([b":log", b":meta", b""])
+    scene.store.evict([key for key in keys if key.endswith(gone)])
 
 
 # -- clocks -----------------------------------------------------------------------------------

@@ -167,7 +167,8 @@ class History:
         for session, history in self.sessions.items():
             kept = [history.ever[place] for place in self._places(session)]
             gone = {entry.place for entry in history.lineage} - {entry.place for entry in kept}
-            if gone:
+            unknown = _key(session, "meta") not in self._store.space.values
+            if gone or unknown:  # devices are told then that there is no such session
                 self._world.say("lost", session, len(gone))
                 history.lost_at_s = self._world.now_s
                 history.lost |= gone
@@ -201,8 +202,13 @@ class History:
         return list(stream.ids) if stream is not None else []
 
     def _tail(self, session: str) -> int:
-        known = self._store.space.values.get(_key(session, "meta"))
-        return int(known[b"tail"]) if known is not None else 0
+        """Where the log goes on: where what is known of it is gone, behind what is left of it."""
+        values = self._store.space.values
+        known = values.get(_key(session, "meta"))
+        if known is not None:
+            return int(known[b"tail"])
+        folded = values.get(_key(session, "snapshot"), b"0 0").split(b"\n")[0].split(b" ")[1]
+        return max([int(folded), *(offset for _, offset in self._places(session))])
 
     # -- devices are told ---------------------------------------------------------------------
 

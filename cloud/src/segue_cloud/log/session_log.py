@@ -19,6 +19,7 @@ import structlog
 from segue_cloud.hub.hub import Following, Hub
 from segue_cloud.hub.state import HubState
 from segue_cloud.log.keeping import SessionKeeping
+from segue_cloud.sessions.known import title_of
 from segue_cloud.sessions.port import (
     AppendResult,
     LogOp,
@@ -40,7 +41,6 @@ from segue_contract.limits import (
     COMPACT_AFTER_ENTRIES,
     COMPACT_KEEP_BYTES,
     COMPACT_KEEP_ENTRIES,
-    TITLE_CHARS,
     TURN_LEASE_S,
 )
 from segue_contract.sync.ops import Op, TurnEnded, Usage, UserMessage
@@ -353,4 +353,4 @@ class SessionLog:
 def _title(ops: Sequence[Op]) -> str:
     """What the session is about: the begin of its first message."""
     messages = (op.text for op in ops if isinstance(op, UserMessage))
-    return " ".join(next(messages, "").split())[:TITLE_CHARS]
+    return title_of(next(messages, ""))

@@ -6,6 +6,7 @@
     whole     the port's part for whole sessions
     keep.lua  whole sessions: deleted, made of an export; `keeper` calls it
     quota     what a session may hold
+    known     what the store knows of a session besides its log, made of it
     keys      names in the store
     wire      commands, repeated until their deadline
     replicas  waiting for them, where a fail-over must not lose what was written

@@ -10,7 +10,7 @@ from typing import Any
 
 from segue_cloud.sessions import scripts
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
-from segue_cloud.sessions.quota import taken
+from segue_cloud.sessions.known import Part, known_fields, known_turns
 from segue_cloud.sessions.scripts import Command
 from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
 from segue_cloud.sessions.wire import Wire
@@ -24,10 +24,8 @@ from segue_contract.limits import (
     MAX_APPEND_OPS,
     MAX_COUNT,
     MIB,
-    TURN_ID_MEMORY,
 )
 from segue_contract.sync.chain import chained
-from segue_contract.sync.ops import request_digest
 from segue_contract.sync.state import Cursor
 
 KEEP = scripts.load("keep.lua")
@@ -144,32 +142,18 @@ class SessionKeeper:
         )
 
     async def _stage_meta(self, staged: SessionKeys, made: SessionImport, kept_ms: int) -> None:
-        """What makes a turn's id, asked for again, join that turn, and what counts for quotas."""
-        turns = made.session.turns
-        names, counts = taken(made.session)
-        fields: list[str | int | bytes] = [
-            "n", len(turns), "title", made.title, "mx", max(map(len, made.ops), default=1),
-        ]  # fmt: skip
-        for name, count in counts.items():
-            fields += [name, count]
         # As a follower of the empty session makes it. Of what was folded nobody has a digest.
         digest = reduce(chained, made.ops, b"")
-        fields += ["ck", digest]
-        for slot in names:
-            fields += [f"q:{slot}", 1]
-        for turn in turns:
-            asked = request_digest(turn.prompt, turn.max_tokens, turn.sampling, turn.stop)
-            fields += [f"d:{turn.turn}", asked]
-        known = turns[-TURN_ID_MEMORY:]
-        for turn in known:
-            fields += [f"t:{turn.turn}", f"{turn.epoch}|0|", f"x:{turn.turn}", "1|"]
+        fields: list[Part] = [
+            "title", made.title, "mx", max(map(len, made.ops), default=1), "ck", digest,
+            *known_fields(made.session),
+        ]  # fmt: skip
         for start in range(0, len(fields), 1024):
             await self._wire.call(
                 ("HSET", staged.meta, *fields[start : start + 1024]),
                 ("PEXPIRE", staged.meta, kept_ms),
             )
-        if known:
-            scores = [part for turn in known for part in (turn.last_offset, turn.turn)]
+        if scores := known_turns(made.session):
             await self._wire.call(
                 ("ZADD", staged.turns, *scores), ("PEXPIRE", staged.turns, kept_ms)
             )

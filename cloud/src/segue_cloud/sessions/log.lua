@@ -14,6 +14,7 @@
 --       gens         "<generation>:<its first offset>,...", the last one is gen
 --       cur, lease   the running turn, until when its owner holds it (ms); stop: asked to stop
 --       pub, da      published offset; dirty since (ms), 0 where clean
+--       bare         1: it was evicted, and does not say which turns the log has; see `restore`
 --       wait         turns that wait for the session, first come first: "turn:ms:flag,..."; flag w
 --                    waits and named itself then, s was stopped then
 --       d:<turn>     digest of what was asked
@@ -310,6 +311,9 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
     return {'ok', parse(known[5]), generation, begun, 1, ended and 1 or 0, '', 0, 0}
   end
   if before then return {'ok', 0, generation, 0, 1, 1, '', 0, 0} end  -- it ended long ago
+  if redis.call('HGET', META, 'bare') then -- nobody can say yet that it never began
+    return {'busy', 0, generation, tail, 0, 0, '', 0, 0}
+  end
   local list = waiting(now, wait_ms)
   local place, _, first = place_of(list, turn)
   if place and list[place][3] == 's' then
@@ -350,7 +354,7 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
       'so', int(folded[2]), 'wo', 0, 'sb', redis.call('STRLEN', SNAPSHOT), 'wb', 0, 'mx', 1048576)
     recover_generations()
     new_generation(generation, tail + 1, alive(), now)
-    if tail == 0 then redis.call('HSET', META, 'da', 0, 'mx', 0) end
+    redis.call('HSET', META, unpack(tail == 0 and {'da', 0, 'mx', 0} or {'bare', 1}))
     tell(generation, tail)
     known, created = {generation, tail}, tail == 0 and 1 or 0
   end
@@ -634,10 +638,10 @@ end
 
 -- generation and offset of a cursor, count, bytes, judged? ("0": it is this process's own)
 -- -> {status, generation, tail, {entries}, snapshot's offset, bytes written, first lost offset,
---     digest at the tail}
+--     digest at the tail, bare?}
 function verbs.read(after_generation, after, count, bytes, judged)
-  local known = meta('gens', 'so', 'wb', 'mx', 'ck')
-  if not known then return {'missing', 0, 0, {}, 0, 0, 0, ''} end
+  local known = meta('gens', 'so', 'wb', 'mx', 'ck', 'bare')
+  if not known then return {'missing', 0, 0, {}, 0, 0, 0, '', 0} end
   local generation, tail, list = known[1], known[2], generations(known[3])
   if #list == 0 or list[#list][1] ~= generation then -- it began with this very call
     list = generations(redis.call('HGET', META, 'gens'))
@@ -645,12 +649,12 @@ function verbs.read(after_generation, after, count, bytes, judged)
   after_generation, after = tonumber(after_generation), tonumber(after)
   count, bytes = tonumber(count), tonumber(bytes)
   local so, written = tonumber(known[4] or '0'), tonumber(known[5] or '0')
-  local status, lost, digest = 'ok', 0, known[7] or ''
+  local status, lost, digest, bare = 'ok', 0, known[7] or '', known[8] and 1 or 0
   if judged == '1' then
     status, lost = judge_cursor(list, generation, tail, after_generation, after)
   end
   if status ~= 'ok' or after >= tail then
-    return {status, generation, tail, {}, so, written, lost, digest}
+    return {status, generation, tail, {}, so, written, lost, digest, bare}
   end
   local at = generation_of(list, after + 1)
   local from = at and int(at) .. '-' .. int(after + 1)
@@ -664,14 +668,14 @@ function verbs.read(after_generation, after, count, bytes, judged)
     if #some == 0 then break end
     for _, entry in ipairs(some) do
       if size + #entry[2][2] > bytes and #entries > 0 then
-        return {status, generation, tail, entries, so, written, lost, digest}
+        return {status, generation, tail, entries, so, written, lost, digest, bare}
       end
       entries[#entries + 1], size = entry, size + #entry[2][2]
     end
     local id = place(entries[#entries][1], '-')
     from = int(id[1]) .. '-' .. int(id[2] + 1)
   end
-  return {status, generation, tail, entries, so, written, lost, digest}
+  return {status, generation, tail, entries, so, written, lost, digest, bare}
 end
 
 -- generation, offset, keep from, bytes written up to there, state -> {status}
@@ -726,6 +730,22 @@ function verbs.mend(generation, offset, state, headless, endless, last)
   redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)
   redis.call('HSET', META, 'so', int(known[2]), 'wo', known[3] or '0', 'sb', #state)
   redis.call('XTRIM', LOG, 'MAXLEN', 0)
+  return {'ok'}
+end
+
+-- generation, title, the running turn or "", count, so many names and values of `meta`, scores and
+-- members of `turns` -> {status}: what the log says of its turns is known again
+function verbs.restore(generation, title, running, count)
+  local known = meta('bare')
+  if not known then return {'missing'} end
+  if tonumber(generation) ~= known[1] or not known[3] then return {'stale'} end
+  local FIELDS = 6
+  local scores = FIELDS + tonumber(count)
+  for i = FIELDS, scores - 1, 2 do redis.call('HSET', META, ARGV[i], ARGV[i + 1]) end
+  for i = scores, #ARGV, 2 do redis.call('ZADD', TURNS, ARGV[i], ARGV[i + 1]) end
+  redis.call('HSET', META, 'title', title)
+  redis.call('HDEL', META, 'bare')
+  if running ~= '' then hold(running, 0, now_ms()) end -- whoever has room finishes it
   return {'ok'}
 end
 

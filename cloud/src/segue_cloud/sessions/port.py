@@ -135,6 +135,7 @@ class RawPage:
     """What `read` found. `entries` may start later than asked for: see `compact`.
 
     `snapshot_offset`: up to where the log was folded. `written`: bytes of all ops up to `tail`.
+    `bare`: the store forgot which turns the log has; see `restore`.
     """
 
     status: PageStatus
@@ -144,6 +145,7 @@ class RawPage:
     written: int = 0
     lost_from: int = 0
     digest: bytes = b""  # at the tail
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -380,6 +382,12 @@ class Reading(Protocol):
         A turn whose beginning is gone counts as never begun, as after a fail-over that lost it;
         `headless` are those of which the log still has later entries. One that `state` has without
         an end has none.
+        """
+        ...
+
+    async def restore(self, session: SessionName, state: SessionState) -> None:
+        """What the store knew of the session besides its log is gone: make it anew of the log,
+        folded. Until then no turn begins. Nothing is done where somebody did so before.
         """
         ...
 

@@ -187,6 +187,8 @@ class LogReader:
             folded.written, folded.digest = page.written, page.digest
             if known.offset >= tail.offset:
                 replica.adopt_generation(tail.generation)
+                if page.bare:
+                    await self._store.restore(session, replica.state)
                 return
             if not entries or entries[0].cursor.offset > known.offset + 1:
                 snapshot = await self._store.load_snapshot(session)

@@ -57,7 +57,7 @@ def append_result(row: list[Any]) -> AppendResult:
 
 def page(row: list[Any]) -> RawPage:
     """Of the verb read."""
-    status, generation, tail, found, folded, written, lost, digest = row
+    status, generation, tail, found, folded, written, lost, digest, bare = row
     return RawPage(
         status=PageStatus(status.decode()),
         tail=Cursor(generation, tail),
@@ -66,6 +66,7 @@ def page(row: list[Any]) -> RawPage:
         written=written,
         lost_from=lost,
         digest=digest,
+        bare=bool(bare),
     )
 
 

@@ -16,6 +16,7 @@ from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
+from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
 from segue_cloud.sessions.port import (
     AppendResult,
     LogTail,
@@ -296,11 +297,19 @@ class RedisStore:
         self, session: SessionName, state: SessionState, headless: Iterable[str]
     ) -> None:
         endless = [turn.turn for turn in state.turns if not turn.ended]
-        last = state.turns[-1].turn if state.turns and not state.turns[-1].ended else ""
         await self._wire.call(
             self._log(
                 session, "mend", state.cursor.generation, state.cursor.offset,
-                encode_state(state), ",".join(headless), ",".join(endless), last,
+                encode_state(state), ",".join(headless), ",".join(endless), running_turn(state),
+            )
+        )  # fmt: skip
+
+    async def restore(self, session: SessionName, state: SessionState) -> None:
+        fields, title = known_fields(state), title_of(state.turns[0].prompt if state.turns else "")
+        await self._wire.call(
+            self._log(
+                session, "restore", state.cursor.generation, title, running_turn(state),
+                len(fields), *fields, *known_turns(state),
             )
         )  # fmt: skip
 
