@@ -117,7 +117,7 @@ async def test_a_slot_that_moves_in_the_middle_of_appends(
 
 
 async def test_a_member_without_cluster_in_its_url_says_so(cluster: ThreeNodes) -> None:
-    store = await RedisStore.connect(f"redis://127.0.0.1:{cluster.nodes[0].port}", timeout_s=0.3)
+    store = await RedisStore.connect(f"redis://127.0.0.1:{cluster.nodes[0].port}", timeout_s=1.0)
     names = [SessionName("default", f"every{number}") for number in range(SESSIONS)]
     with pytest.raises(StoreUnavailable, match="MOVED") as caught:
         await asyncio.gather(*map(store.open_session, names))

@@ -100,11 +100,11 @@ async def test_a_repeated_claim_waits_for_what_it_wrote_then() -> None:
 
 async def test_a_strict_wait_makes_an_error_of_it_until_the_replica_has_it() -> None:
     async with asyncio.timeout(WAIT_S), linked_pair() as (primary, replica, link):
-        store = await RedisStore.connect(f"{primary.url}?wait=strict&wait_ms=20", timeout_s=0.3)
+        store = await RedisStore.connect(f"{primary.url}?wait=strict&wait_ms=20", timeout_s=1.0)
         patient = await RedisStore.connect(
             f"{primary.url}?wait=strict&wait_ms=20", timeout_s=WAIT_S
         )
-        hold = await begun(store)
+        hold = await begun(patient)
         link.stall()
         with pytest.raises(StoreUnavailable, match="NOREPLICAS 0 of 1"):
             await store.renew_turn(S, hold, LEASE_S)
@@ -120,7 +120,7 @@ async def test_a_strict_wait_makes_an_error_of_it_until_the_replica_has_it() -> 
 
 
 async def test_a_strict_wait_takes_no_lease_from_a_store_without_replicas(valkey: Valkey) -> None:
-    store = await RedisStore.connect(f"{valkey.url}?wait=strict", timeout_s=0.3)
+    store = await RedisStore.connect(f"{valkey.url}?wait=strict", timeout_s=1.0)
     with pytest.raises(StoreUnavailable, match="NOREPLICAS"):
         await begun(store)
     await store.close()

@@ -188,7 +188,7 @@ async def test_resuming_without_progress_has_an_end() -> None:
             with pytest.raises(errors.Unreachable) as caught:
                 await turn.result()
     assert caught.value.fields["turn"] == turn.id
-    assert 1 < len(agent.runs) < 20
+    assert len(agent.runs) < 20  # it waits between its tries
     assert turn.text == "Paris "
 
 

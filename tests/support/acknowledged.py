@@ -43,9 +43,13 @@ async def append_under_faults(address: str, session: str, calls: int, random: Ra
             for one in await asyncio.gather(client.session(session), client.session(session))
         ]
 
+        ended = asyncio.Event()
+
         async def cut() -> None:
             while True:
                 await asyncio.sleep(random.uniform(*_CUT_AFTER_S))
+                await ended.wait()  # a call since the last cut: on a slow machine, too, they get on
+                ended.clear()
                 proxy.cut()
 
         async def write(number: int, writer: segue.Session) -> None:
@@ -60,6 +64,8 @@ async def append_under_faults(address: str, session: str, calls: int, random: Ra
                     first = (await call).offset
                 except (SegueError, asyncio.CancelledError):
                     continue  # nobody was told that it is there
+                finally:
+                    ended.set()
                 told.update((one, first + place) for place, one in enumerate(ids))
 
         cutting = asyncio.ensure_future(cut())
