@@ -16,7 +16,7 @@ from segue_contract.chat.detokenizer import byte_alphabet
 from segue_contract.model.manifest import ModelGeometry
 
 GEOMETRY = ModelGeometry(
-    layers=3,
+    layers=2,
     hidden=64,
     heads=4,
     kv_heads=2,

@@ -20,6 +20,7 @@ from tests.bench.harness import Report
 SEED = 20
 LINK_MBPS = 1000
 LONG_WORDS = 480  # 520 to 540 tokens with the chat template
+QUICK_WORDS = 300  # two chunks of the prefill, as the long ones have
 REPLY_TOKENS = 24
 
 WORDS = (
@@ -139,12 +140,12 @@ def shape_rows(report: Report, name: str, turns: list[Timed]) -> None:
     report.row(f"first_gap_ms_p50_{name}", median_ms(gaps), "ms")
 
 
-async def second_turns(report: Report, bench: Bench, turns: int) -> None:
+async def second_turns(report: Report, bench: Bench, turns: int, words: int) -> None:
     """A follow-up in a session whose KV both sides hold."""
     waits, reused = [], []
     for _ in range(turns):
         session = await bench.session()
-        if await timed(session, bench.prompt(LONG_WORDS), "ship", REPLY_TOKENS) is None:
+        if await timed(session, bench.prompt(words), "ship", REPLY_TOKENS) is None:
             continue
         one = await timed(session, "And then? Go on with the story.", "ship", REPLY_TOKENS)
         if one is not None:
@@ -155,7 +156,7 @@ async def second_turns(report: Report, bench: Bench, turns: int) -> None:
 
 
 async def _run(report: Report, quick: bool) -> None:
-    turns = 2 if quick else 10
+    turns, words = (2, QUICK_WORDS) if quick else (10, LONG_WORDS)
     rng = random.Random(SEED)
     async with (
         LocalStack(edge_args=("--link-mbps", str(LINK_MBPS))) as stack,
@@ -164,19 +165,19 @@ async def _run(report: Report, quick: bool) -> None:
         bench = Bench(client, rng)
         for shape in ("ship", "text", "edge"):  # every path once before it counts
             await bench.ask(shape, 120, 1 if quick else 2, 8)
-        shipped = await bench.ask("ship", LONG_WORDS, turns, REPLY_TOKENS)
+        shipped = await bench.ask("ship", words, turns, REPLY_TOKENS)
         ship_rows(report, shipped)
         shape_rows(report, "ship", shipped)
         others = max(1, turns // 2)
         for shape in ("text", "edge"):
-            asked = await bench.ask(shape, LONG_WORDS, others, REPLY_TOKENS)
+            asked = await bench.ask(shape, words, others, REPLY_TOKENS)
             shape_rows(report, shape, asked)
-        shape_rows(report, "auto", await bench.ask("", LONG_WORDS, others, REPLY_TOKENS))
+        shape_rows(report, "auto", await bench.ask("", words, others, REPLY_TOKENS))
         short = await bench.ask("ship", 12, others, REPLY_TOKENS)
         report.row("ttft_ms_p50_short_prompt", median_ms([one.ttft_s for one in short]), "ms")
-        await second_turns(report, bench, others)
+        await second_turns(report, bench, others, words)
 
 
 def run(report: Report, quick: bool) -> None:
-    """Needs the built model; `quick` asks for a few turns only."""
+    """Needs the built model; `quick` asks for a few shorter turns only."""
     asyncio.run(_run(report, quick))

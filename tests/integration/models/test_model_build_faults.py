@@ -188,7 +188,7 @@ def test_verify_refuses_a_changed_directory_by_name(built: Built, tmp_path: Path
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("geometry", {"layers": GEOMETRY.layers + 1}, "4 layers, the graph 3"),
+        ("geometry", {"layers": GEOMETRY.layers + 1}, "3 layers, the graph 2"),
         ("geometry", {"kv_heads": 1}, "1 KV heads, the graph 2"),
         ("geometry", {"head_dim": 8}, "cannot run"),
         ("geometry", {"layers": "three"}, "cannot be read"),
@@ -256,8 +256,8 @@ def test_a_truncated_or_foreign_file(tmp_path: Path) -> None:
         ({"attention_bias": True}, "biases"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"num_hidden_layers": 4}, r"lacks 9 tensors.*layers\.3"),
-        ({"num_hidden_layers": 2}, "has not"),
+        ({"num_hidden_layers": 3}, r"lacks 9 tensors.*layers\.2"),
+        ({"num_hidden_layers": 1}, "has not"),
         ({"intermediate_size": 64}, "shape"),
         ({"hidden_size": None}, "config.json"),
     ],
