@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,8 @@ from segue_contract.model.manifest import MANIFEST_NAME
 from tests.support.tiny_llama import WEIGHTS, build_tiny_llama
 from tests.support.tiny_source import GEOMETRY, TEMPLATE, write_hf_folder
 
-TIMEOUT_S = 150
+Refused = Callable[..., str]
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -33,22 +35,39 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def refused(model: Path, *arguments: str) -> str:
-    """What `segue cloud` says on the terminal when it will not start."""
-    command = [sys.executable, "-m", "segue", "cloud", "--port", "0", "--model", model.name]
-    done = subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, "SEGUE_MODEL_HOME": str(model.parent), "COLUMNS": "300"},
-        capture_output=True,
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.cli_forks"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
+        start_new_session=True,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode not in (0, None), said
-    assert done.returncode > 0, f"killed by a signal: {said}"
-    assert "Traceback" not in said, said
-    return said
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def refused(forks: subprocess.Popen[str], model: Path) -> Refused:
+    """What `segue cloud` says on the terminal when it will not start."""
+
+    def ask(*arguments: str) -> str:
+        command = ["cloud", "--port", "0", "--model", model.name, *arguments]
+        env = {"SEGUE_MODEL_HOME": str(model.parent), "COLUMNS": "300"}
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        forks.stdin.write(json.dumps({"arguments": command, "env": env}) + "\n")
+        forks.stdin.flush()
+        answer = json.loads(forks.stdout.readline())
+        assert answer["code"] > 0, answer  # less: killed by a signal
+        assert "Traceback" not in answer["said"], answer["said"]
+        return str(answer["said"])
+
+    return ask
 
 
 def change_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -93,10 +112,13 @@ def another_family(tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_weights_that_do_not_fit(
-    model: Path, change: Callable[[dict[str, torch.Tensor]], None], words: list[str]
+    model: Path,
+    refused: Refused,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    words: list[str],
 ) -> None:
     change_tensors(model, change)
-    said = refused(model)
+    said = refused()
     assert all(word in said for word in words), said
     assert "Build the model again" in said
 
@@ -127,10 +149,13 @@ def other_weights_size(manifest: dict[str, object]) -> None:
     ],
 )
 def test_a_manifest_that_was_edited_by_hand(
-    model: Path, change: Callable[[dict[str, object]], None], words: list[str]
+    model: Path,
+    refused: Refused,
+    change: Callable[[dict[str, object]], None],
+    words: list[str],
 ) -> None:
     change_manifest(model, change)
-    said = refused(model)
+    said = refused()
     assert all(word in said for word in words), said
 
 
@@ -143,16 +168,16 @@ def test_a_manifest_that_was_edited_by_hand(
     ],
 )
 def test_memory_that_is_not_there(
-    model: Path, arguments: tuple[str, ...], words: list[str]
+    refused: Refused, arguments: tuple[str, ...], words: list[str]
 ) -> None:
-    said = refused(model, *arguments)
+    said = refused(*arguments)
     assert all(word in said for word in words), said
 
 
-def test_a_pool_too_small_says_how_much_is_needed(model: Path) -> None:
+def test_a_pool_too_small_says_how_much_is_needed(model: Path, refused: Refused) -> None:
     """A model whose smallest pool is more than the one MiB that is asked for."""
     wide = msgspec.structs.replace(GEOMETRY, layers=40)
     build_tiny_llama(model, geometry=wide)
-    said = refused(model, "--pool-mb", "1", "--dtype", "fp32")
+    said = refused("--pool-mb", "1", "--dtype", "fp32")
     assert "too small; this model needs 6 MiB" in said, said
     assert "--pool-mb 6" in said
