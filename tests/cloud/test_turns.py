@@ -145,6 +145,9 @@ async def test_a_full_instance_still_lets_its_own_turns_be_joined(
     async with bench_on(valkey.url, model_dir, engine, max_turns=1) as bench:
         owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
         assert (await bench.begin()).known
+        await bench.log.open_session(OTHER, device="phone")
+        with pytest.raises(Overloaded):  # who joins a turn leaves it its place
+            await bench.begin("t2", session=OTHER)
         engine.allow(len(words))
         await bench.ended(owner)
 

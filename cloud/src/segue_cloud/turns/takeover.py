@@ -97,7 +97,7 @@ class Takeover:
                 owner = self._turns.start(_resumed(spec, claim, turn, adopted))
                 return owner, False
             finally:
-                if owner is None and not begun_here:
+                if owner is None or begun_here:  # what began here holds its place already
                     self._places.give_back(key.name)
 
     def _changing_hands(self, turn: TurnName) -> asyncio.Lock:
