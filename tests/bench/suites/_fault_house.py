@@ -19,6 +19,7 @@ from segue_contract.servers import Broker, Valkey
 from segue_contract.servers.process import LOOPBACK, free_port
 from segue_contract.telemetry import TURNS_RUNNING
 
+START_S = 180.0  # beside other work, and at the lowest priority
 METRICS_S = 2.0  # for a cloud's metrics to answer
 _RUNNING = re.compile(rf"^{TURNS_RUNNING} (\S+)$", re.MULTILINE)
 
@@ -71,14 +72,17 @@ class House:
         return [one.user + one.system for one in times]
 
     async def turns(self, cloud: Program) -> int:
-        """How many turns a cloud owns now, by its own metrics."""
-        async with asyncio.timeout(METRICS_S):
-            reader, writer = await asyncio.open_connection(LOOPBACK, self.metrics[cloud.name])
-            try:
-                writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-                text = (await reader.read()).decode()
-            finally:
-                writer.close()
+        """How many turns a cloud owns now, by its own metrics; 0 where these do not answer."""
+        try:
+            async with asyncio.timeout(METRICS_S):
+                reader, writer = await asyncio.open_connection(LOOPBACK, self.metrics[cloud.name])
+                try:
+                    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+                    text = (await reader.read()).decode()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return 0
         found = _RUNNING.search(text)
         assert found is not None, "a cloud's metrics without its turns"
         return round(float(found[1]))
@@ -137,7 +141,8 @@ async def house(model: str = "", edges: int = 2, clouds: int = 2) -> AsyncIterat
             command += ["--metrics-port", str(metrics[name])]
             command += ["--model", model] if model else []
             env = {**os.environ, **urls, "PYTHONUNBUFFERED": "1"}
-            others.append(Program(name, command, log=folder / f"{name}.log", env=env))
+            log = folder / f"{name}.log"
+            others.append(Program(name, command, log=log, env=env, timeout_s=START_S))
         starting = [asyncio.create_task(other.start()) for other in others]
         for other in others:
             cleanup.push_async_callback(other.stop)
@@ -147,6 +152,7 @@ async def house(model: str = "", edges: int = 2, clouds: int = 2) -> AsyncIterat
             edges=edges,
             edge_args=[word for pair in known for word in pair],
             cloud_args=("--metrics-port", str(metrics["cloud"])),
+            start_timeout_s=START_S,
             redis_url=urls["SEGUE_REDIS_URL"],
             mqtt_url=urls["SEGUE_MQTT_URL"],
         )
