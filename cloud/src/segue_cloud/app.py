@@ -37,7 +37,7 @@ from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs, without_password
-from segue_contract.transport.process import stop_requested
+from segue_contract.transport.process import keep_loaded, stop_requested
 from segue_contract.transport.server import RunningServer, check_loopback, start_server
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
@@ -71,6 +71,7 @@ async def serve(settings: CloudSettings) -> None:
             await end(starting)
             return
         cloud = starting.result()
+        keep_loaded()
         _print_ready(cloud, time.monotonic() - began)
         dying = asyncio.ensure_future(cloud.engine.died.wait())
         await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,7 @@ import typer
 from segue_contract.errors import SegueError
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs
+from segue_contract.transport.process import keep_loaded
 from segue_edge.config import DEFAULT_CLOUD, DEFAULT_PORT, EdgeConfig, read_config
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ async def _serve(config: EdgeConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with EdgeNode(config) as node:
+        keep_loaded()
         _say_ready(node)
         await stop.wait()
         log.info("stopping", turns=len(node.registry))

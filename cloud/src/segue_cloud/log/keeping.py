@@ -12,6 +12,7 @@ import structlog
 
 from segue_cloud.sessions.port import PageStatus, Store, StoredEntry
 from segue_cloud.sessions.reader import LogReader
+from segue_cloud.sessions.slices import encoded
 from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
 from segue_contract.errors import (
     Overloaded,
@@ -119,7 +120,7 @@ class SessionKeeping:
             head, state, entries = await self._begin_export(session)
             yield writer.head(head)
             if state is not None:
-                for piece in writer.state(encode_state(state)):
+                for piece in writer.state(await encoded(state)):
                     yield piece
             while entries:
                 first, last = entries[0].cursor, entries[-1].cursor

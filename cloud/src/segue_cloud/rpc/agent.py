@@ -193,7 +193,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         async with self._log.follow(session, resumed) as following:
             async for item in following:
                 if item.snapshot is not None:
-                    for part in snapshot_parts(item.snapshot, item.lost_from):
+                    async for part in snapshot_parts(item.snapshot, item.lost_from):
                         yield pb.AttachEvent(snapshot=part)
                 if item.snapshot is None or item.entries:
                     entries = [entry_message(entry) for entry in item.entries]
@@ -211,7 +211,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         reply = pb.ReadReply(tail=cursor_message(page.tail), digest=page.digest)
         reply.entries.extend(entry_message(entry) for entry in page.entries)
         if page.snapshot is not None:
-            first = next(snapshot_parts(page.snapshot, page.lost_from))
+            first = await anext(snapshot_parts(page.snapshot, page.lost_from))
             reply.snapshot.CopyFrom(first)
             if first.more:  # too large for this message: Attach brings all of it
                 reply.snapshot.state = b""

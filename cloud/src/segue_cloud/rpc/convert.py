@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 from segue_cloud.sessions.port import StoredEntry
+from segue_cloud.sessions.slices import encoded
 from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
@@ -19,7 +20,7 @@ from segue_contract.limits import (
 )
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
-from segue_contract.sync.state import Cursor, SessionState, encode_state
+from segue_contract.sync.state import Cursor, SessionState
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
 
@@ -110,9 +111,9 @@ def entry_message(entry: StoredEntry) -> pb.LogEntry:
     return pb.LogEntry(generation=entry.cursor.generation, offset=entry.cursor.offset, op=entry.op)
 
 
-def snapshot_parts(state: SessionState, lost_from: int) -> Iterator[pb.Snapshot]:
+async def snapshot_parts(state: SessionState, lost_from: int) -> AsyncIterator[pb.Snapshot]:
     """The state in messages of at most SNAPSHOT_PART_BYTES; all but the last say `more`."""
-    data, at = encode_state(state), cursor_message(state.cursor)
+    data, at = await encoded(state), cursor_message(state.cursor)
     for start in range(0, len(data), SNAPSHOT_PART_BYTES):
         part = data[start : start + SNAPSHOT_PART_BYTES]
         more = start + len(part) < len(data)

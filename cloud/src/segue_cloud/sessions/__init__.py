@@ -14,6 +14,7 @@
     cluster   or the node of a Cluster that has its slot
     node      pooled connections to one server
     store     the port over wire and script; `rows` translates
+    slices    large states encoded and decoded, a piece at a time
     reader    folded states and pages, kept at hand
 
 Nothing here knows who follows a session, or how entries reach devices: that is `segue_cloud.log`.

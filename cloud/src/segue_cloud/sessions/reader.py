@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from segue_cloud.sessions.port import PageStatus, RawPage, Reading, StoredEntry
+from segue_cloud.sessions.slices import in_slices
 from segue_contract.errors import CursorAhead, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
@@ -18,6 +19,7 @@ from segue_contract.limits import (
     MEND_ATTEMPTS,
     SESSION_CACHE,
     SESSION_CACHE_BYTES,
+    STATE_SLICE_BYTES,
 )
 from segue_contract.sync.ops import (
     Frame,
@@ -32,6 +34,8 @@ from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor, SessionState, TurnState
 
 log = structlog.get_logger("segue.sessions")
+
+_TURNS_FREED = 64  # at a time: of 200 tokens each, half a millisecond
 
 _LATER = (TurnStarted, Frame, ToolCall, TurnEnded)  # what a turn has after its message
 
@@ -63,6 +67,7 @@ class _Folded:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     written: int = 0  # bytes of the ops up to the replica's cursor
     digest: bytes = b""  # at the tail, as the store had it last
+    users: int = 0  # who fold or read it now, or wait to
 
 
 class LogReader:
@@ -79,6 +84,7 @@ class LogReader:
         self._max_sessions = max_sessions
         self._max_bytes = max_bytes
         self._folded: OrderedDict[SessionName, _Folded] = OrderedDict()
+        self._freeing: set[asyncio.Task[None]] = set()
 
     async def state(self, session: SessionName) -> SessionState:
         """The session folded up to the tail it has now; the caller's own, to keep.
@@ -96,14 +102,18 @@ class LogReader:
     async def _fold(self, session: SessionName) -> tuple[SessionState, int, bytes]:
         """As `folded`, and the digest there."""
         folded = self._get(session)
-        async with folded.lock:
-            try:
-                await self._refresh(session, folded)
-            except BaseException:
-                self._folded.pop(session, None)  # maybe folded half: start over
-                raise
-            self._evict(session)
-            return _copy(folded.replica.state), folded.written, folded.digest
+        folded.users += 1
+        try:
+            async with folded.lock:
+                try:
+                    await self._refresh(session, folded)
+                except BaseException:
+                    self._folded.pop(session, None)  # maybe folded half: start over
+                    raise
+                self._evict(session)
+                return _copy(folded.replica.state), folded.written, folded.digest
+        finally:
+            folded.users -= 1
 
     async def read(self, session: SessionName, after: Cursor, max_entries: int) -> Page:
         """Entries that follow `after`, or a snapshot where the log cannot go on from there: it was
@@ -152,7 +162,7 @@ class LogReader:
 
     def forget(self, session: SessionName) -> None:
         """The session is gone."""
-        self._folded.pop(session, None)
+        self._free(self._folded.pop(session, None))
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -171,7 +181,18 @@ class LogReader:
             oldest = next(iter(self._folded))
             if oldest == but:
                 break
-            size -= self._folded.pop(oldest).written
+            evicted = self._folded.pop(oldest)
+            size -= evicted.written
+            self._free(evicted)
+
+    def _free(self, folded: _Folded | None) -> None:
+        """A state that is in the way no more goes a piece at a time; one in use with its users."""
+        if folded is None or folded.users or folded.written <= STATE_SLICE_BYTES:
+            return
+        freeing = in_slices(folded.replica.free_in_slices(_TURNS_FREED))
+        task = asyncio.create_task(freeing, name="free a folded session")
+        self._freeing.add(task)
+        task.add_done_callback(self._freeing.discard)
 
     async def _refresh(self, session: SessionName, folded: _Folded) -> None:
         replica = folded.replica

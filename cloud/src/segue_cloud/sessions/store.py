@@ -28,6 +28,7 @@ from segue_cloud.sessions.port import (
 )
 from segue_cloud.sessions.running import RUNNING, RunningTurns
 from segue_cloud.sessions.scripts import Command
+from segue_cloud.sessions.slices import decoded, encoded
 from segue_cloud.sessions.wire import Sleep, Wire
 from segue_contract.errors import (
     Internal,
@@ -48,7 +49,6 @@ from segue_contract.limits import (
     PRODUCER_RUNS,
     READ_PAGE_BYTES,
     SESSION_CACHE,
-    STATE_SLICE_BYTES,
     STORE_CONNECTIONS,
     STORE_TIMEOUT_S,
     TURN_ID_MEMORY,
@@ -59,8 +59,6 @@ from segue_contract.limits import (
 from segue_contract.sync.state import (
     Cursor,
     SessionState,
-    decode_state_in_slices,
-    encode_state,
 )
 
 log = structlog.get_logger("segue.sessions")
@@ -289,7 +287,7 @@ class RedisStore:
         await self._wire.call(
             self._log(
                 session, "compact", cursor.generation, cursor.offset, keep_from, written,
-                encode_state(state),
+                await encoded(state),
             )
         )  # fmt: skip
 
@@ -300,7 +298,7 @@ class RedisStore:
         await self._wire.call(
             self._log(
                 session, "mend", state.cursor.generation, state.cursor.offset,
-                encode_state(state), ",".join(headless), ",".join(endless), running_turn(state),
+                await encoded(state), ",".join(headless), ",".join(endless), running_turn(state),
             )
         )  # fmt: skip
 
@@ -362,14 +360,7 @@ class RedisStore:
         (data,) = await self._wire.call(("GET", SessionKeys.of(session).snapshot))
         if data is None:
             return None
-        decoding = decode_state_in_slices(data[data.index(b"\n") + 1 :], STATE_SLICE_BYTES)
-        while True:
-            try:
-                next(decoding)
-            except StopIteration as done:
-                state: SessionState = done.value
-                return state
-            await asyncio.sleep(0)
+        return await decoded(data[data.index(b"\n") + 1 :])
 
     # -- the fan-out's book-keeping -----------------------------------------------------------
 

