@@ -10,12 +10,14 @@ import pytest
 from segue_contract.errors import (
     Overloaded,
     SessionBusy,
+    StaleEpoch,
     TurnCancelled,
 )
-from segue_contract.limits import (
-    MAX_TURNS_WAITING_PER_SESSION,
-)
+from segue_contract.ids import SessionName
+from segue_contract.limits import MAX_READ_ENTRIES, MAX_TURNS_WAITING_PER_SESSION
 from segue_contract.servers import Valkey
+from segue_contract.sync.ops import Op, TurnWaiting, TurnWithdrawn, decode_op
+from segue_contract.sync.state import Cursor
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.turn_bench import OTHER, SESSION, WAIT_S, Bench, bench_on
 
@@ -123,6 +125,67 @@ async def shown_waiting(bench: Bench, *turns: str) -> None:
             if [one.turn for one in state.waiting] == list(turns):
                 return
             await asyncio.sleep(0.01)
+
+
+async def ops_of(bench: Bench) -> list[Op]:
+    page = await bench.log.read(SESSION, Cursor(), MAX_READ_ENTRIES)
+    return [decode_op(entry.op) for entry in page.entries]
+
+
+async def test_what_waits_at_two_instances_is_shown_once(
+    valkey: Valkey, model_dir: Path, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as here,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as there,
+    ):
+        noted, note = asyncio.Event(), there.log.note
+
+        async def told(session: SessionName, op: TurnWaiting | TurnWithdrawn) -> None:
+            await note(session, op)
+            noted.set()
+
+        monkeypatch.setattr(there.log, "note", told)
+        here.manager.start(here.spec(await here.begin(), has_edge=False))
+        first = asyncio.create_task(here.begin("t2"))
+        await shown_waiting(here, "t2")
+        second = asyncio.create_task(there.begin("t2"))
+        await asyncio.wait_for(noted.wait(), WAIT_S)
+        await here.log.request_stop(SESSION, "t2")
+        for bench, begun in ((here, first), (there, second)):
+            bench.manager.stop(SESSION, "t2")
+            with pytest.raises(TurnCancelled):
+                await asyncio.wait_for(begun, WAIT_S)
+        ops = [one for one in await ops_of(here) if isinstance(one, TurnWaiting | TurnWithdrawn)]
+        assert [type(one) for one in ops] == [TurnWaiting, TurnWithdrawn]
+
+
+async def test_instances_that_say_the_same_at_once_say_it_once(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as here,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words)) as there,
+    ):
+        said = TurnWaiting(id="t2.waiting", turn="t2")
+        told = await asyncio.gather(
+            *(bench.log.note(SESSION, said) for bench in (here, there) for _ in range(4)),
+            return_exceptions=True,
+        )
+        assert all(one is None or isinstance(one, StaleEpoch) for one in told)
+        assert None in told
+        assert len(await ops_of(here)) == 1
+
+
+async def test_a_turn_that_waits_a_second_time_is_shown_under_another_id(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    async with bench_on(valkey.url, model_dir, ScriptedEngine(words)) as bench:
+        for _ in range(2):
+            await bench.log.note(SESSION, TurnWaiting(id="t2.waiting", turn="t2"))
+            await bench.log.note(SESSION, TurnWithdrawn(id="t2.withdrawn", turn="t2"))
+        ids = [one.id for one in await ops_of(bench)]
+        assert len(set(ids)) == len(ids) == 4
 
 
 async def test_other_devices_see_what_waits(

@@ -15,8 +15,6 @@ from segue_contract.sync.ops import (
     Set,
     TurnEnded,
     TurnStarted,
-    TurnWaiting,
-    TurnWithdrawn,
     Unknown,
     decode_op,
 )
@@ -122,9 +120,8 @@ class History:
             f"{session}: {place} after {last} {history.tail}",
         )
         history.tail = place[1]
-        # Each instance at which a message waits says so; who folds the log takes the first.
         world.require(
-            op.id not in history.ids or isinstance(op, TurnWaiting | TurnWithdrawn),
+            op.id not in history.ids,
             "One op is in the log twice.",
             f"{session} {op.id}: {history.ids.get(op.id)} and {place}",
         )

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 
 from segue_cloud.hub.hub import Following, Hub
@@ -43,7 +44,14 @@ from segue_contract.limits import (
     COMPACT_KEEP_ENTRIES,
     TURN_LEASE_S,
 )
-from segue_contract.sync.ops import Op, TurnEnded, Usage, UserMessage
+from segue_contract.sync.ops import (
+    Op,
+    TurnEnded,
+    TurnWaiting,
+    TurnWithdrawn,
+    Usage,
+    UserMessage,
+)
 from segue_contract.sync.state import Cursor, SessionState, find_turn
 
 log = structlog.get_logger("segue.log")
@@ -187,10 +195,13 @@ class SessionLog:
         self._appended(session, result, ops)
         return result
 
-    async def note(self, session: SessionName, op: Op) -> None:
-        """Append an op of nobody's turn and no device: what an instance has to say of a session.
+    async def note(self, session: SessionName, op: TurnWaiting | TurnWithdrawn) -> None:
+        """Append what an instance has to say of a turn that has not begun, unless the log says so
+        already: a turn may wait at several instances.
 
-        All instances write as one producer, each op under an epoch of its own.
+        All instances write as one producer, each op under an epoch of its own, which makes its id
+        unique. What another one says between the epoch and the append refuses the append, so
+        nothing comes between the look and it.
 
         Raises:
             StaleEpoch: several said something at once.
@@ -198,8 +209,11 @@ class SessionLog:
         """
         for _ in range(_NOTE_ATTEMPTS):
             opened = await self._store.open_session(session, must_exist=True, producer=_NOTES)
-            result = await self.append(session, Producer(_NOTES, opened.epoch), [LogOp.of(op)])
-            if result.status is Status.OK:
+            if not _news(await self.state(session), op):
+                return
+            said = msgspec.structs.replace(op, id=f"{op.id}.{opened.epoch}")
+            result = await self.append(session, Producer(_NOTES, opened.epoch), [LogOp.of(said)])
+            if result.status in (Status.OK, Status.DUP):
                 return
         raise StaleEpoch(f"Session {session.session} is noted in by others.", hint="Try again.")
 
@@ -354,3 +368,11 @@ def _title(ops: Sequence[Op]) -> str:
     """What the session is about: the begin of its first message."""
     messages = (op.text for op in ops if isinstance(op, UserMessage))
     return title_of(next(messages, ""))
+
+
+def _news(state: SessionState, op: TurnWaiting | TurnWithdrawn) -> bool:
+    """Whether the op would change the state."""
+    shown = any(one.turn == op.turn for one in state.waiting)
+    if isinstance(op, TurnWithdrawn):
+        return shown
+    return not shown and find_turn(state, op.turn) is None

@@ -199,7 +199,7 @@ class SessionClaims:
         )
         return await self._note(request, said)
 
-    async def _note(self, request: TurnRequest, op: Op) -> bool:
+    async def _note(self, request: TurnRequest, op: TurnWaiting | TurnWithdrawn) -> bool:
         """False where the log took it not: the turn itself depends on none of it."""
         try:
             await self._deps.log.note(request.session, op)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from segue_cloud.sessions.port import AppendResult, TurnClaim, TurnHold
 from segue_contract.ids import SessionName
-from segue_contract.sync.ops import Op
+from segue_contract.sync.ops import Op, TurnWaiting, TurnWithdrawn
 from segue_contract.sync.state import SessionState
 
 
@@ -29,7 +29,7 @@ class TurnLog(Protocol):
 
     async def end_abandoned(self, session: SessionName, turn: str) -> None: ...
 
-    async def note(self, session: SessionName, op: Op) -> None: ...
+    async def note(self, session: SessionName, op: TurnWaiting | TurnWithdrawn) -> None: ...
 
     async def take_over(
         self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
