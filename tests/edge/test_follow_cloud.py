@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from segue_contract.errors import Overloaded, SegueError, UnknownTurn, Unreachable
-from segue_contract.limits import TURN_SILENCE_S
+from segue_contract.limits import TURN_SILENCE_S, EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, TurnEvent
@@ -20,7 +20,6 @@ from segue_edge.turns.cloud.begin import Begun
 from segue_edge.turns.cloud.spec import TurnFacts
 from segue_edge.turns.executor import TurnExecutor
 from segue_edge.turns.measure import Measure
-from segue_edge.turns.state.patience import TurnLimits
 from segue_edge.turns.state.turn import TurnState
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
@@ -36,7 +35,9 @@ async def followed(
 ) -> tuple[FakeAgent, list[TurnEvent]]:
     """Follow the turn at one cloud that plays `script`. Raises the error that readers get."""
     feed, nothing = TurnFeed(), None
-    state = TurnState("t1", 0, 0, Shape.TEXT, TurnLimits(retry_s, pause_s=0.01, pause_max_s=0.02))
+    state = TurnState(
+        "t1", 0, 0, Shape.TEXT, EdgeTurnLimits(retry_s=retry_s, pause_s=0.01, pause_max_s=0.02)
+    )
     async with FakeAgent(FakeLog("trip"), script, role="cloud") as agent:
         agent.mute_runs = mute_runs
         clouds = CloudSet([agent.address], Pacer())

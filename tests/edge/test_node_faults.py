@@ -17,13 +17,12 @@ from segue_contract.errors import (
     Overloaded,
     Unreachable,
 )
-from segue_contract.limits import OUTBOX_TURNS
+from segue_contract.limits import OUTBOX_TURNS, EdgeTurnLimits
 from segue_contract.sync.state import TurnState
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
-from segue_edge.turns.state.patience import TurnLimits
 from tests.support.edge_node import Device, Told, device_of, edge_node, serving
 from tests.support.scripted_cloud import Script, scripted_cloud
 from tests.support.tiny_edge import MANIFEST, TinyModel, reply_text
@@ -150,7 +149,7 @@ async def test_offline_the_conversation_goes_on_and_reaches_the_log_later() -> N
 
 
 async def test_a_link_that_stays_down_mid_turn_ends_offline() -> None:
-    async with serving(limits=TurnLimits(retry_s=0.3)) as (cloud, _node, device):
+    async with serving(limits=EdgeTurnLimits(retry_s=0.3)) as (cloud, _node, device):
         cloud.script.decode.clear()
         running = asyncio.create_task(device.run(plan="ship", max_tokens=20))
         await asyncio.wait_for(cloud.seen.opened.wait(), 10)
@@ -264,7 +263,7 @@ async def test_an_end_that_the_log_has_not_is_taken_up_elsewhere(how: str) -> No
 
 
 async def test_a_turn_that_broke_here_is_joined_through_the_log_by_who_comes_back() -> None:
-    limits = TurnLimits(retry_s=0.1, timeout_s=0.2)
+    limits = EdgeTurnLimits(retry_s=0.1, timeout_s=0.2)
     async with serving(limits=limits) as (cloud, node, device):
         for _ in range(OUTBOX_TURNS):
             node.outbox.reserve()  # no room for a turn that goes offline
@@ -284,7 +283,7 @@ async def test_a_turn_that_broke_here_is_joined_through_the_log_by_who_comes_bac
 
 async def test_offline_it_goes_on_looking_and_ends_with_the_logs_text() -> None:
     """A cloud that is back before the edge is done, with a log that went another way."""
-    async with serving(limits=TurnLimits(retry_s=0.2)) as (cloud, node, device):
+    async with serving(limits=EdgeTurnLimits(retry_s=0.2)) as (cloud, node, device):
         await device.open()
         cloud.script.ready.clear()
         cloud.script.deaf = True

@@ -17,13 +17,13 @@ from segue_contract.errors import (
     UnknownTurn,
     Unreachable,
 )
+from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy, Reason, Rewound, Started
 from segue_edge.turns.state import signals as s
-from segue_edge.turns.state.patience import TurnLimits
 from segue_edge.turns.state.turn import TurnState
 
-LIMITS = TurnLimits(retry_s=10.0, timeout_s=60.0, pause_s=0.1, pause_max_s=1.0)
+LIMITS = EdgeTurnLimits(retry_s=10.0, timeout_s=60.0, pause_s=0.1, pause_max_s=1.0)
 LENGTH = 8  # tokens of a whole reply
 
 

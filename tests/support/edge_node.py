@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.status import error_from_rpc
@@ -16,7 +17,6 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
-from segue_edge.turns.state.patience import TurnLimits
 from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.tiny_edge import TinyModel, tiny_tokenizer
 
@@ -27,7 +27,7 @@ LONG_PROMPT = "Tell me of the sea. " * 20  # six full blocks and a tail
 async def edge_node(
     *clouds: str,
     model: TinyModel | None = None,
-    limits: TurnLimits | None = None,
+    limits: EdgeTurnLimits | None = None,
     **settings: Any,
 ) -> AsyncIterator[EdgeNode]:
     """A node on a free port that uses these clouds."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,6 +254,29 @@ class Nodes:
         assert lost is not None
         raise lost
 
+    @contextlib.asynccontextmanager
+    async def calling(self, node: Node) -> AsyncIterator[None]:
+        """While inside, `node` is asked. One that cannot be reached, or has no room, comes after
+        others from then on.
+
+        Raises:
+            Unreachable: the call failed on its way.
+            SegueError: what the node answered.
+        """
+        try:
+            yield
+        except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            if being_cancelled():
+                raise
+            if is_link_loss(error):
+                await self.failed(node)
+            failure = typed(error)
+            if is_refusal(failure):
+                self.refused(node, failure)
+            if failure is error:
+                raise
+            raise failure from error
+
     async def unary(self, method: str, request: Any, *, patience_s: float = 0.0) -> Any:
         """One call at the first node that answers and has room; repeated for `patience_s` while
         none does, at the pace that refusals ask for.
@@ -268,21 +291,16 @@ class Nodes:
             lost: SegueError | None = None
             for node in self.order():
                 try:
-                    stub = await self.stub(node)
-                    self.tries += 1
-                    return await self._ask(node, getattr(stub, method), request)
-                except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-                    if being_cancelled():
+                    async with self.calling(node):
+                        stub = await self.stub(node)
+                        self.tries += 1
+                        return await self._ask(node, getattr(stub, method), request)
+                except Unreachable as error:
+                    lost = error
+                except SegueError as error:
+                    if not is_refusal(error):
                         raise
-                    failure = typed(error)
-                    if is_link_loss(error):
-                        await self.failed(node)
-                        lost = failure
-                    elif is_refusal(failure):
-                        self.refused(node, failure)
-                        refusal = refusal or failure
-                    else:
-                        raise failure from error
+                    refusal = refusal or error
             reason = refusal or lost
             assert reason is not None
             pause = max(next_pause(), self.full_s)

@@ -6,11 +6,9 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-import grpc
-
 from segue._inbox import RawEntry
 from segue._log import LogView
-from segue._nodes import Nodes, typed
+from segue._nodes import Nodes
 from segue.events import Entry, Lost, Snapshot
 from segue_contract.errors import CursorAhead, UnknownDevice, Unreachable
 from segue_contract.limits import MAX_READ_ENTRIES, RPC_TIMEOUT_S
@@ -112,19 +110,19 @@ async def join_again(nodes: Nodes, session: str, device: str) -> None:
 
 async def _whole_snapshot(nodes: Nodes, session: str, device: str) -> pb.Snapshot:
     """A state too large for one message, in parts from `Attach`."""
-    stub = await nodes.stub(await nodes.connect())
+    node = await nodes.connect()
+    stub = await nodes.stub(node)
     call = stub.Attach(pb.AttachRequest(session=session, device=device), timeout=RPC_TIMEOUT_S)
     parts: list[bytes] = []
     try:
-        while (event := await call.read()) is not EOF:
-            if event.WhichOneof("kind") != "snapshot":
-                continue
-            part = event.snapshot
-            parts.append(part.state)
-            if not part.more:
-                return pb.Snapshot(at=part.at, state=b"".join(parts))
-    except grpc.aio.AioRpcError as error:
-        raise typed(error) from error
+        async with nodes.calling(node):
+            while (event := await call.read()) is not EOF:
+                if event.WhichOneof("kind") != "snapshot":
+                    continue
+                part = event.snapshot
+                parts.append(part.state)
+                if not part.more:
+                    return pb.Snapshot(at=part.at, state=b"".join(parts))
     finally:
         call.cancel()
     raise Unreachable("The session's state ended before its last part.")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from segue._nodes import EOF, Nodes, being_cancelled, is_link_loss, is_refusal, typed
+from segue._nodes import EOF, Nodes
 from segue.events import Imported
 from segue_contract.errors import InvalidArgument, OutcomeUnknown, SessionBusy, Unreachable
 from segue_contract.ids import check_id
@@ -52,21 +49,13 @@ async def _receive(nodes: Nodes, session: str, part: Path) -> Export:
     request = pb.ExportSessionRequest(session=check_id(session, "session"))
     call = stub.ExportSession(request, timeout=EXPORT_TIMEOUT_S)
     try:
-        with part.open("wb") as out:
-            while (message := await call.read()) is not EOF:
-                reader.feed(message.data)
-                out.write(message.data)
-            out.flush()
-            await asyncio.to_thread(os.fsync, out.fileno())
-    except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-        if being_cancelled():
-            raise
-        if is_link_loss(error):
-            await nodes.failed(node)
-        failure = typed(error)
-        if is_refusal(failure):
-            nodes.refused(node, failure)
-        raise failure from error
+        async with nodes.calling(node):
+            with part.open("wb") as out:
+                while (message := await call.read()) is not EOF:
+                    reader.feed(message.data)
+                    out.write(message.data)
+                out.flush()
+                await asyncio.to_thread(os.fsync, out.fileno())
     finally:
         call.cancel()
     return await asyncio.to_thread(reader.finish)
@@ -86,22 +75,15 @@ async def import_session(nodes: Nodes, file: Path, session: str) -> Imported:
     stub: Any = await nodes.stub(node)
     call = stub.ImportSession(parts(), timeout=EXPORT_TIMEOUT_S)
     try:
-        reply: pb.ImportSessionReply = await call
-    except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-        with contextlib.suppress(Exception):
-            call.cancel()
-        if being_cancelled():
-            raise
-        if is_link_loss(error):
-            await nodes.failed(node)
-            raise OutcomeUnknown(
-                f"The connection broke while {name} was imported.",
-                hint="It is there as a whole, or not at all: list the sessions, then try again.",
-            ) from error
-        failure = typed(error)
-        if is_refusal(failure):
-            nodes.refused(node, failure)
-        raise failure from error
+        async with nodes.calling(node):
+            reply: pb.ImportSessionReply = await call
+    except Unreachable as error:
+        raise OutcomeUnknown(
+            f"The connection broke while {name} was imported.",
+            hint="It is there as a whole, or not at all: list the sessions, then try again.",
+        ) from error
+    finally:
+        call.cancel()
     return Imported(reply.session, Cursor(reply.tail.generation, reply.tail.offset), reply.turns)
 
 

@@ -23,7 +23,7 @@ from segue_contract.cpus import available_cpus
 from segue_contract.errors import SessionDeleted
 from segue_contract.ids import new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
-from segue_contract.limits import MIB
+from segue_contract.limits import MIB, EdgeTurnLimits
 from segue_contract.model.gate import bytes_per_token
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
@@ -55,7 +55,6 @@ from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.turns.planning import TurnPlanner
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.turns.run import TurnRun
-from segue_edge.turns.state.patience import TurnLimits
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from segue_edge.uplink.sender import encode_with
@@ -92,11 +91,11 @@ class EdgeNode:
     """
 
     def __init__(
-        self, config: EdgeConfig, load: Load | None = None, limits: TurnLimits | None = None
+        self, config: EdgeConfig, load: Load | None = None, limits: EdgeTurnLimits | None = None
     ) -> None:
         self.config = config
         self._load = load or load_model
-        self._limits = limits or TurnLimits()
+        self._limits = limits or EdgeTurnLimits()
         self.instance = new_id("edge-", os.urandom)
         self.provider = ""
         self.start_s = 0.0

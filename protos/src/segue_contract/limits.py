@@ -272,6 +272,16 @@ class TurnLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeTurnLimits:
+    """Of a turn at an edge, while no cloud serves it."""
+
+    retry_s: float = UPLINK_RETRY_S  # then it goes on offline
+    timeout_s: float = TURN_TIMEOUT_S  # one that cannot be made here either is given up
+    pause_s: float = RETRY_PAUSE_S  # between two rounds over the clouds, at first
+    pause_max_s: float = RETRY_PAUSE_MAX_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLimits:
     """Of a client of the SDK."""
 

@@ -14,6 +14,7 @@ import time
 import structlog
 
 from segue_contract.errors import Internal, PromptTooLong, SegueError, Unreachable
+from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState as LoggedTurn
 from segue_contract.transport.turn_feed import TurnFeed
@@ -29,7 +30,6 @@ from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.planning import NOTHING_YET, TurnPlanner, needs_edge
-from segue_edge.turns.state.patience import TurnLimits
 from segue_edge.turns.state.turn import TurnState
 from segue_edge.uplink.clouds import Cloud, CloudSet
 
@@ -50,7 +50,7 @@ class TurnRun:
         histories: HistoryCache,
         outbox: Outbox,
         closing: TurnClosing,
-        limits: TurnLimits,
+        limits: EdgeTurnLimits,
     ) -> None:
         self.asked = asked
         self.feed = TurnFeed()

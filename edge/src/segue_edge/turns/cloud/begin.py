@@ -18,7 +18,7 @@ from segue_contract.errors import (
     Unreachable,
 )
 from segue_contract.limits import BEGIN_TIMEOUT_S
-from segue_contract.sync.context import choose_context, seen
+from segue_contract.sync.context import choose_context, seen, tokens_at_most
 from segue_contract.sync.state import TurnState, decode_turns
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
@@ -94,7 +94,7 @@ class TurnOpening:
         history = self._histories.of(asked.session)
         guess = asyncio.create_task(self._guess(asked, history, on_guess))
         try:
-            if self._may_not_fit(history, asked):
+            if tokens_at_most(history.turns, asked.request.prompt) > self._context:
                 self.check_fits((await guess)[0])
             try:
                 if self._outbox.holds(asked.session):
@@ -143,12 +143,6 @@ class TurnOpening:
         kept = seen(turns, asked.request.turn, context_from)
         encode = self._tokenizer.encode_conversation
         return await asyncio.to_thread(encode, kept, asked.request.prompt)
-
-    def _may_not_fit(self, history: SessionHistory, asked: Asked) -> bool:
-        """A token has at least a byte, so a small conversation needs no look before Begin."""
-        template = 16 * (len(history.turns) + 2)  # tokens that it adds to a turn, at most
-        known = sum(len(turn.prompt.encode()) + len(turn.tokens) for turn in history.turns)
-        return known + len(asked.request.prompt.encode()) + template > self._context
 
     def check_fits(self, prompt: list[int]) -> int:
         """How many tokens the context leaves for the reply.

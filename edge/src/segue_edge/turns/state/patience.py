@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from segue_contract.limits import (
-    RETRY_PAUSE_MAX_S,
-    RETRY_PAUSE_S,
-    TURN_TIMEOUT_S,
-    UPLINK_RETRY_S,
-)
-
-
-@dataclass(frozen=True)
-class TurnLimits:
-    """Seconds: `retry_s` without a cloud before the turn goes offline; `timeout_s` until a turn
-    that no cloud serves and that cannot be made here is given up."""
-
-    retry_s: float = UPLINK_RETRY_S
-    timeout_s: float = TURN_TIMEOUT_S
-    pause_s: float = RETRY_PAUSE_S
-    pause_max_s: float = RETRY_PAUSE_MAX_S
+from segue_contract.limits import EdgeTurnLimits
 
 
 class Patience:
     """Counts from the turn's beginning, and from the loss of its cloud. Times in seconds."""
 
-    def __init__(self, limits: TurnLimits) -> None:
+    def __init__(self, limits: EdgeTurnLimits) -> None:
         self._limits = limits
         self._begun_at = 0.0
         self._lost_at: float | None = None

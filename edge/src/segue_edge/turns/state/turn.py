@@ -23,11 +23,12 @@ closes without an end, or with one that is not durable, is a broken link.
 from __future__ import annotations
 
 from segue_contract.errors import Internal, InvalidArgument, NotFound, SegueError, Unreachable
+from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy, Reason, Rewound, Started
 from segue_edge.turns.state import signals as s
 from segue_edge.turns.state.parts import DUTIES, Link, Maker
-from segue_edge.turns.state.patience import Patience, TurnLimits
+from segue_edge.turns.state.patience import Patience
 from segue_edge.turns.state.shown import Shown
 from segue_edge.turns.state.signals import Instruction, Signal
 
@@ -41,12 +42,12 @@ class TurnState:
     """
 
     def __init__(
-        self, turn: str, epoch: int, offset: int, shape: Shape, limits: TurnLimits | None = None
+        self, turn: str, epoch: int, offset: int, shape: Shape, limits: EdgeTurnLimits | None = None
     ) -> None:
         self._shape = shape
         self._shown = Shown(turn, epoch, offset)
         self._merger = self._shown.merger
-        self._patience = Patience(limits or TurnLimits())
+        self._patience = Patience(limits or EdgeTurnLimits())
         self._maker = Maker.NONE
         self._makers = 0
         self._made_one = False
