@@ -5,6 +5,7 @@ from __future__ import annotations
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Frame, TurnEnded, TurnStarted, decode_op
 from segue_contract.sync.state import Cursor, find_turn
@@ -14,7 +15,9 @@ S = SessionName("default", "trip")
 
 async def test_its_end_says_how_many_tokens_the_log_keeps(valkey: Valkey) -> None:
     """A reader would take tokens back, for good, that stand in the log."""
-    store = await RedisStore.connect(valkey.url, lease_s=0.0)  # run out as soon as it is given
+    store = await RedisStore.connect(
+        valkey.url, limits=StoreLimits(lease_s=0.0)
+    )  # run out as soon as it is given
     log = SessionLog(store)
     await log.open_session(S, device="phone")
     claim = await log.begin_turn(S, "t1", [TurnStarted(id="s1", turn="t1", epoch=1)], 0.0)

@@ -11,7 +11,8 @@ import pytest
 
 from segue_cloud.hub.feed import Followed, TailFeed
 from segue_cloud.log.session_log import SessionLog
-from segue_cloud.sessions.port import Beat, LogOp, Reading, TailTold, Watched
+from segue_cloud.sessions.news import Beat, TailTold, Watched
+from segue_cloud.sessions.port import LogOp, Reading
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable

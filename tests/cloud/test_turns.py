@@ -13,7 +13,7 @@ from segue_contract.errors import (
     TurnConflict,
     TurnFailed,
 )
-from segue_contract.limits import TurnLimits
+from segue_contract.limits import StoreLimits, TurnLimits
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from segue_contract.turn.events import Ended, Started
@@ -195,7 +195,9 @@ async def test_a_store_that_stands_still_holds_the_reply_up_and_ends_nothing(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     engine = ScriptedEngine(words, free=False)
-    async with bench_on(valkey.url, model_dir, engine, store_timeout_s=0.2) as bench:
+    async with bench_on(
+        valkey.url, model_dir, engine, store_limits=StoreLimits(timeout_s=0.2)
+    ) as bench:
         owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
         engine.allow(2)
         await shown_tokens(owner, 2)
@@ -219,7 +221,11 @@ async def test_a_store_that_never_comes_back_leaves_the_turn_open_and_tells_no_e
 ) -> None:
     engine = ScriptedEngine(words, free=False)
     async with bench_on(
-        valkey.url, model_dir, engine, store_timeout_s=0.2, limits=TurnLimits(store_calls=2)
+        valkey.url,
+        model_dir,
+        engine,
+        store_limits=StoreLimits(timeout_s=0.2),
+        limits=TurnLimits(store_calls=2),
     ) as bench:
         owner = bench.manager.start(bench.spec(await bench.begin(), has_edge=False))
         valkey.process.kill()
@@ -232,7 +238,9 @@ async def test_a_store_that_never_comes_back_leaves_the_turn_open_and_tells_no_e
 async def test_the_same_id_with_other_content_is_a_conflict(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), turn_ids=1) as bench:
+    async with bench_on(
+        valkey.url, model_dir, ScriptedEngine(words), store_limits=StoreLimits(turn_ids=1)
+    ) as bench:
         for turn in ("t1", "t2", "t3"):
             owner = bench.manager.start(bench.spec(await bench.begin(turn), turn, has_edge=False))
             await bench.ended(owner)

@@ -20,6 +20,7 @@ from segue_cloud.sessions.port import RawPage, Status, StoredEntry
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor
@@ -57,7 +58,7 @@ async def test_random_cancels_never_cross_replies(valkey: Valkey) -> None:
     random = Random(new_seed())
     sessions = [SessionName("default", f"s{i}") for i in range(6)]
     async with SlowProxy(valkey.port, lambda: random.uniform(0.0, 0.004)) as proxy:
-        store = await RedisStore.connect(proxy.redis_url, max_connections=3)
+        store = await RedisStore.connect(proxy.redis_url, limits=StoreLimits(connections=3))
         for session in sessions:
             await store.open_session(session)
         cancelled = 0
@@ -140,7 +141,9 @@ async def test_a_store_that_is_away_gives_a_typed_error_and_writes_nothing(valke
 
     async with SlowProxy(valkey.port) as proxy:
         patient = await RedisStore.connect(proxy.redis_url)
-        store = await RedisStore.connect(proxy.redis_url, timeout_s=0.4, sleep=no_pause)
+        store = await RedisStore.connect(
+            proxy.redis_url, limits=StoreLimits(timeout_s=0.4), sleep=no_pause
+        )
         me = await producer(patient, S, "p", 1)
         proxy.refuse = True
         proxy.cut()
@@ -157,7 +160,7 @@ async def test_a_store_that_is_away_gives_a_typed_error_and_writes_nothing(valke
 
 
 async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
-    store = await RedisStore.connect(valkey.url, timeout_s=20.0)
+    store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=20.0))
     me = await producer(store, S, "p", 1)
     valkey.process.pause()
     write = asyncio.create_task(store.append(S, me, [op("a")]))
@@ -170,7 +173,7 @@ async def test_writes_wait_for_a_store_that_comes_back(valkey: Valkey) -> None:
 
 
 async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> None:
-    store = await RedisStore.connect(valkey.url, timeout_s=20.0)
+    store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=20.0))
     before = (await store.open_session(S)).tail
     await store.append(S, await producer(store, S, "p", 1), [op("a")])
     valkey.process.kill()
@@ -187,7 +190,7 @@ async def test_a_store_that_restarts_empty_is_another_life(valkey: Valkey) -> No
 
 async def test_time_in_which_this_process_did_not_run_is_not_the_stores(valkey: Valkey) -> None:
     """A call under way when the process is stopped: nobody can hear an answer meanwhile."""
-    store = await RedisStore.connect(valkey.url, timeout_s=0.4)
+    store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=0.4))
     with stopped(valkey):
         call = asyncio.create_task(store.open_session(S))
         await asyncio.sleep(0.02)  # sent
@@ -200,7 +203,7 @@ async def test_a_stalled_link_times_out(valkey: Valkey) -> None:
     async with SlowProxy(valkey.port) as proxy:
         patient = await RedisStore.connect(proxy.redis_url)
         me = await producer(patient, S, "p", 1)
-        store = await RedisStore.connect(proxy.redis_url, timeout_s=0.3)
+        store = await RedisStore.connect(proxy.redis_url, limits=StoreLimits(timeout_s=0.3))
         proxy.stall()
         with pytest.raises(StoreUnavailable, match="in time"):
             await store.append(S, me, [op("a")])
@@ -215,4 +218,4 @@ async def test_nobody_listens_there() -> None:
     async with SlowProxy(1) as proxy:
         url = proxy.redis_url
     with pytest.raises(StoreUnavailable, match="SEGUE_REDIS_URL"):
-        await RedisStore.connect(url, timeout_s=0.2)
+        await RedisStore.connect(url, limits=StoreLimits(timeout_s=0.2))

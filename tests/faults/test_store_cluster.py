@@ -11,10 +11,11 @@ from redis.exceptions import AskError
 
 from segue.local.probes import probe_store
 from segue_cloud.sessions.keys import SessionKeys, key_slot
-from segue_cloud.sessions.port import TailTold, Watched
+from segue_cloud.sessions.news import TailTold, Watched
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.sync import ops
 from tests.support.clusters import ThreeNodes, three_nodes
 from tests.support.producers import producer
@@ -117,7 +118,9 @@ async def test_a_slot_that_moves_in_the_middle_of_appends(
 
 
 async def test_a_member_without_cluster_in_its_url_says_so(cluster: ThreeNodes) -> None:
-    store = await RedisStore.connect(f"redis://127.0.0.1:{cluster.nodes[0].port}", timeout_s=1.0)
+    store = await RedisStore.connect(
+        f"redis://127.0.0.1:{cluster.nodes[0].port}", limits=StoreLimits(timeout_s=1.0)
+    )
     names = [SessionName("default", f"every{number}") for number in range(SESSIONS)]
     with pytest.raises(StoreUnavailable, match="MOVED") as caught:
         await asyncio.gather(*map(store.open_session, names))
@@ -128,4 +131,4 @@ async def test_a_member_without_cluster_in_its_url_says_so(cluster: ThreeNodes) 
 async def test_a_server_that_is_no_member_says_so() -> None:
     require_valkey()
     with pytest.raises(StoreUnavailable, match="no node of the Cluster"):
-        await RedisStore.connect("redis://127.0.0.1:1?cluster=1", timeout_s=0.3)
+        await RedisStore.connect("redis://127.0.0.1:1?cluster=1", limits=StoreLimits(timeout_s=0.3))

@@ -14,6 +14,7 @@ from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from segue_contract.sync.state import Cursor
@@ -89,7 +90,7 @@ async def test_connections_to_a_demoted_primary_are_not_used_again() -> None:
 
 async def test_a_restart_is_another_life_also_where_nothing_was_lost(tmp_path: Path) -> None:
     async with Valkey.start(directory=tmp_path) as valkey:
-        store = await RedisStore.connect(valkey.url, timeout_s=WAIT_S)
+        store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=WAIT_S))
         me = await producer(store, S, "p", 1)
         before = await store.append(S, me, [op("a").data])
         valkey.process.kill()
@@ -106,7 +107,7 @@ async def test_two_lives_that_begin_alike_give_different_generations(tmp_path: P
     """A second fail-over, to a server that never heard of what the first one's gave."""
     given: list[int] = []
     async with Valkey.start(directory=tmp_path) as valkey, command(valkey) as wire:
-        store = await RedisStore.connect(valkey.url, timeout_s=WAIT_S)
+        store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=WAIT_S))
         before = await store.append(S, await producer(store, S, "p", 1), [op("a").data])
         keys = SessionKeys.of(S).all
         copies = await wire.call(*(("DUMP", key) for key in keys))
@@ -138,7 +139,7 @@ async def test_a_node_of_a_cluster_that_moved_the_slot_is_a_typed_error() -> Non
     """It owns no slot at all: every command on a key is MOVED or CLUSTERDOWN."""
     require_valkey()
     async with Valkey.start(options=("--cluster-enabled", "yes")) as valkey:
-        store = await RedisStore.connect(valkey.url, timeout_s=0.5)
+        store = await RedisStore.connect(valkey.url, limits=StoreLimits(timeout_s=0.5))
         with pytest.raises(StoreUnavailable):
             await store.open_session(S)
         await store.close()

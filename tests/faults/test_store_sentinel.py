@@ -22,6 +22,7 @@ from segue_cloud.sessions.node import Connections, Node
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import StoreUnavailable, Unreachable
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.servers import Valkey
 from segue_contract.store_url import parse_store_url
 from segue_contract.sync import ops
@@ -134,7 +135,9 @@ async def test_the_doctor_asks_the_sentinels(watched: Watched) -> None:
 
 async def test_a_primary_that_no_sentinel_knows_is_named(watched: Watched) -> None:
     with pytest.raises(StoreUnavailable, match="nobody") as caught:
-        await RedisStore.connect(f"redis+sentinel://{watched.places}/nobody", timeout_s=0.5)
+        await RedisStore.connect(
+            f"redis+sentinel://{watched.places}/nobody", limits=StoreLimits(timeout_s=0.5)
+        )
     assert "SEGUE_REDIS_URL" in caught.value.hint
 
 
@@ -151,7 +154,9 @@ async def test_the_sentinels_have_a_password_of_their_own(tmp_path: Path) -> Non
         assert (await probe_store(f"{url}?sentinel_password=of-sentinels")).seconds
         await store.close()
         with pytest.raises(StoreUnavailable, match="names a primary") as caught:
-            await RedisStore.connect(f"{url}?sentinel_password=wrong", timeout_s=0.5)
+            await RedisStore.connect(
+                f"{url}?sentinel_password=wrong", limits=StoreLimits(timeout_s=0.5)
+            )
         assert "of-the-store" not in str(caught.value)
         with pytest.raises(Unreachable, match="refuses this user and password"):
             await probe_store(f"{url}?sentinel_password=wrong")

@@ -13,6 +13,7 @@ from segue_cloud.sessions.store import SCRIPTS, RedisStore
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
+from segue_contract.limits import StoreLimits
 from segue_contract.servers import Valkey
 from segue_contract.sync import ops
 from tests.support.store_pair import command, linked_pair
@@ -100,9 +101,11 @@ async def test_a_repeated_claim_waits_for_what_it_wrote_then() -> None:
 
 async def test_a_strict_wait_makes_an_error_of_it_until_the_replica_has_it() -> None:
     async with asyncio.timeout(WAIT_S), linked_pair() as (primary, replica, link):
-        store = await RedisStore.connect(f"{primary.url}?wait=strict&wait_ms=20", timeout_s=1.0)
+        store = await RedisStore.connect(
+            f"{primary.url}?wait=strict&wait_ms=20", limits=StoreLimits(timeout_s=1.0)
+        )
         patient = await RedisStore.connect(
-            f"{primary.url}?wait=strict&wait_ms=20", timeout_s=WAIT_S
+            f"{primary.url}?wait=strict&wait_ms=20", limits=StoreLimits(timeout_s=WAIT_S)
         )
         hold = await begun(patient)
         link.stall()
@@ -120,7 +123,7 @@ async def test_a_strict_wait_makes_an_error_of_it_until_the_replica_has_it() -> 
 
 
 async def test_a_strict_wait_takes_no_lease_from_a_store_without_replicas(valkey: Valkey) -> None:
-    store = await RedisStore.connect(f"{valkey.url}?wait=strict", timeout_s=1.0)
+    store = await RedisStore.connect(f"{valkey.url}?wait=strict", limits=StoreLimits(timeout_s=1.0))
     with pytest.raises(StoreUnavailable, match="NOREPLICAS"):
         await begun(store)
     await store.close()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_cloud.hub.tails import Look, TailTable
-from segue_cloud.sessions.port import LogTail
+from segue_cloud.sessions.news import LogTail
 from segue_contract.ids import SessionName
 from segue_contract.sync.state import Cursor
 

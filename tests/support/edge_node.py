@@ -27,7 +27,7 @@ LONG_PROMPT = "Tell me of the sea. " * 20  # six full blocks and a tail
 async def edge_node(
     *clouds: str,
     model: TinyModel | None = None,
-    limits: EdgeTurnLimits | None = None,
+    limits: EdgeTurnLimits = EdgeTurnLimits(),
     **settings: Any,
 ) -> AsyncIterator[EdgeNode]:
     """A node on a free port that uses these clouds."""

@@ -20,8 +20,7 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.chat import ChatTokenizer
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    STORE_TIMEOUT_S,
-    TURN_ID_MEMORY,
+    StoreLimits,
     TurnLimits,
 )
 from segue_contract.model.manifest import read_manifest
@@ -84,12 +83,11 @@ async def bench_on(
     *,
     max_turns: int = 8,
     model: str = "m",
-    store_timeout_s: float = STORE_TIMEOUT_S,
-    turn_ids: int = TURN_ID_MEMORY,
+    store_limits: StoreLimits = StoreLimits(),
     limits: TurnLimits = TurnLimits(),
 ) -> AsyncIterator[Bench]:
     tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
-    store = await RedisStore.connect(url, timeout_s=store_timeout_s, turn_ids=turn_ids)
+    store = await RedisStore.connect(url, limits=store_limits)
     async with SessionLog(store) as log:
         deps = OwnerDeps(
             log, engine, tokenizer, frozenset({2}), 8192, 49152,

@@ -91,11 +91,14 @@ class EdgeNode:
     """
 
     def __init__(
-        self, config: EdgeConfig, load: Load | None = None, limits: EdgeTurnLimits | None = None
+        self,
+        config: EdgeConfig,
+        load: Load | None = None,
+        limits: EdgeTurnLimits = EdgeTurnLimits(),
     ) -> None:
         self.config = config
         self._load = load or load_model
-        self._limits = limits or EdgeTurnLimits()
+        self._limits = limits
         self.instance = new_id("edge-", os.urandom)
         self.provider = ""
         self.start_s = 0.0

@@ -249,6 +249,16 @@ class SessionQuotas:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLimits:
+    """Of an instance's use of the session store."""
+
+    timeout_s: float = STORE_TIMEOUT_S
+    connections: int = STORE_CONNECTIONS  # to each server
+    lease_s: float = TURN_LEASE_S  # for which an append of a turn's owner renews its lease
+    turn_ids: int = TURN_ID_MEMORY  # of a session, kept at hand in the store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnLimits:
     """Of the turns that a cloud owns."""
 

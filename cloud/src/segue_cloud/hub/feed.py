@@ -17,7 +17,8 @@ from typing import Protocol
 import structlog
 
 from segue_cloud.hub.tails import TailTable
-from segue_cloud.sessions.port import Beat, Changes, LogTail, Reading, TailTold, Watched
+from segue_cloud.sessions.news import Beat, Changes, LogTail, TailTold, Watched
+from segue_cloud.sessions.port import Reading
 from segue_contract.errors import SegueError, StoreUnavailable
 from segue_contract.ids import SessionName, new_id
 from segue_contract.limits import (

@@ -16,7 +16,8 @@ import structlog
 
 from segue_cloud.hub.feed import TailFeed
 from segue_cloud.hub.state import HubState
-from segue_cloud.sessions.port import LogTail, Reading, StoredEntry
+from segue_cloud.sessions.news import LogTail
+from segue_cloud.sessions.port import Reading, StoredEntry
 from segue_cloud.sessions.reader import LogReader, Page
 from segue_contract.errors import CursorAhead, SegueError
 from segue_contract.ids import SessionName

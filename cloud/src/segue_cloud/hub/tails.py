@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import count
 
-from segue_cloud.sessions.port import LogTail
+from segue_cloud.sessions.news import LogTail
 from segue_contract.ids import SessionName
 from segue_contract.limits import MAX_WATCHED_TAILS, TAIL_IDLE_S
 

@@ -21,10 +21,10 @@ from segue_cloud.hub.hub import Following, Hub
 from segue_cloud.hub.state import HubState
 from segue_cloud.log.keeping import SessionKeeping
 from segue_cloud.sessions.known import title_of
+from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
     AppendResult,
     LogOp,
-    LogTail,
     OpenedSession,
     Producer,
     Status,

@@ -4,10 +4,12 @@
     log.lua   every change of a session: one atomic call
     scripts   this and the other scripts, each behind common.lua
     whole     the port's part for whole sessions
+    news      the port's part that tells of tails; `changes` is the link for it
     keep.lua  whole sessions: deleted, made of an export; `keeper` calls it
     quota     what a session may hold
     known     what the store knows of a session besides its log, made of it
     keys      names in the store
+    active    which sessions were written to of late, for the fan-out's sweep
     wire      commands, repeated until their deadline
     replicas  waiting for them, where a fail-over must not lose what was written
     routes    which server a command goes to: the one there is, or the Sentinels' primary,

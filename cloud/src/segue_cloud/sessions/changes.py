@@ -14,7 +14,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from segue_cloud.sessions.keys import SessionKeys, beat_channel
-from segue_cloud.sessions.port import Beat, LogTail, TailTold, Watched
+from segue_cloud.sessions.news import Beat, LogTail, TailTold, Watched
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName

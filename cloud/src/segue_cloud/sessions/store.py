@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from segue_cloud.sessions import rows, scripts
+from segue_cloud.sessions.active import ACTIVE, ActiveSessions
 from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
-from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
+from segue_cloud.sessions.keys import SessionKeys, index_key
 from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
+from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
     AppendResult,
-    LogTail,
     OpenedSession,
     Producer,
     RawPage,
@@ -40,21 +40,15 @@ from segue_contract.errors import (
 )
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    ACTIVE_REFRESH_S,
-    ACTIVE_SHARDS,
     MAX_COUNT,
     MAX_SESSION_DEVICES,
     MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
     READ_PAGE_BYTES,
-    SESSION_CACHE,
-    STORE_CONNECTIONS,
-    STORE_TIMEOUT_S,
-    TURN_ID_MEMORY,
-    TURN_LEASE_S,
     WAITING_LEASE_S,
     SessionQuotas,
+    StoreLimits,
 )
 from segue_contract.sync.state import (
     Cursor,
@@ -64,8 +58,7 @@ from segue_contract.sync.state import (
 log = structlog.get_logger("segue.sessions")
 
 _LOG = scripts.load("log.lua")
-_ACTIVE = scripts.load("active.lua")
-SCRIPTS = (_LOG, _ACTIVE, RUNNING, KEEP, BROKER)
+SCRIPTS = (_LOG, ACTIVE, RUNNING, KEEP, BROKER)
 
 
 def unknown_session(session: SessionName) -> UnknownSession:
@@ -97,47 +90,38 @@ class RedisStore:
         self,
         wire: Wire,
         *,
-        lease_s: float = TURN_LEASE_S,
-        turn_ids: int = TURN_ID_MEMORY,
+        limits: StoreLimits = StoreLimits(),
         monotonic: Callable[[], float] = time.monotonic,
         random_bytes: Callable[[int], bytes] = os.urandom,
-        quotas: SessionQuotas | None = None,
+        quotas: SessionQuotas = SessionQuotas(),
     ) -> None:
-        """`lease_s`: how long an append of a turn's owner renews its lease for. `turn_ids`: so
-        many of a session's latest are kept at hand in the store; older ones are looked up."""
         self._wire = wire
         self.keeper = SessionKeeper(wire)
-        self.quotas = quotas or SessionQuotas()
-        self._lease_ms = int(lease_s * 1000)
-        self._turn_ids = turn_ids
+        self.quotas = quotas
+        self._limits = limits
         self._monotonic = monotonic
         self._random_bytes = random_bytes
-        # When this process last named a session active; see `_touch`.
-        self._named: OrderedDict[SessionName, float] = OrderedDict()
-        self._looked_at = 0  # where the sweep goes on, in each list of active sessions
+        self._active = ActiveSessions(wire, monotonic)
 
     @classmethod
     async def connect(
         cls,
         url: str,
         *,
-        lease_s: float = TURN_LEASE_S,
-        timeout_s: float = STORE_TIMEOUT_S,
-        turn_ids: int = TURN_ID_MEMORY,
-        max_connections: int = STORE_CONNECTIONS,
+        limits: StoreLimits = StoreLimits(),
         sleep: Sleep = asyncio.sleep,
     ) -> RedisStore:
         """Connect to redis://host:port and see that it answers.
 
         Raises:
-            StoreUnavailable: it does not within `timeout_s`.
+            StoreUnavailable: it does not within `limits.timeout_s`.
             InvalidArgument: `url` is no Redis URL.
         """
         wire = Wire(
             url,
             scripts=SCRIPTS,
-            timeout_s=timeout_s,
-            max_connections=max_connections,
+            timeout_s=limits.timeout_s,
+            max_connections=limits.connections,
             sleep=sleep,
         )
         try:
@@ -146,7 +130,7 @@ class RedisStore:
         except BaseException:
             await wire.close()
             raise
-        return cls(wire, lease_s=lease_s, turn_ids=turn_ids)
+        return cls(wire, limits=limits)
 
     async def close(self) -> None:
         await self._wire.close()
@@ -238,8 +222,8 @@ class RedisStore:
         rows.check_ops(ops, least=0)
         nonce = self._nonce()
         verb = self._log(
-            session, "begin", turn, int(lease_s * 1000), self._turn_ids, title, nonce, digest,
-            int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
+            session, "begin", turn, int(lease_s * 1000), self._limits.turn_ids, title, nonce,
+            digest, int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
         )  # fmt: skip
         row = await self._write(session, verb, listed=True, waits=True)
         return rows.claim(row[:-1], nonce)
@@ -365,57 +349,10 @@ class RedisStore:
     # -- the fan-out's book-keeping -----------------------------------------------------------
 
     async def take_dirty(self, max_sessions: int, older_than_s: float) -> list[SessionName]:
-        """As the port says; each call looks at the next `max_sessions` active sessions."""
-        each = -(-max_sessions // ACTIVE_SHARDS)
-        start, stop = self._looked_at, self._looked_at + each - 1
-        shards = await self._wire.call_each(
-            *(("ZREVRANGE", active_key(shard), start, stop) for shard in range(ACTIVE_SHARDS))
-        )
-        more = any(len(shard) == each for shard in shards)
-        self._looked_at = stop + 1 if more else 0
-        active = [SessionName.parse(member.decode()) for shard in shards for member in shard]
-        if not active:
-            return []
-        now, *since = await self._wire.call_each(
-            ("TIME",), *(("HGET", SessionKeys.of(one).meta, "da") for one in active)
-        )
-        latest_ms = int(now[0]) * 1000 + int(now[1]) // 1000 - older_than_s * 1000
-        dirty = [
-            one
-            for one, at in zip(active, since, strict=True)
-            if at is not None and 0 < int(at) <= latest_ms
-        ]
-        return dirty[:max_sessions]
+        return await self._active.take_dirty(max_sessions, older_than_s)
 
     async def take_idle(self, max_sessions: int, idle_s: float) -> list[SessionName]:
-        """As the port says. A dirty one stays in the lists, for the sweep to find."""
-        each = -(-max_sessions // ACTIVE_SHARDS)
-        idle_ms = int(idle_s * 1000)
-        shards = await self._wire.call_each(
-            *(
-                _ACTIVE.call((active_key(shard),), "idle", idle_ms, each)
-                for shard in range(ACTIVE_SHARDS)
-            )
-        )
-        idle = [SessionName.parse(member.decode()) for shard in shards for member in shard]
-        if not idle:
-            return []
-        dirty = await self._wire.call_each(
-            *(("HGET", SessionKeys.of(one).meta, "da") for one in idle)
-        )
-        members: dict[int, list[str]] = {}
-        commands: list[Command] = []
-        for session, since in zip(idle, dirty, strict=True):
-            shard = active_shard(session)
-            if since is not None and int(since) > 0:
-                commands.append(_ACTIVE.call((active_key(shard),), "touch", str(session)))
-            else:
-                members.setdefault(shard, []).append(str(session))
-        touched = len(commands)
-        for shard, names in members.items():
-            commands.append(_ACTIVE.call((active_key(shard),), "take", idle_ms, *names))
-        taken = (await self._wire.call_each(*commands))[touched:]
-        return [SessionName.parse(member.decode()) for shard in taken for member in shard]
+        return await self._active.take_idle(max_sessions, idle_s)
 
     async def mark_published(self, session: SessionName, cursor: Cursor) -> None:
         await self._wire.call(self._log(session, "published", cursor.generation, cursor.offset))
@@ -446,7 +383,7 @@ class RedisStore:
         quotas = self.quotas
         return self._log(
             session, "append", producer.name, producer.epoch, producer.first_seq, hold.turn,
-            hold.nonce, hold.generation, int(ends), self._lease_ms, PRODUCER_RUNS,
+            hold.nonce, hold.generation, int(ends), int(self._limits.lease_s * 1000), PRODUCER_RUNS,
             PRODUCER_MEMORY, quotas.bytes, takes,
             f"{quotas.values}:{quotas.docs}:{quotas.kept_ops}", *ops,
         )  # fmt: skip
@@ -470,21 +407,15 @@ class RedisStore:
         replicas are waited for: see `replicas.py`.
         """
         commands = [verb]
-        now = self._monotonic()
-        named = self._named.get(session)
-        fresh = named is not None and now - named < ACTIVE_REFRESH_S
+        began, fresh = self._monotonic(), self._active.fresh(session)
         if listed or not fresh:
             commands.insert(0, self._index(session))
         if not fresh:
-            shard = active_key(active_shard(session))
-            commands.insert(0, _ACTIVE.call((shard,), "touch", str(session)))
+            commands.insert(0, self._active.touch(session))
         count = rows.replicas if waits else None
         reply = (await self._wire.call(*commands, replicas=count))[-1]
         if not fresh:
-            self._named[session] = now
-            self._named.move_to_end(session)
-            while len(self._named) > SESSION_CACHE:
-                self._named.popitem(last=False)
+            self._active.touched(session, began)
         return reply
 
     def _index(self, session: SessionName, condition: str = "XX") -> Command:

@@ -42,12 +42,17 @@ class TurnState:
     """
 
     def __init__(
-        self, turn: str, epoch: int, offset: int, shape: Shape, limits: EdgeTurnLimits | None = None
+        self,
+        turn: str,
+        epoch: int,
+        offset: int,
+        shape: Shape,
+        limits: EdgeTurnLimits = EdgeTurnLimits(),
     ) -> None:
         self._shape = shape
         self._shown = Shown(turn, epoch, offset)
         self._merger = self._shown.merger
-        self._patience = Patience(limits or EdgeTurnLimits())
+        self._patience = Patience(limits)
         self._maker = Maker.NONE
         self._makers = 0
         self._made_one = False
