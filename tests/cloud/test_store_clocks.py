@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-
-import pytest
 
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard
 from segue_cloud.sessions.port import Producer, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.ids import SessionName
 from segue_contract.limits import PRODUCER_MEMORY
-from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Set, encode_op
 from segue_contract.sync.state import Cursor
 
@@ -23,13 +19,6 @@ HOUR_MS = 3_600_000
 
 def op(text: str) -> bytes:
     return encode_op(Set(id=text, device="phone", name="n", value=text.encode()))
-
-
-@pytest.fixture
-async def store(valkey: Valkey) -> AsyncIterator[RedisStore]:
-    store = await RedisStore.connect(valkey.url)
-    yield store
-    await store.close()
 
 
 async def _writer(store: RedisStore, name: str = "p") -> Producer:

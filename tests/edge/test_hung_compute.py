@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from segue_contract.errors import Overloaded
-from tests.support.edge_node import Told, device_of, edge_node, serving
-from tests.support.scripted_cloud import scripted_cloud
+from tests.support.edge_node import Told, serving, two_clouds
 from tests.support.tiny_edge import TinyModel, reply_text
 
 WAIT_S = 30.0
@@ -93,14 +92,8 @@ async def test_a_hung_edge_that_lost_its_cloud_says_so_in_its_heartbeats() -> No
 
 
 async def test_a_cloud_whose_engine_hangs_is_left_for_the_next_one() -> None:
-    async with (
-        scripted_cloud("cloud-a") as a,
-        scripted_cloud("cloud-b") as b,
-        edge_node(a.address, b.address) as node,
-        device_of(node) as device,
-    ):
-        first = a if node.clouds.best("trip").target == a.address else b
-        other = b if first is a else a
+    async with two_clouds() as here:
+        device, (first, other) = here.device, here.ranked()
         first.script.decode.clear()
         running = asyncio.create_task(device.run(plan="text", max_tokens=40))
         await asyncio.wait_for(first.seen.opened.wait(), WAIT_S)

@@ -23,7 +23,7 @@ from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.config import EdgeConfig
 from segue_edge.node import EdgeNode
-from tests.support.edge_node import Device, Told, device_of, edge_node, serving
+from tests.support.edge_node import Device, Told, device_of, edge_node, serving, two_clouds
 from tests.support.scripted_cloud import Script, scripted_cloud
 from tests.support.tiny_edge import MANIFEST, TinyModel, reply_text
 
@@ -61,14 +61,8 @@ async def test_previews_that_the_log_never_got_are_rewound() -> None:
 
 
 async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
-    async with (
-        scripted_cloud("cloud-a") as a,
-        scripted_cloud("cloud-b") as b,
-        edge_node(a.address, b.address) as node,
-        device_of(node) as device,
-    ):
-        first = a if node.clouds.best("trip").target == a.address else b
-        other = b if first is a else a
+    async with two_clouds() as here:
+        device, (first, other) = here.device, here.ranked()
         first.script.decode.clear()
         running = asyncio.create_task(device.run(plan="ship", max_tokens=60))
         await asyncio.wait_for(first.seen.handed.wait(), 10)
@@ -84,15 +78,8 @@ async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
 
 
 async def test_a_cloud_that_came_back_with_other_weights_gets_no_turn() -> None:
-    async with (
-        scripted_cloud("cloud-a") as a,
-        scripted_cloud("cloud-b") as b,
-        edge_node(a.address, b.address) as node,
-        device_of(node) as device,
-    ):
-        clouds = node.clouds
-        first = a if clouds.best("trip").target == a.address else b
-        other = b if first is a else a
+    async with two_clouds() as here:
+        clouds, device, (first, other) = here.node.clouds, here.device, here.ranked()
         first.script.weights = "f" * 32  # since the last probe
         told = await device.run(plan="ship")
         assert told.plan.instance == other.name
@@ -222,22 +209,17 @@ async def test_followers_do_not_hold_up_a_stop() -> None:
 
 async def test_a_cloud_without_room_or_engine_sends_the_turn_to_the_next() -> None:
     refusals = (Overloaded("Full.", retry_after_s=5.0), EngineGone("The engine died."))
-    async with (
-        scripted_cloud("cloud-a") as a,
-        scripted_cloud("cloud-b") as b,
-        edge_node(a.address, b.address) as node,
-        device_of(node) as device,
-    ):
+    async with two_clouds() as here:
         for number, refusal in enumerate(refusals):
             session = f"s{number}"
-            first = a if node.clouds.best(session).target == a.address else b
-            other = b if first is a else a
+            first, other = here.ranked(session)
             first.script.begin_error, other.script.begin_error = refusal, None
-            told = await device.run(f"t{number}", session=session, plan="text")
+            told = await here.device.run(f"t{number}", session=session, plan="text")
             assert told.plan.instance == other.name
-        a.script.begin_error = b.script.begin_error = Overloaded("Full.", retry_after_s=5.0)
+        full = Overloaded("Full.", retry_after_s=5.0)
+        here.a.script.begin_error = here.b.script.begin_error = full
         with pytest.raises(Overloaded):
-            await device.run("t9", session="s9")
+            await here.device.run("t9", session="s9")
 
 
 async def test_a_cloud_that_runs_the_turn_already_is_only_listened_to() -> None:

@@ -20,6 +20,7 @@ from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.sync import ops
 from segue_contract.v1.agent_pb2 import OfflineTurn, RunTurnRequest
 from tests.support.fake_agent import FakeAgent, FakeLog, Step, Wait, ended, frame, started
+from tests.support.said_ops import begins
 
 WAIT_S = 20.0
 
@@ -76,10 +77,7 @@ async def room_of(agent: FakeAgent, device: str) -> AsyncIterator[tuple[Room, Sc
 
 
 def write_turn(log: FakeLog, turn: str, device: str, prompt: str, *words: str) -> None:
-    log.append(
-        ops.UserMessage(id=f"{turn}u", turn=turn, device=device, text=prompt),
-        ops.TurnStarted(id=f"{turn}s", turn=turn, epoch=1),
-    )
+    log.append(*begins(turn, device, prompt))
     for index, word in enumerate(words):
         log.append(
             ops.Frame(
@@ -114,7 +112,7 @@ async def test_the_line_above_which_the_model_forgets_is_shown_when_it_moves() -
         write_turn(log, f"t{number}", "phone", f"Question {number}", "Yes")
         end_turn(log, f"t{number}")
 
-    def begins(turn: str, context_from: str) -> None:
+    def asked(turn: str, context_from: str) -> None:
         log.append(
             ops.UserMessage(id=f"{turn}u", turn=turn, device="phone", text=f"Question {turn}"),
             ops.TurnStarted(id=f"{turn}s", turn=turn, epoch=1, context_from=context_from),
@@ -124,12 +122,12 @@ async def test_the_line_above_which_the_model_forgets_is_shown_when_it_moves() -
     def notes(screen: Script) -> list[str]:
         return [line for line in screen if line.startswith("note")]
 
-    begins("t3", "t2")
+    asked("t3", "t2")
     async with FakeAgent(log) as agent, room_of(agent, "laptop") as (_room, screen):
         await screen.until(lambda: len(notes(screen)) == 1)
         assert "before “Question 2”" in notes(screen)[0]
-        begins("t4", "t2")
-        begins("t5", "t5")
+        asked("t4", "t2")
+        asked("t5", "t5")
         await screen.until(lambda: len(notes(screen)) == 2)
         assert "before “Question t5”" in notes(screen)[1]
 
@@ -138,16 +136,7 @@ async def test_what_was_said_offline_beside_others_is_shown_as_a_branch() -> Non
     log = FakeLog("trip")
 
     def says(turn: str, device: str, prompt: str, follows: str | None = None) -> None:
-        log.append(
-            ops.UserMessage(id=f"{turn}u", turn=turn, device=device, text=prompt),
-            ops.TurnStarted(
-                id=f"{turn}s",
-                turn=turn,
-                epoch=1,
-                offline=follows is not None,
-                follows=follows or "",
-            ),
-        )
+        log.append(*begins(turn, device, prompt, follows))
         end_turn(log, turn)
 
     says("t1", "phone", "Hello?")

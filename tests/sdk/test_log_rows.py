@@ -6,25 +6,13 @@ from segue.cli.sessions import line_of, rows_of
 from segue.events import Entry, Snapshot
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Replica
+from tests.support.said_ops import begins
 
 _TURNS = (("t1", None), ("t2", None), ("t3", "t1"), ("t4", "t3"))
 
 
 def _ops() -> list[ops.Op]:
-    return [
-        op
-        for turn, follows in _TURNS
-        for op in (
-            ops.UserMessage(id=f"{turn}u", turn=turn, device="phone", text=f"I am {turn}"),
-            ops.TurnStarted(
-                id=f"{turn}s",
-                turn=turn,
-                epoch=1,
-                offline=follows is not None,
-                follows=follows or "",
-            ),
-        )
-    ]
+    return [op for turn, follows in _TURNS for op in begins(turn, follows=follows)]
 
 
 def test_an_entry_that_begins_a_turn_of_a_branch_says_beside_what() -> None:

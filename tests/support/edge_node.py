@@ -123,6 +123,32 @@ async def device_of(node: EdgeNode) -> AsyncIterator[Device]:
         await device.close()
 
 
+@dataclass
+class TwoClouds:
+    """An edge node of two scripted clouds, and a device of it."""
+
+    a: ScriptedCloud
+    b: ScriptedCloud
+    node: EdgeNode
+    device: Device
+
+    def ranked(self, session: str = "trip") -> tuple[ScriptedCloud, ScriptedCloud]:
+        """The session's cloud, and the other one."""
+        first = self.a.address == self.node.clouds.best(session).target
+        return (self.a, self.b) if first else (self.b, self.a)
+
+
+@asynccontextmanager
+async def two_clouds() -> AsyncIterator[TwoClouds]:
+    async with (
+        scripted_cloud("cloud-a") as a,
+        scripted_cloud("cloud-b") as b,
+        edge_node(a.address, b.address) as node,
+        device_of(node) as device,
+    ):
+        yield TwoClouds(a, b, node, device)
+
+
 @asynccontextmanager
 async def serving(
     model: TinyModel | None = None, **settings: Any
