@@ -11,6 +11,7 @@ import time
 from tests.sim import run as runs
 from tests.sim import scenarios
 
+_SAY_EVERY = 500  # seeds
 _TAIL = 40  # events of a failing run that are printed without -v
 
 
@@ -37,11 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def many(seeds: range, jobs: int, once: bool) -> int:
     began = time.perf_counter()
-    failed = steps = 0
+    done = failed = steps = 0
     work = runs.run if once else runs.twice
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for outcome in pool.imap_unordered(work, seeds, chunksize=4):
+            done += 1
             steps += outcome.steps
+            if done % _SAY_EVERY == 0:
+                passed_s = time.perf_counter() - began
+                print(f"{done} seeds, {failed} failed, {passed_s:.0f} s", file=sys.stderr)
             if outcome.failure:
                 failed += 1
                 show(outcome)

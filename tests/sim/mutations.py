@@ -105,6 +105,11 @@ MUTATIONS: dict[str, Mutation] = {
         "            await outbox.add(turn)\n",
         "            pass\n",
     ),
+    "an edge that made the whole reply alone keeps it nowhere": Mutation(
+        "segue_edge.turns.state.turn",
+        "return [] if link is not None else self._store(reason)\n",
+        "return []\n",
+    ),
 }
 
 
