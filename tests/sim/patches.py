@@ -153,7 +153,7 @@ def patched(world: World) -> Iterator[None]:
             (app.ChatTokenizer, "load", lambda directory, manifest: _TOKENIZER()),
         ):
             stack.enter_context(patch.object(target, name, replacement))
-        for room in ("keys", "running", "store"):
+        for room in ("active", "keys", "running"):
             module = importlib.import_module(f"segue_cloud.sessions.{room}")
             stack.enter_context(patch.object(module, "ACTIVE_SHARDS", _SHARDS))
         for room, kind in _CHECKED:
