@@ -67,6 +67,13 @@ async def run(cloud: CloudRpc, request: pb.RunTurnRequest) -> list[pb.TurnEvent]
         return [event async for event in cloud.agent.RunTurn(request)]
 
 
+async def news(call: Any) -> pb.AttachEvent:
+    """The stream's next event; heartbeats come whenever the machine is slow."""
+    while (event := await call.read()).WhichOneof("kind") == "heartbeat":
+        pass
+    return event
+
+
 async def refused(call: Callable[[], Awaitable[Any]]) -> SegueError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call()
@@ -281,15 +288,10 @@ async def test_a_stream_that_is_resumed_goes_on_where_the_device_stands(cloud: C
         call = cloud.agent.Attach(
             pb.AttachRequest(session="trip", device="phone", after=after, resume=True)
         )
-        first = await call.read()
+        first = await news(call)
         assert first.WhichOneof("kind") == "entries"
         assert not first.entries.entries  # it stands
         return call
-
-    async def news(call: Any) -> pb.AttachEvent:
-        while (event := await call.read()).WhichOneof("kind") == "heartbeat":
-            pass
-        return event
 
     async with asyncio.timeout(WAIT_S):
         late, at_the_tail = await attach(tail.generation, 1), await attach(tail.generation, 3)
@@ -311,12 +313,12 @@ async def test_attach_gives_a_snapshot_and_then_everything(cloud: CloudRpc) -> N
     await run(cloud, turn())
     call = cloud.agent.Attach(pb.AttachRequest(session="trip", device="phone"))
     async with asyncio.timeout(WAIT_S):
-        first = await call.read()
+        first = await news(call)
         state = decode_state(first.snapshot.state)
         assert state.turns[0].tokens == list(range(100, 110))
         feedback = Feedback(id="f1", device="phone", turn="t1", value="good")
         await append(cloud, await new_epoch(cloud), 1, encode_op(feedback))
-        batch = await call.read()
+        batch = await news(call)
     assert [entry.offset for entry in batch.entries.entries] == [state.cursor.offset + 1]
     call.cancel()
 

@@ -198,11 +198,11 @@ async def test_a_node_that_stops_says_so_to_its_devices() -> None:
 async def test_followers_do_not_hold_up_a_stop() -> None:
     async with serving() as (cloud, node, device):
         call = device.stub.Attach(pb.AttachRequest(session="trip", device="phone"))
-        await asyncio.wait_for(call.read(), 10)
+        await asyncio.wait_for(anext(aiter(call)), 10)
         async with asyncio.timeout(5):
             await node.__aexit__(None, None, None)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
+            _ = [event async for event in call]  # heartbeats from before
     assert isinstance(error_from_rpc(caught.value), Unreachable)
     assert not cloud.seen.specs
 
