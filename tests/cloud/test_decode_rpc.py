@@ -329,6 +329,36 @@ async def test_an_edge_that_comes_back_attaches(cloud: CloudRpc) -> None:
     assert kinds == ["opened", "frame", "ended"]
 
 
+async def test_a_turn_that_is_taken_over_goes_on_as_soon_as_its_kv_is_there(
+    cloud: CloudRpc, valkey: Valkey, model_dir: Path
+) -> None:
+    """Not behind other turns that wait for the engine, nor when the edge says so: it makes no more
+    tokens, and readers wait for the next one."""
+    cloud.engine._free = False
+    begun = await begin(cloud)
+    first = cloud.decode.Run()
+    await first.write(opening(cloud, begun.epoch, shape="text", ship_blocks=0))
+    cloud.engine.allow(2)
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await next_reply(first)).frame.index + len(reply.frame.tokens) < 2:
+            pass
+    engine = ScriptedEngine(range(100, 110))
+    engine.waiting = 1
+    async with cloud_rpc(valkey.url, model_dir, engine) as other:
+        call = other.decode.Run()
+        taking = opening(other, begun.epoch, takeover=True, known_tokens=[100, 101, 102])
+        await call.write(taking)
+        assert (await next_reply(call)).WhichOneof("kind") == "opened"
+        for data in kv_bytes(other):
+            assert not engine.turns, "the engine would compute what comes"
+            await call.write(kv(data))
+        kinds = [reply.WhichOneof("kind") async for reply in replies(call)]
+        assert kinds[-1] == "ended"
+        assert await until_ended(other) == list(range(100, 110))
+        assert [len(turn.made) for turn in engine.turns] == [3]
+        assert len(engine.blocks) == 2
+
+
 @pytest.mark.parametrize("limits", [UNOPENED])
 async def test_a_turn_that_is_begun_and_never_opened_runs_by_itself(cloud: CloudRpc) -> None:
     await begin(cloud)

@@ -25,6 +25,7 @@ class ScriptedEngine:
         self.blocks: dict[bytes, KvBlock] = {}
         self.died = asyncio.Event()
         self.stalled = False
+        self.waiting = 0  # how many turns wait for a place in the batch, it says
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 
@@ -59,7 +60,7 @@ class ScriptedEngine:
         return next((n for n, one in enumerate(ids) if one not in self.blocks), len(ids))
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 100, 100, 0.0, 1000.0, 0.01, 0, 0, self.stalled)
+        return EngineStats(0, self.waiting, 100, 100, 0.0, 1000.0, 0.01, 0, 0, self.stalled)
 
     async def close(self) -> None:
         return None

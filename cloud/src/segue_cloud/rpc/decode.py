@@ -132,6 +132,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             intake,
             self._engine,
             attached=attached,
+            takes_over=message.takeover,
             limits=self._manager.limits,
         )
         opened = dpb.Opened(
