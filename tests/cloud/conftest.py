@@ -10,16 +10,16 @@ import pytest
 import segue
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.chat import ChatTokenizer
-from segue_contract.model.manifest import read_manifest
 from segue_contract.servers import Valkey
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="session")
 def tokenizer(model_dir: Path) -> ChatTokenizer:
     """The default model's. Loading it takes longer than many tests that use it."""
-    return ChatTokenizer.load(model_dir, read_manifest(model_dir))
+    return tokenizer_of(model_dir)
 
 
 @pytest.fixture

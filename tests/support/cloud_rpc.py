@@ -23,6 +23,7 @@ from segue_contract.transport.channel import open_channel
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tokenizers import tokenizer_of
 
 
 @dataclass
@@ -53,7 +54,7 @@ async def cloud_rpc(
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
     that devices follow over. `folds`: False keeps every entry of a log."""
     manifest = manifest or read_manifest(model_dir)
-    tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
+    tokenizer = tokenizer or tokenizer_of(model_dir)
     store = await RedisStore.connect(url)
     async with AsyncExitStack() as stack:
         publisher = None

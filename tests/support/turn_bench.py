@@ -23,12 +23,12 @@ from segue_contract.limits import (
     StoreLimits,
     TurnLimits,
 )
-from segue_contract.model.manifest import read_manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.sync.state import TurnState, find_turn
 from segue_contract.turn.events import Frame, TurnEvent
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tokenizers import tokenizer_of
 
 SESSION = SessionName("default", "trip")
 OTHER = SessionName("default", "work")
@@ -86,7 +86,7 @@ async def bench_on(
     store_limits: StoreLimits = StoreLimits(),
     limits: TurnLimits = TurnLimits(),
 ) -> AsyncIterator[Bench]:
-    tokenizer = ChatTokenizer.load(model_dir, read_manifest(model_dir))
+    tokenizer = tokenizer_of(model_dir)
     store = await RedisStore.connect(url, limits=store_limits)
     async with SessionLog(store) as log:
         deps = OwnerDeps(
