@@ -15,7 +15,9 @@ from segue_contract.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    PermissionDenied,
     SegueError,
+    Unauthenticated,
     Unreachable,
     shorten,
 )
@@ -31,6 +33,8 @@ _BARE: dict[grpc.StatusCode, type[SegueError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.CANCELLED: Unreachable,
     # a stream that was reset, or a write that failed as its stream broke: gRPC then says so instead
     # of the peer's status. An internal error of a node of ours is typed.
