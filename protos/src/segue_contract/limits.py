@@ -182,6 +182,16 @@ RETRY_PAUSE_MAX_S: Final = 1.0
 FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
 SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile
 
+# -- identity ---------------------------------------------------------------------------------
+MAX_TOKEN_BYTES: Final = 4 * KIB  # travels in a header, of which gRPC takes 8 KiB in all
+MAX_TOKEN_SESSIONS: Final = 32  # names or beginnings of names: of the longest ones, they fit
+MAX_TOKEN_LIFETIME_S: Final = 3600.0  # so long a stolen token is good, where nobody revokes it
+TOKEN_LIFETIME_S: Final = 600.0  # where the issuer says nothing: 5 to 15 minutes are usual
+CLOCK_SKEW_S: Final = 30.0  # an issuer's clock may be ahead of ours by so much
+TOKEN_CACHE: Final = 8192  # tokens that were checked: one for each device of an instance
+MAX_TENANT_KEYS: Final = 10_000  # some 2 MiB of file, and read at once
+MAX_KEY_FILE_BYTES: Final = 4 * MIB
+
 # -- real servers as child processes ----------------------------------------------------------
 PORT_ATTEMPTS: Final = 8  # a free port may be taken between the look and the bind
 CHILD_LOG_LINES: Final = 200  # its last words, for an error message
