@@ -279,7 +279,7 @@ def test_the_command_line_ends_with_a_message_not_a_traceback() -> None:
     command = [sys.executable, "-m", "segue_edge", "--host", "0.0.0.0", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "without authentication" in done.stderr
+    assert "without encryption and authentication" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 

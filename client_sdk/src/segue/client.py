@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from segue._access import read_access
 from segue._nodes import Nodes
 from segue._tails import Tails
 from segue._transfer import export_session, import_session
@@ -37,9 +38,16 @@ class Client:
             where one fails, the next one goes on.
         device: this device's name, the same each time; "": a fresh one.
         limits: other bounds than the usual ones.
+        token: shown with each call; a function is asked each time (event loop's thread). None:
+            SEGUE_TOKEN, "": none. It leaves this machine over TLS only.
+        tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
+            ones: TLS is on. None: SEGUE_CA, "": off.
+        tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
+            SEGUE_KEY. Files are read for each new connection.
 
     Raises:
-        InvalidArgument: an address or the name cannot be one.
+        InvalidArgument: an address or the name cannot be one, a file is missing its partner, or
+            the token would travel unencrypted.
     """
 
     def __init__(
@@ -48,9 +56,18 @@ class Client:
         *,
         device: str = "",
         limits: ClientLimits = ClientLimits(),
+        token: str | Callable[[], str] | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
-        self._nodes = Nodes([address] if isinstance(address, str) else list(address))
+        self._access = read_access(
+            os.environ, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
+        )
+        self._nodes = Nodes(
+            [address] if isinstance(address, str) else list(address), access=self._access
+        )
         self._limits = limits
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)

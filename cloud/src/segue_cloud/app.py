@@ -39,7 +39,7 @@ from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs, without_password
 from segue_contract.transport.process import stop_requested
-from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 
 log = structlog.get_logger("segue.cloud")
@@ -99,7 +99,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     Raises:
         NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra, OtherBroker.
     """
-    check_loopback(settings.host)
+    check_listener(settings.host, tls=settings.listener_tls, clients=settings.tls_clients)
     directory = model_directory(settings.model)
     manifest = read_manifest(directory)
     instance = settings.instance or new_id("cloud-", os.urandom)
@@ -176,6 +176,9 @@ async def _serve(
                 lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),  # type: ignore[no-untyped-call]
             ),
         ],
+        tls=settings.listener_tls,
+        clients=settings.tls_clients,
+        node_port=settings.node_port,
     )
 
 
@@ -228,9 +231,12 @@ def _print_ready(cloud: Cloud, seconds: float) -> None:
         "port": cloud.server.port,
         "instance": cloud.instance,
         "model": cloud.model,
+        "tls": cloud.server.tls,
         "redis_url": without_password(cloud.redis_url),
         "mqtt_url": without_password(cloud.mqtt_url),
         "seconds": round(seconds, 3),
     }
+    if cloud.server.node_port is not None:
+        ready["node_port"] = cloud.server.node_port
     os.write(1, msgspec.json.encode(ready) + b"\n")
     log.info(EVENT_READY, address=cloud.server.address, seconds=ready["seconds"])

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from segue_cloud.config import CloudSettings
 from segue_contract.errors import InvalidArgument
+from segue_contract.transport.settings import CaOption, CertOption, ClientsOption, KeyOption
 
 app = typer.Typer(
     help="Run the cloud service: decode engine, session log, fan-out.", add_completion=False
@@ -18,8 +19,18 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def cloud(
-    host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; off loopback with TLS and authentication only."),
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    node_port: Annotated[
+        int | None, typer.Option(help="One more port, for edges: client certificates required.")
+    ] = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    tls_ca: CaOption = None,
+    tls_clients: ClientsOption = None,
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
         str | None,

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
+from segue_contract.transport.settings import TlsSettings
 
 
 def _name(value: str) -> str:
@@ -23,7 +24,7 @@ def _name(value: str) -> str:
         raise ValueError(str(error)) from error
 
 
-class CloudSettings(BaseSettings):
+class CloudSettings(TlsSettings):
     """Frozen once built. A bad value stops the program at start-up and is named."""
 
     model_config = SettingsConfigDict(
@@ -35,6 +36,8 @@ class CloudSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(7412, ge=0, le=65535)
+    # for edges, always with client certificates; None: they use `port`
+    node_port: int | None = Field(None, ge=0, le=65535)
     model: str = DEFAULT_MODEL
     tenant: Annotated[str, AfterValidator(_name)] = "default"  # part of keys and topics
     instance: str = ""

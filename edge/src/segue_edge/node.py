@@ -27,7 +27,7 @@ from segue_contract.model.gate import bytes_per_token
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from segue_contract.telemetry import EVENT_PROVIDER
-from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.transport.stalls import StallMonitor
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.api.agent import AgentService
@@ -110,7 +110,8 @@ class EdgeNode:
 
     async def __aenter__(self) -> EdgeNode:
         begun = time.monotonic()
-        check_loopback(self.config.host)
+        config = self.config
+        check_listener(config.host, tls=config.listener_tls, clients=config.tls_clients)
         try:
             await self._start()
         except BaseException:
@@ -129,7 +130,9 @@ class EdgeNode:
 
     async def _start(self) -> None:
         config = self.config
-        clouds = self.clouds = CloudSet(config.cloud, Pacer(config.link_bytes_per_s))
+        clouds = self.clouds = CloudSet(
+            config.cloud, Pacer(config.link_bytes_per_s), config.channel_tls
+        )
         self._stack.push_async_callback(clouds.close)
         clouds.start()  # while the model loads
         model, tokenizer = await asyncio.to_thread(self._load, config)
@@ -221,6 +224,8 @@ class EdgeNode:
                     lambda server: agent_pb2_grpc.add_AgentServicer_to_server(service, server),  # type: ignore[no-untyped-call]
                 )
             ],
+            tls=self.config.listener_tls,
+            clients=self.config.tls_clients,
         )
         self._stack.push_async_callback(self._stop_serving, service)
 

@@ -22,6 +22,7 @@ from segue_contract.limits import (
 )
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.planner.estimators import CloudView
@@ -44,11 +45,13 @@ class Cloud:
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, tls: TlsFiles | None = None) -> None:
         self.target = check_target(target)
-        self.channel = open_channel(target, reconnect_ms=_RECONNECT_MS)
-        self.agent: Any = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
-        self.decode: Any = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
+        self.channel: grpc.aio.Channel
+        self.agent: Any
+        self.decode: Any
+        self._tls = tls
+        self._connect()
         self.view = CloudView()
         self.healthy = True  # until a call says otherwise: the first turn should try
         self.instance = ""
@@ -59,6 +62,27 @@ class Cloud:
         self.backlog_bytes = 0
         self._full_until = 0.0  # monotonic
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
+
+    def _connect(self) -> None:
+        """A channel with the certificates that the files hold now."""
+        self._certificates = self._tls.stamp() if self._tls is not None else ()
+        self.channel = open_channel(self.target, reconnect_ms=_RECONNECT_MS, tls=self._tls)
+        self.agent = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
+        self.decode = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
+
+    async def renew(self) -> None:
+        """Where the link is lost and the certificates changed since: a new channel with them."""
+        if self._tls is None or self._tls.stamp() == self._certificates:
+            return
+        if self.channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        old = self.channel
+        try:
+            self._connect()
+        except SegueError as error:
+            log.error("certificate_kept", cloud=self.target, error=str(error))
+            return
+        await old.close(None)
 
     def take_facts(self, facts: dpb.CloudFacts) -> None:
         """What the cloud says of itself, with every Begin, Opened and Probe.
@@ -174,6 +198,7 @@ class Cloud:
         """
         if self.healthy:
             return
+        await self.renew()
         try:
             # To connect takes two round trips, to ask one.
             patience_s = RECONNECT_WAIT_S + 3 * self.view.rtt_s.value
@@ -215,8 +240,8 @@ class Cloud:
 class CloudSet:
     """All configured clouds. `start` probes them at a pace from then on; `close` stops that."""
 
-    def __init__(self, targets: Sequence[str], pacer: Pacer) -> None:
-        self.clouds = {target: Cloud(target) for target in targets}
+    def __init__(self, targets: Sequence[str], pacer: Pacer, tls: TlsFiles | None = None) -> None:
+        self.clouds = {target: Cloud(target, tls) for target in targets}
         for cloud in self.clouds.values():
             cloud.alone = len(self.clouds) == 1
         self.pacer = pacer
@@ -288,6 +313,7 @@ class CloudSet:
         except SegueError as error:
             if not (isinstance(error, DeadlineExceeded) and cloud.carries_kv):
                 cloud.failed(error)
+                await cloud.renew()
             return
         if cloud.healthy and not was_healthy:
             log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)
