@@ -132,10 +132,17 @@ def check_session_pattern(pattern: str) -> str:
     Raises:
         InvalidArgument: anything else; "*" stands at the end only.
     """
-    if pattern == "*":
+    begin, star = pattern.removesuffix("*"), pattern.endswith("*")
+    if star and not begin:
         return pattern
-    # A beginning may end where a name may not ("user-7."): with a letter behind it, it is a name.
-    check_id(f"{pattern[:-1]}x" if pattern.endswith("*") else pattern, "session")
+    try:
+        # A beginning may end where a name may not ("user-7."): with a letter behind it, it is one.
+        check_id(begin + "x" if star else begin, "session")
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"{pattern!r} is neither a session's name nor the beginning of one and *.",
+            hint=error.hint,
+        ) from error
     return pattern
 
 
