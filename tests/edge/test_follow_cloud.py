@@ -44,7 +44,7 @@ async def followed(
         outbox: Any = nothing
         executor = TurnExecutor(
             state,
-            TurnFacts(Asked.of(ASKED), Begun(clouds.best("trip"), [], joined=True)),
+            TurnFacts(Asked.of(ASKED, "default"), Begun(clouds.best("trip"), [], joined=True)),
             tools=tools,
             clouds=clouds,
             outbox=outbox,

@@ -20,6 +20,7 @@ from segue_contract.errors import (
     NotLoopback,
     Overloaded,
 )
+from segue_contract.ids import SessionName
 from segue_contract.limits import PREFILL_QUEUE_JOBS
 from segue_contract.sync.state import TurnState
 from segue_edge.compute import ComputeThread, Job, Load, Priority
@@ -100,9 +101,10 @@ def test_another_generation_forgets_what_was_known() -> None:
 def test_the_cache_keeps_the_sessions_used_last() -> None:
     cache = HistoryCache(capacity=2)
     for name in ("a", "b", "a", "c"):
-        cache.of(name)
-    assert cache.find("b") is None
-    assert cache.find("a") is not None
+        cache.of(SessionName("default", name))
+    assert cache.find(SessionName("default", "b")) is None
+    assert cache.find(SessionName("default", "a")) is not None
+    assert cache.find(SessionName("acme", "a")) is None
 
 
 def test_what_a_cloud_holds_is_the_common_beginning() -> None:

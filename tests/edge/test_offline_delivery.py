@@ -22,7 +22,7 @@ from segue_contract.errors import (
     QuotaExceeded,
     StaleEpoch,
 )
-from segue_contract.ids import SessionName
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.servers import Valkey
@@ -46,6 +46,7 @@ from tests.support.tiny_edge import MANIFEST, RECIPE
 REQUEST = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
 )
+TRIP, BUSY = SessionName("default", "trip"), SessionName("default", "busy")
 SHOWN = (200, 201, 202)
 MADE = tuple(range(100, 110))  # what the cloud's engine makes
 
@@ -55,7 +56,8 @@ def offline(
 ) -> OfflineTurn:
     plan = encode_plan(PlanReport(shape="edge"))
     pieces = tuple("x" for _ in tokens)
-    return OfflineTurn(Asked.of(request), (10, 11, 12), tokens, pieces, Reason.STOP, plan, begun)
+    asked = Asked.of(request, TRIP.tenant)
+    return OfflineTurn(asked, (10, 11, 12), tokens, pieces, Reason.STOP, plan, begun)
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ async def test_what_was_said_offline_beside_others_is_a_branch_and_the_model_see
     await deliver(replace(said("t2"), follows="t1"))
     await deliver(replace(said("t3"), follows="t2"))
     await ask("t4")
-    state = await cloud.log.state(SessionName("default", "trip"))
+    state = await cloud.log.state(TRIP)
     assert [turn.turn for turn in state.turns] == ["t0", "t1", "elsewhere", "t2", "t3", "t4"]
     assert [turn.offline for turn in state.turns] == [False, True, False, True, True, False]
     assert branches(state.turns) == [Branch("t1", ("elsewhere",), ("t2", "t3"))]
@@ -232,17 +234,17 @@ async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> Non
     await keep(outbox, said("t1"), replace(said("t2"), follows="t1"))
     for _ in passing:
         with pytest.raises(Overloaded):
-            await outbox.settle("trip")
-    waiting = asyncio.create_task(outbox.settled("trip", "t1"))
+            await outbox.settle(TRIP)
+    waiting = asyncio.create_task(outbox.settled(TurnName(TRIP, "t1")))
     await asyncio.sleep(0)
     assert not waiting.done()
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     await asyncio.wait_for(waiting, 10)
     assert (refused, len(outbox)) == (["t1"], 0)
-    found = outbox.find("trip", "t1")
+    found = outbox.find(TurnName(TRIP, "t1"))
     assert found is not None
     assert isinstance(found.refused, QuotaExceeded)
-    assert outbox.find("trip", "t2") is None
+    assert outbox.find(TurnName(TRIP, "t2")) is None
 
 
 async def test_a_cloud_that_cannot_be_understood_refuses_nothing(
@@ -264,7 +266,7 @@ async def test_a_cloud_that_cannot_be_understood_refuses_nothing(
         outbox = Outbox(delivery.deliver)
         await keep(outbox, said("t1"))
         with pytest.raises(Overloaded):
-            await outbox.settle("trip")
+            await outbox.settle(TRIP)
         await clouds.close()
     assert cloud.seen.begins
     assert (len(outbox), len(outbox.refused)) == (1, 0)
@@ -309,17 +311,17 @@ async def test_who_settles_a_session_may_be_cancelled_at_any_time(tmp_path: Path
 
     outbox = Outbox(deliver, Slow(tmp_path / "outbox"))
     await keep(outbox, said("t1"))
-    settling = asyncio.create_task(outbox.settle("trip"))
+    settling = asyncio.create_task(outbox.settle(TRIP))
     await asyncio.wait_for(removing.wait(), 10)
-    await asyncio.wait_for(outbox.settled("trip", "t1"), 10)
+    await asyncio.wait_for(outbox.settled(TurnName(TRIP, "t1")), 10)
     settling.cancel()
     go_on.set()
     await asyncio.gather(settling, return_exceptions=True)
-    assert not outbox.holds("trip")
+    assert not outbox.holds(TRIP)
     await keep(outbox, said("t2"))
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     assert delivered == ["t1", "t2"]
-    assert (outbox.holds("trip"), len(outbox)) == (False, 0)
+    assert (outbox.holds(TRIP), len(outbox)) == (False, 0)
     await outbox.close()
 
 
@@ -338,10 +340,10 @@ async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: P
     await outbox.close()
     again = Outbox(refuse, Journal(path))
     for box in (outbox, again):
-        kept = box.find("trip", "t2")
+        kept = box.find(TurnName(TRIP, "t2"))
         assert kept is not None
         assert (kept.follows, kept.refused) == ("t0", None)
-        late = box.find("trip", "t3")
+        late = box.find(TurnName(TRIP, "t3"))
         assert late is not None
         assert late.follows == "t0"
     await again.close()
@@ -372,16 +374,16 @@ async def test_sessions_do_not_wait_for_each_other_and_each_keeps_its_order() ->
     stuck = asyncio.Event()
 
     async def deliver(turn: OfflineTurn) -> None:
-        if turn.asked.session == "busy":
+        if turn.asked.session == BUSY:
             await stuck.wait()
         delivered.append(turn.asked.turn)
 
     outbox = Outbox(deliver)
     await keep(outbox, said("b1", "busy"), said("t1"), said("t2"), said("t3"))
     flushing = asyncio.create_task(outbox.flush())
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     assert delivered == ["t1", "t2", "t3"]
-    assert (outbox.holds("trip"), outbox.holds("busy")) == (False, True)
+    assert (outbox.holds(TRIP), outbox.holds(BUSY)) == (False, True)
     stuck.set()
     assert await flushing
 

@@ -6,7 +6,9 @@ import grpc
 import pytest
 
 from segue_contract.errors import OutcomeUnknown, SegueError, StaleEpoch, Unreachable
+from segue_contract.identity.principal import local
 from segue_contract.sync.ops import Set, encode_op
+from segue_contract.transport.gate import acting_as
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.api.agent import AgentService
@@ -22,7 +24,8 @@ async def _append(service: AgentService) -> SegueError | None:
         session="trip", device="phone", producer="p", epoch=1, first_seq=1, ops=[op]
     )
     try:
-        await service.Append(request, None)
+        with acting_as(local("default")):
+            await service.Append(request, None)
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error)
     except SegueError as error:

@@ -20,6 +20,7 @@ from segue_contract.chat import ChatTokenizer
 from segue_contract.limits import COMPACT_AFTER_BYTES, COMPACT_AFTER_ENTRIES, TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from tests.support.scripted_engine import ScriptedEngine
@@ -49,6 +50,7 @@ async def cloud_rpc(
     mqtt_url: str = "",
     limits: TurnLimits = TurnLimits(),
     folds: bool = True,
+    gate: Gate | None = None,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
     that devices follow over. `folds`: False keeps every entry of a log."""
@@ -79,13 +81,13 @@ async def cloud_rpc(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
         )
         agent = AgentService(
-            Identity("default", "cloud-1", manifest.name, lambda: mqtt_url, context),
+            Identity("cloud-1", manifest.name, lambda: mqtt_url, context),
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
         )
         facts = FactsSource(engine, manifest, "cloud-1")
-        decode = DecodeService(manager, log, engine, manifest, facts, "default")
+        decode = DecodeService(manager, log, engine, manifest, facts)
         server = await start_server(
             "127.0.0.1",
             0,
@@ -96,6 +98,7 @@ async def cloud_rpc(
                     lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),
                 ),
             ],
+            gate=gate,
         )
         channel = open_channel(server.address)
         try:

@@ -37,6 +37,7 @@ from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.logs import set_up_logs, without_password
 from segue_contract.transport.process import stop_requested
 from segue_contract.transport.server import RunningServer, check_listener, start_server
@@ -145,12 +146,10 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         max_turns=settings.max_turns,
     )
     await stack.enter_async_context(recovering(manager, running))
-    identity = Identity(
-        settings.tenant, instance, manifest.name, lambda: publisher.url, manifest.geometry.context
-    )
+    identity = Identity(instance, manifest.name, lambda: publisher.url, manifest.geometry.context)
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
-    decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
+    decode = DecodeService(manager, session_log, engine, manifest, facts)
     server = await _serve(settings, agent, decode)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
@@ -179,6 +178,7 @@ async def _serve(
         tls=settings.listener_tls,
         clients=settings.tls_clients,
         node_port=settings.node_port,
+        gate=Gate(settings.tenant),
     )
 
 

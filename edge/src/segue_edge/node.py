@@ -20,13 +20,14 @@ import structlog
 
 from segue_contract.chat import ChatTokenizer
 from segue_contract.cpus import available_cpus
-from segue_contract.ids import new_id
+from segue_contract.ids import DEFAULT_TENANT, new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.limits import MIB
 from segue_contract.model.gate import bytes_per_token
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from segue_contract.telemetry import EVENT_PROVIDER
+from segue_contract.transport.gate import Gate, Tokens
 from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.transport.stalls import StallMonitor
 from segue_contract.v1 import agent_pb2_grpc
@@ -91,11 +92,17 @@ class EdgeNode:
     """
 
     def __init__(
-        self, config: EdgeConfig, load: Load | None = None, limits: TurnLimits | None = None
+        self,
+        config: EdgeConfig,
+        load: Load | None = None,
+        limits: TurnLimits | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
+        """`tokens`: says who bears one; without it everybody on this machine is served."""
         self.config = config
         self._load = load or load_model
         self._limits = limits or TurnLimits()
+        self._tokens = tokens
         self.instance = new_id("edge-", os.urandom)
         self.provider = ""
         self.start_s = 0.0
@@ -226,6 +233,7 @@ class EdgeNode:
             ],
             tls=self.config.listener_tls,
             clients=self.config.tls_clients,
+            gate=Gate(DEFAULT_TENANT, self._tokens),
         )
         self._stack.push_async_callback(self._stop_serving, service)
 
@@ -238,13 +246,13 @@ class EdgeNode:
 
     def _on_delivered(self, offline: OfflineTurn, as_shown: bool) -> None:
         """The log has a turn that was served offline: whoever asks for it reads it there."""
-        self.registry.forget(offline.asked.session, offline.asked.turn)
+        self.registry.forget(offline.asked.key)
 
     def _on_refused(self, offline: OfflineTurn) -> None:
         """The log will never have it: it is told from the outbox, and in no prompt to come."""
-        session, turn = offline.asked.key
-        self.histories.of(session).delivered(turn, as_shown=False)
-        self.registry.forget(session, turn)
+        asked = offline.asked
+        self.histories.of(asked.session).delivered(asked.turn, as_shown=False)
+        self.registry.forget(asked.key)
 
     def _retry_after_s(self) -> float:
         """Until the prompts that wait are prefilled, at least a moment."""

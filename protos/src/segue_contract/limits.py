@@ -112,6 +112,11 @@ DECODE_RETURN_S: Final = 0.005  # an edge reply between two tokens: one switch o
 READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
+# A stream ends so much after its token, unless that is renewed: clocks differ, and a renewal may be
+# on its way.
+EXPIRY_GRACE_S: Final = 30.0
+# How often a server looks for calls whose time is over; also what a reader gets that takes nothing.
+GATE_LOOK_S: Final = 1.0
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
 PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
 RECONNECT_WAIT_S: Final = 0.5  # and 3 round trips, for a cloud that was gone: above its back-off

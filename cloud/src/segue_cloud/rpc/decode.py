@@ -31,6 +31,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
+from segue_contract.transport.gate import caller
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
 from segue_contract.turn.wire import to_reply
@@ -47,18 +48,16 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         engine: Engine,
         manifest: Manifest,
         facts: FactsSource,
-        tenant: str,
     ) -> None:
         self._manager = manager
         self._log = log
         self._engine = engine
         self._manifest = manifest
         self._facts = facts
-        self._tenant = tenant
         self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
-        asked = turn_request(request.turn, self._tenant)
+        asked = turn_request(request.turn, caller().tenant)
         if request.offline:
             follows = check_id(request.follows, "turn") if request.follows else ""
             asked = replace(asked, offline=True, follows=follows)
@@ -107,7 +106,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[dpb.RunReply]:
         message = await _first(requests)
         sizes = self._manifest.geometry
-        spec = owned_turn(message, self._tenant, vocabulary=sizes.vocab, context=sizes.context)
+        spec = owned_turn(message, caller().tenant, vocabulary=sizes.vocab, context=sizes.context)
         if spec.ship_blocks and message.recipe not in self._recipes:
             raise BadRecipe(
                 "The edge's KV comes from a recipe that this model does not allow.",

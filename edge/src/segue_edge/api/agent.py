@@ -10,8 +10,9 @@ import grpc
 
 from segue_contract.checks import check_tails
 from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
-from segue_contract.ids import check_id
+from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.transport.gate import bearer, caller, caller_token, named
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -62,23 +63,25 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     # -- turns ---------------------------------------------------------------------------------
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
+        session = named(request.session)
+
         def beat() -> pb.TurnEvent:
-            run = self._registry.running(request.session, request.turn)
+            run = self._registry.running(session, request.turn)
             stalled = run is not None and run.stalled
             return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled))
 
         return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
-        asked = Asked.of(request)
+        asked = Asked.of(request, caller().tenant, caller_token())
         if request.must_exist:
-            await self._outbox.settled(asked.session, asked.turn)
+            await self._outbox.settled(asked.key)
         feed = self._registry.run_or_join(asked)
         async for event in feed.read(request.from_index):
             yield to_wire(event)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
-        run = self._registry.offline_turn(request.session, request.turn)
+        run = self._registry.offline_turn(named(request.session), request.turn)
         if run is not None:
             run.stop()
             return pb.StopTurnReply(stopping=True, turn=run.asked.turn)
@@ -96,20 +99,20 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         except Unreachable:
             reply = self._open_offline(request)
         else:
-            history = self._histories.of(request.session)
+            history = self._histories.of(named(request.session))
             history.tenant = reply.tenant
             if reply.created:
                 history.created(reply.tail.generation)
         reply.role = "edge"
         reply.instance = self._instance
         reply.max_context_tokens = self._context
-        kept = self._outbox.of(request.session)
+        kept = self._outbox.of(named(request.session))
         reply.offline_turns.extend(turn.listed() for turn in kept)
         return reply
 
     def _open_offline(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:
         """A session that this node knows goes on without the cloud; any other cannot."""
-        history = self._histories.find(request.session)
+        history = self._histories.find(named(request.session))
         if history is None or not history.known:
             raise Unreachable(
                 f"No cloud can be reached, and this edge does not know session {request.session}.",
@@ -132,7 +135,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self, request: pb.DeleteSessionRequest, context: Any
     ) -> pb.DeleteSessionReply:
         reply: pb.DeleteSessionReply = await self._ask("DeleteSession", request, request.session)
-        self._histories.forget(request.session)
+        self._histories.forget(named(request.session))
         return reply
 
     async def ExpireSessions(
@@ -140,15 +143,17 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> pb.ExpireSessionsReply:
         reply: pb.ExpireSessionsReply = await self._ask("ExpireSessions", request, "any")
         for session in reply.deleted:
-            self._histories.forget(session)
+            self._histories.forget(SessionName(caller().tenant, session))
         return reply
 
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Any
     ) -> AsyncIterator[pb.ExportPart]:
-        cloud = self._clouds.best(check_id(request.session, "session"))
+        cloud = self._clouds.best(named(request.session).session)
         await cloud.reach()
-        call = cloud.agent.ExportSession(request, timeout=EXPORT_TIMEOUT_S)
+        call = cloud.agent.ExportSession(
+            request, timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
+        )
         try:
             async for part in call:
                 yield part
@@ -162,7 +167,9 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> pb.ImportSessionReply:
         cloud = self._clouds.best("any")
         await cloud.reach()
-        call = cloud.agent.ImportSession(request_iterator, timeout=EXPORT_TIMEOUT_S)
+        call = cloud.agent.ImportSession(
+            request_iterator, timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
+        )
         try:
             reply: pb.ImportSessionReply = await call
         except grpc.aio.AioRpcError as error:
@@ -177,9 +184,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
-        cloud = self._clouds.best(check_id(request.session, "session"))
+        cloud = self._clouds.best(named(request.session).session)
         await cloud.reach()
-        call = Listening(cloud.agent.Attach(request), patient=lambda: cloud.carries_kv)
+        call = Listening(
+            cloud.agent.Attach(request, metadata=bearer(caller_token())),
+            patient=lambda: cloud.carries_kv,
+        )
         self._attached.add(call)
         try:
             async for event in call:
@@ -241,7 +251,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             if tries is not None:
                 tries.append(cloud.target)
             try:
-                return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
+                ask = getattr(cloud.agent, method)
+                return await ask(request, timeout=RPC_TIMEOUT_S, metadata=bearer(caller_token()))
             except grpc.aio.AioRpcError as error:
                 raise error_from_rpc(error) from error
 

@@ -14,7 +14,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
+from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, PING_TIMEOUT_S, SHUTDOWN_GRACE_S
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.status import ErrorInterceptor
 from segue_contract.transport.tls import Clients, TlsFiles, server_credentials
@@ -76,6 +78,7 @@ class RunningServer:
     host: str
     port: int
     _health: HealthServicer
+    gate: Gate
     node_port: int | None = None
     tls: bool = False
 
@@ -92,6 +95,7 @@ class RunningServer:
         """Say NOT_SERVING, let running calls end within `grace_s`, then close."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        self.gate.close()
 
 
 async def start_server(
@@ -102,8 +106,7 @@ async def start_server(
     tls: TlsFiles | None = None,
     clients: Clients = "none",
     node_port: int | None = None,
-    authenticated: bool = False,
-    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+    gate: Gate | None = None,
 ) -> RunningServer:
     """Listen and serve.
 
@@ -115,14 +118,14 @@ async def start_server(
         clients: whether callers need a certificate signed by `tls.ca`.
         node_port: the same services here too, always with client certificates: for edges, where
             devices come without. 0 picks a free one, None: not at all.
-        authenticated: an interceptor knows each caller.
-        interceptors: around each call, inside of what maps errors.
+        gate: checks each call; by default everybody on this machine is the default tenant's.
 
     Raises:
         NotLoopback, PortInUse, InvalidArgument.
         Internal: the address cannot be listened on for another reason.
     """
-    check_listener(host, tls=tls, clients=clients, authenticated=authenticated)
+    gate = gate or Gate(DEFAULT_TENANT)
+    check_listener(host, tls=tls, clients=clients, authenticated=gate.authenticates)
     for asked in (port, node_port or 0):
         if not 0 <= asked <= 65535:
             raise InvalidArgument(
@@ -133,7 +136,7 @@ async def start_server(
             "A port for nodes knows them by their certificates, and this listener has no TLS.",
             hint="Give --tls-cert, --tls-key and --tls-ca.",
         )
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=_OPTIONS)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), gate], options=_OPTIONS)
     for _, add in services:
         add(server)
     health = HealthServicer()
@@ -147,7 +150,7 @@ async def start_server(
     if node_port is not None:
         node_bound = _listen(server, host, node_port, tls, "required")
     await server.start()
-    running = RunningServer(server, host, bound, health, node_bound, tls is not None)
+    running = RunningServer(server, host, bound, health, gate, node_bound, tls is not None)
     for name in names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     await running.set_serving(True)

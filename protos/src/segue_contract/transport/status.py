@@ -120,7 +120,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler: Any = await continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or not method.startswith("/segue."):
+        if handler is None:
             return cast("grpc.RpcMethodHandler[Any, Any]", handler)
         common = {
             "request_deserializer": handler.request_deserializer,

@@ -20,6 +20,7 @@ from segue_contract.errors import (
 from segue_contract.limits import BEGIN_TIMEOUT_S
 from segue_contract.sync.context import choose_context, seen
 from segue_contract.sync.state import TurnState, decode_turns
+from segue_contract.transport.gate import bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked
@@ -134,7 +135,7 @@ class TurnOpening:
             context=self._context,
         )
         prompt = await self._encode(turns, asked, context_from)
-        ranked = self._clouds.ranked(asked.session)
+        ranked = self._clouds.ranked(asked.session.session)
         if known and ranked and ranked[0].healthy and not self._outbox.holds(asked.session):
             on_guess(ranked[0], prompt)
         return prompt, context_from
@@ -173,14 +174,15 @@ class TurnOpening:
         async def call(cloud: Cloud) -> tuple[Cloud, dpb.BeginReply]:
             return cloud, await call_begin(cloud, asked, history)
 
-        return await at_some_cloud(self._clouds, asked.session, call, final=_FINAL)
+        return await at_some_cloud(self._clouds, asked.session.session, call, final=_FINAL)
 
     async def _begin_offline(
         self, asked: Asked, history: SessionHistory, guess: asyncio.Task[Guess]
     ) -> Begun:
         if not history.known:
             raise Unreachable(
-                f"No cloud can be reached, and this edge does not know session {asked.session}.",
+                "No cloud can be reached, and this edge does not know session "
+                f"{asked.session.session}.",
                 hint="Check the cloud (`segue doctor`), or go on in a session opened here before.",
             )
         known = next((turn for turn in history.turns if turn.turn == asked.turn), None)
@@ -212,7 +214,9 @@ async def call_begin(
     )
     started = time.monotonic()
     try:
-        reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
+        reply: dpb.BeginReply = await cloud.decode.Begin(
+            request, timeout=BEGIN_TIMEOUT_S, metadata=bearer(asked.token)
+        )
     except grpc.aio.AioRpcError as error:
         failure = error_from_rpc(error)
         if isinstance(failure, ModelMismatch):  # it came back with them since the last probe

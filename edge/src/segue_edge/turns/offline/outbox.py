@@ -20,6 +20,7 @@ from segue_contract.errors import (
     TurnCancelled,
     TurnConflict,
 )
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     OUTBOX_REFUSED_KEPT,
     OUTBOX_SESSIONS_AT_ONCE,
@@ -87,8 +88,8 @@ class Outbox:
         self._deliver = deliver
         self._journal = journal
         self._disk = asyncio.Lock()
-        self._sessions: OrderedDict[str, deque[OfflineTurn]] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._sessions: OrderedDict[SessionName, deque[OfflineTurn]] = OrderedDict()
+        self._locks: dict[SessionName, asyncio.Lock] = {}
         self._task: asyncio.Task[None] | None = None
         for number, stored in journal.turns if journal is not None else []:
             try:
@@ -106,21 +107,21 @@ class Outbox:
     def __len__(self) -> int:
         return sum(len(turns) for turns in self._sessions.values())
 
-    def holds(self, session: str) -> bool:
+    def holds(self, session: SessionName) -> bool:
         return bool(self._sessions.get(session))
 
-    def find(self, session: str, turn: str) -> OfflineTurn | None:
+    def find(self, turn: TurnName) -> OfflineTurn | None:
         """The turn of that id that the log has not: it waits here, or was refused."""
-        return next((one for one in self.of(session) if one.asked.turn == turn), None)
+        return next((one for one in self.of(turn.session) if one.asked.key == turn), None)
 
-    def of(self, session: str) -> list[OfflineTurn]:
+    def of(self, session: SessionName) -> list[OfflineTurn]:
         """All such turns of a session, those that wait first, in order."""
         refused = [turn for turn in self.refused if turn.asked.session == session]
         return [*self._sessions.get(session, ()), *refused]
 
-    async def settled(self, session: str, turn: str) -> None:
+    async def settled(self, turn: TurnName) -> None:
         """Wait until the turn does not wait here for the log: for as long as the caller likes."""
-        while (known := self.find(session, turn)) is not None and known.refused is None:
+        while (known := self.find(turn)) is not None and known.refused is None:
             await self._changed.wait()
 
     def reserve(self) -> Room:
@@ -137,7 +138,7 @@ class Outbox:
     def _placed(self, turn: OfflineTurn) -> OfflineTurn:
         """What was said after a refused turn follows the one before that."""
         for refused in reversed(self.refused):
-            if refused.asked.key == (turn.asked.session, turn.follows):
+            if refused.asked.key == TurnName(turn.asked.session, turn.follows):
                 turn = replace(turn, follows=refused.follows)
         return turn
 
@@ -172,7 +173,7 @@ class Outbox:
         """Deliver all that can be; False where something is left."""
         gate = asyncio.Semaphore(OUTBOX_SESSIONS_AT_ONCE)
 
-        async def one(session: str) -> None:
+        async def one(session: SessionName) -> None:
             async with gate:
                 with contextlib.suppress(SegueError):
                     await self.settle(session)
@@ -180,7 +181,7 @@ class Outbox:
         await asyncio.gather(*(one(session) for session in list(self._sessions)))
         return not len(self)
 
-    async def settle(self, session: str) -> None:
+    async def settle(self, session: SessionName) -> None:
         """Deliver the session's turns now.
 
         Raises:
