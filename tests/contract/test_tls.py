@@ -17,10 +17,12 @@ from cryptography import x509
 
 from segue_contract.errors import InvalidArgument, NotLoopback, SegueError, Unreachable
 from segue_contract.transport.channel import open_channel
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.server import RunningServer, start_server
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.transport.tls import TlsFiles, check_node_name, peer_name
 from tests.support.certificates import Authority, replace
+from tests.support.principals import KnownTokens
 
 HERE = "127.0.0.2"  # reached as another machine is: by an address that certificates must name
 _WHO = "/tests.Who/Ask"
@@ -50,6 +52,13 @@ class Who(grpc.GenericRpcHandler):
         yield b"last"
 
 
+class Unchecked(Gate):
+    """The verbs here have no rule, and would be denied."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        return await continuation(handler_call_details)
+
+
 @asynccontextmanager
 async def serving(tls: TlsFiles | None, who: Who | None = None, **more: Any) -> AsyncIterator[Any]:
     asked = who or Who()
@@ -57,7 +66,9 @@ async def serving(tls: TlsFiles | None, who: Who | None = None, **more: Any) -> 
     def add(server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((asked,))
 
-    running = await start_server(HERE, 0, [("tests.Who", add)], tls=tls, **more)
+    running = await start_server(
+        HERE, 0, [("tests.Who", add)], tls=tls, gate=Unchecked("default"), **more
+    )
     try:
         yield running
     finally:
@@ -257,16 +268,17 @@ async def test_off_loopback_only_with_both_and_the_error_names_what_is_missing(
     authority: Authority,
 ) -> None:
     files = authority.issue("node", HERE)
+    gate = Gate("default", KnownTokens())
     for more, missing, given in (
         ({}, ("--tls-cert", "--tls-clients"), ()),
         ({"tls": files}, ("--tls-clients",), ("--tls-cert",)),
-        ({"authenticated": True}, ("--tls-cert",), ("--tls-clients",)),
+        ({"gate": gate}, ("--tls-cert",), ("--tls-clients",)),
     ):
         with pytest.raises(NotLoopback) as caught:
             await start_server("0.0.0.0", 0, [], **more)  # type: ignore[arg-type]
         assert all(flag in caught.value.hint for flag in missing)
         assert not any(flag in caught.value.hint for flag in given)
-    for more in ({"tls": files, "clients": "required"}, {"tls": files, "authenticated": True}):
+    for more in ({"tls": files, "clients": "required"}, {"tls": files, "gate": gate}):
         running: RunningServer = await start_server("0.0.0.0", 0, [], **more)  # type: ignore[arg-type]
         await running.stop(0)
 

@@ -31,8 +31,8 @@ class KnownTokens:
         )
         return token
 
-    def principal(self, token: str, now_s: float) -> Principal:
+    def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:
         found = self._known.get(token)
-        if found is None or now_s >= found.expires_s:
+        if found is None or now_s >= found.expires_s + late_s:
             raise Unauthenticated("The token is not known, or ran out.")
         return found

@@ -41,6 +41,7 @@ from segue_contract.transport.gate import Gate
 from segue_contract.transport.logs import set_up_logs, without_password
 from segue_contract.transport.process import stop_requested
 from segue_contract.transport.server import RunningServer, check_listener, start_server
+from segue_contract.transport.tenant_keys import TenantKeys
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 
 log = structlog.get_logger("segue.cloud")
@@ -100,7 +101,14 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     Raises:
         NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra, OtherBroker.
     """
-    check_listener(settings.host, tls=settings.listener_tls, clients=settings.tls_clients)
+    tokens = TenantKeys(settings.tenant_keys) if settings.tenant_keys is not None else None
+    check_listener(
+        settings.host,
+        tls=settings.listener_tls,
+        clients=settings.tls_clients,
+        authenticated=tokens is not None,
+    )
+    gate = Gate(settings.tenant, tokens)
     directory = model_directory(settings.model)
     manifest = read_manifest(directory)
     instance = settings.instance or new_id("cloud-", os.urandom)
@@ -150,7 +158,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts)
-    server = await _serve(settings, agent, decode)
+    server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
     if settings.metrics_port:
@@ -160,7 +168,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
 
 
 async def _serve(
-    settings: CloudSettings, agent: AgentService, decode: DecodeService
+    settings: CloudSettings, agent: AgentService, decode: DecodeService, gate: Gate
 ) -> RunningServer:
     return await start_server(
         settings.host,
@@ -178,7 +186,7 @@ async def _serve(
         tls=settings.listener_tls,
         clients=settings.tls_clients,
         node_port=settings.node_port,
-        gate=Gate(settings.tenant),
+        gate=gate,
     )
 
 

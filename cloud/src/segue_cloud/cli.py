@@ -10,7 +10,13 @@ from pydantic import ValidationError
 
 from segue_cloud.config import CloudSettings
 from segue_contract.errors import InvalidArgument
-from segue_contract.transport.settings import CaOption, CertOption, ClientsOption, KeyOption
+from segue_contract.transport.settings import (
+    CaOption,
+    CertOption,
+    ClientsOption,
+    KeyOption,
+    TenantKeysOption,
+)
 
 app = typer.Typer(
     help="Run the cloud service: decode engine, session log, fan-out.", add_completion=False
@@ -31,6 +37,7 @@ def cloud(
     tls_key: KeyOption = None,
     tls_ca: CaOption = None,
     tls_clients: ClientsOption = None,
+    tenant_keys: TenantKeysOption = None,
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
         str | None,

@@ -16,7 +16,13 @@ import typer
 from segue_contract.errors import SegueError
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs
-from segue_contract.transport.settings import CaOption, CertOption, ClientsOption, KeyOption
+from segue_contract.transport.settings import (
+    CaOption,
+    CertOption,
+    ClientsOption,
+    KeyOption,
+    TenantKeysOption,
+)
 from segue_edge.config import DEFAULT_CLOUD, DEFAULT_PORT, EdgeConfig, read_config
 
 if TYPE_CHECKING:
@@ -47,6 +53,7 @@ def edge(
     tls_key: KeyOption = None,
     tls_ca: CaOption = None,
     tls_clients: ClientsOption = None,
+    tenant_keys: TenantKeysOption = None,
     model: Annotated[
         str | None, typer.Option(help="Name of a built model, or its directory.")
     ] = None,
@@ -81,6 +88,7 @@ def edge(
             tls_key=tls_key,
             tls_ca=tls_ca,
             tls_clients=tls_clients,
+            tenant_keys=tenant_keys,
             model=model,
             plan=plan,
             threads=threads,

@@ -30,6 +30,7 @@ from segue_contract.telemetry import EVENT_PROVIDER
 from segue_contract.transport.gate import Gate, Tokens
 from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.transport.stalls import StallMonitor
+from segue_contract.transport.tenant_keys import TenantKeys
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.api.agent import AgentService
 from segue_edge.compute import ComputeThread, Priority
@@ -118,7 +119,14 @@ class EdgeNode:
     async def __aenter__(self) -> EdgeNode:
         begun = time.monotonic()
         config = self.config
-        check_listener(config.host, tls=config.listener_tls, clients=config.tls_clients)
+        if config.tenant_keys is not None:
+            self._tokens = TenantKeys(config.tenant_keys)
+        check_listener(
+            config.host,
+            tls=config.listener_tls,
+            clients=config.tls_clients,
+            authenticated=self._tokens is not None,
+        )
         try:
             await self._start()
         except BaseException:

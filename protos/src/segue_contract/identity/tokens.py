@@ -121,8 +121,8 @@ class TokenChecker:
         self._audience = audience
         self._known: dict[bytes, Principal] = {}  # by the token's hash, the latest used last
 
-    def principal(self, token: str, now_s: float) -> Principal:
-        """Who bears `token`, at `now_s` (Unix seconds).
+    def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:
+        """Who bears `token`, at `now_s` (Unix seconds); also `late_s` after it expired.
 
         Raises:
             Unauthenticated: it is no token of ours, damaged, of another audience, not valid yet or
@@ -133,7 +133,7 @@ class TokenChecker:
         name = hashlib.sha256(token.encode()).digest()
         known = self._known.pop(name, None)
         found = self._verified(token) if known is None else known
-        _check_times(found, now_s)
+        _check_times(found, now_s, late_s)
         while len(self._known) >= TOKEN_CACHE:
             del self._known[next(iter(self._known))]
         self._known[name] = found
@@ -268,8 +268,8 @@ class _Claims(msgspec.Struct, frozen=True):
         )
 
 
-def _check_times(found: Principal, now_s: float) -> None:
-    if now_s >= found.expires_s:
+def _check_times(found: Principal, now_s: float, late_s: float) -> None:
+    if now_s >= found.expires_s + late_s:
         raise _refused("has expired")
     if now_s < found.issued_s - CLOCK_SKEW_S:
         raise _refused("is not valid yet", "Compare the clocks of its issuer and of this node.")

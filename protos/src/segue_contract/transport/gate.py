@@ -38,7 +38,7 @@ _caller: ContextVar[_Call] = ContextVar("segue caller")
 class Tokens(Protocol):
     """As `segue_contract.identity.tokens.TokenChecker`."""
 
-    def principal(self, token: str, now_s: float) -> Principal: ...
+    def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal: ...
 
 
 def caller() -> Principal:
@@ -108,6 +108,9 @@ def _current() -> _Call:
     if call is None:
         raise Internal("A call was served that nobody checked.", hint="Give the server a gate.")
     return call
+
+
+_Read = Callable[[_Call, Any], Any]
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -234,35 +237,35 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         wrapped: Any
         if handler.unary_unary:
             wrapped = grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, verb), **common
+                self._unary(handler.unary_unary, verb, self._check_request), **common
             )
         elif handler.unary_stream:
             wrapped = grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, verb), **common
+                self._stream(handler.unary_stream, verb, self._check_request), **common
             )
         elif handler.stream_unary:
             wrapped = grpc.stream_unary_rpc_method_handler(
-                self._unary(handler.stream_unary, verb), **common
+                self._unary(handler.stream_unary, verb, self._first_checked), **common
             )
         else:
             wrapped = grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, verb), **common
+                self._stream(handler.stream_stream, verb, self._first_checked), **common
             )
         return cast("grpc.RpcMethodHandler[Any, Any]", wrapped)
 
-    def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], verb: str) -> Any:
+    def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], verb: str, read: _Read) -> Any:
         async def serve(request: Any, context: Any) -> Any:
             call = self._admit(verb, context)
-            checked = self._read(call, request)
+            checked = read(call, request)
             with self._under_way(call):
                 return await _waiting(call, inner(checked, context))
 
         return serve
 
-    def _stream(self, inner: Callable[[Any, Any], Any], verb: str) -> Any:
+    def _stream(self, inner: Callable[[Any, Any], Any], verb: str, read: _Read) -> Any:
         async def serve(request: Any, context: Any) -> AsyncIterator[Any]:
             call = self._admit(verb, context)
-            checked = self._read(call, request)
+            checked = read(call, request)
             with self._under_way(call):
                 replies = inner(checked, context)
                 if not hasattr(replies, "__aiter__"):  # it writes to the context by itself
@@ -301,9 +304,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def _find(self, context: Any) -> tuple[Principal, str]:
         """Raises Unauthenticated."""
-        token = _token_of(context)
         if self._tokens is None:
-            return self._local, token
+            return self._local, ""  # a token that nobody checks names no tenant
+        token = _token_of(context)
         name = self._peer_name(context)
         node = of_certificate(name) if name else None
         if not token:
@@ -323,14 +326,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             )
         return principal.through(node), token
 
-    def _read(self, call: _Call, request: Any) -> Any:
-        """Check what the request names: at once, or of a stream its first message."""
-        if hasattr(request, "DESCRIPTOR"):
-            self._check_request(call, request)
-            return request
-        return self._first_checked(call, request)
-
     async def _first_checked(self, call: _Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """A stream says in its first message what it is about."""
         first = True
         async for request in requests:
             if first:
@@ -338,7 +335,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 first = False
             yield request
 
-    def _check_request(self, call: _Call, request: Any) -> None:
+    def _check_request(self, call: _Call, request: Any) -> Any:
+        """Returns the request. Raises PermissionDenied, Unauthenticated, InvalidArgument."""
         rule = RULES[call.verb]
         sessions, device = _named_in(request)
         if rule.per_session:
@@ -351,6 +349,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 hint="Use the device that the token was issued for.",
             )
         call.sessions = tuple(sessions)
+        return request
 
 
 _END = object()

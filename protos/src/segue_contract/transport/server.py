@@ -21,7 +21,7 @@ from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.status import ErrorInterceptor
 from segue_contract.transport.tls import Clients, TlsFiles, server_credentials
 
-AUTHENTICATION_FLAGS = "--tls-clients required with --tls-ca FILE"
+AUTHENTICATION_FLAGS = "--tenant-keys FILE (or --tls-clients required with --tls-ca FILE)"
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),

@@ -30,6 +30,13 @@ ClientsOption = Annotated[
     ),
 ]
 
+TenantKeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tenant-keys", help="Tenants' public keys (`segue tenant`): callers show session tokens."
+    ),
+]
+
 
 class TlsSettings(BaseSettings):
     """To inherit from. Nodes that it connects to have TLS where `tls_ca` is given."""
@@ -38,6 +45,7 @@ class TlsSettings(BaseSettings):
     tls_key: Path | None = None
     tls_ca: Path | None = None
     tls_clients: Clients = "none"
+    tenant_keys: Path | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
