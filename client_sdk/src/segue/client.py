@@ -219,7 +219,7 @@ class Client:
             from segue._mqtt import Broker  # aiomqtt is loaded only where a session is followed
 
             try:
-                self._brokers[url] = Broker(url)
+                self._brokers[url] = Broker(url, self._access.tls)
             except InvalidArgument:
                 return None  # a kind of broker that we do not speak to
         return self._brokers.get(url)

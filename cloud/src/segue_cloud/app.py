@@ -39,6 +39,7 @@ from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.gate import Gate
 from segue_contract.transport.logs import set_up_logs, without_password
+from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.process import stop_requested
 from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.transport.tenant_keys import TenantKeys
@@ -109,6 +110,9 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         authenticated=tokens is not None,
     )
     gate = Gate(settings.tenant, tokens)
+    login = settings.broker_login
+    if settings.public_mqtt_url:
+        parse_mqtt_url(settings.public_mqtt_url)
     directory = model_directory(settings.model)
     manifest = read_manifest(directory)
     instance = settings.instance or new_id("cloud-", os.urandom)
@@ -118,7 +122,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         store = await RedisStore.connect(redis_url)
         stack.push_async_callback(store.close)
         broker = OneBroker(store.broker_record(), instance, lambda: _embedded_broker(stack))
-        publisher = Publisher(await broker.settle(settings.mqtt_url), store)
+        publisher = Publisher(await broker.settle(settings.mqtt_url), store, login=login)
         broker.moved = publisher.move
         await stack.enter_async_context(broker)
         await stack.enter_async_context(publisher)
@@ -154,7 +158,12 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         max_turns=settings.max_turns,
     )
     await stack.enter_async_context(recovering(manager, running))
-    identity = Identity(instance, manifest.name, lambda: publisher.url, manifest.geometry.context)
+    identity = Identity(
+        instance,
+        manifest.name,
+        lambda: settings.told_mqtt_url(publisher.url),
+        manifest.geometry.context,
+    )
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts)

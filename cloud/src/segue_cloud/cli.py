@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +45,17 @@ def cloud(
         typer.Option(help="redis://…, redis+sentinel://… ; embedded Valkey where not given."),
     ] = None,
     mqtt_url: Annotated[
-        str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")
+        str | None, typer.Option(help="mqtt://… or mqtts://… ; embedded broker where not given.")
+    ] = None,
+    public_mqtt_url: Annotated[
+        str | None,
+        typer.Option(help="The broker as devices reach it, with a login of theirs. [--mqtt-url]"),
+    ] = None,
+    mqtt_login: Annotated[
+        Path | None, typer.Option(help="File of one line, user:password, for the broker.")
+    ] = None,
+    mqtt_ca: Annotated[
+        Path | None, typer.Option(help="Authority of an mqtts:// broker. [--tls-ca]")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     device: Annotated[

@@ -5,6 +5,7 @@ No file of the working directory is read: whose it is, nobody knows.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
@@ -14,7 +15,10 @@ from segue_contract.errors import InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
+from segue_contract.transport.hosts import is_loopback
+from segue_contract.transport.mqtt import MqttLogin, parse_mqtt_url, read_mqtt_login
 from segue_contract.transport.settings import TlsSettings
+from segue_contract.transport.tls import TlsFiles
 
 
 def _name(value: str) -> str:
@@ -48,6 +52,12 @@ class CloudSettings(TlsSettings):
     mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
+    # what devices are told; empty: the broker's own address where they can reach it
+    public_mqtt_url: str = Field(
+        "", validation_alias=AliasChoices("SEGUE_PUBLIC_MQTT_URL", "SEGUE_CLOUD_PUBLIC_MQTT_URL")
+    )
+    mqtt_login: Path | None = None  # a file of one line, user:password
+    mqtt_ca: Path | None = None  # None: as tls_ca
     dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")  # auto: a card if any
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
@@ -61,3 +71,22 @@ class CloudSettings(TlsSettings):
     session_ttl: float = Field(0.0, ge=0.0, le=36500.0)  # days without use; 0: kept for ever
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+
+    @property
+    def broker_login(self) -> MqttLogin:
+        """How this instance shows itself to the broker. Raises InvalidArgument."""
+        tls = TlsFiles(self.tls_cert, self.tls_key, self.mqtt_ca or self.tls_ca)
+        given = parse_mqtt_url(self.mqtt_url) if self.mqtt_url else None
+        if given is not None and given.username:
+            return MqttLogin(given.username, given.password, tls)
+        return (
+            MqttLogin(tls=tls) if self.mqtt_login is None else read_mqtt_login(self.mqtt_login, tls)
+        )
+
+    def told_mqtt_url(self, own: str) -> str:
+        """What devices are told where this instance publishes through `own`; "": they follow over
+        gRPC, since a broker on this machine's loopback is none that others reach."""
+        if self.public_mqtt_url:
+            return self.public_mqtt_url
+        reached = is_loopback(self.host) or not is_loopback(parse_mqtt_url(own).host)
+        return own if reached else ""
