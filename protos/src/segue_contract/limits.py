@@ -115,6 +115,9 @@ BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the se
 # A stream ends so much after its token, unless that is renewed: clocks differ, and a renewal may be
 # on its way.
 EXPIRY_GRACE_S: Final = 30.0
+# What was said offline is taken for so long after its token ran out, where an edge's certificate
+# vouches for it: a week without a link is a ship at sea, more is a forgotten file.
+OUTBOX_TOKEN_AGE_S: Final = 7 * 86400.0
 # How often a server looks for calls whose time is over; also what a reader gets that takes nothing.
 GATE_LOOK_S: Final = 1.0
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace

@@ -23,6 +23,8 @@ from segue_contract.errors import (
     DeadlineExceeded,
     InvalidArgument,
     ModelMismatch,
+    PermissionDenied,
+    UnknownTurn,
 )
 from segue_contract.ids import check_id
 from segue_contract.kv.layout import block_ids
@@ -31,7 +33,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
-from segue_contract.transport.gate import caller
+from segue_contract.transport.gate import caller, caller_is_late, expired
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
 from segue_contract.turn.wire import to_reply
@@ -57,7 +59,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
-        asked = turn_request(request.turn, caller().tenant)
+        asked = replace(turn_request(request.turn, caller().tenant), edge=caller().via)
+        if caller_is_late() and not request.offline:
+            raise expired()
         if request.offline:
             follows = check_id(request.follows, "turn") if request.follows else ""
             asked = replace(asked, offline=True, follows=follows)
@@ -107,6 +111,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         message = await _first(requests)
         sizes = self._manifest.geometry
         spec = owned_turn(message, caller().tenant, vocabulary=sizes.vocab, context=sizes.context)
+        await self._check_granted(spec)
         if spec.ship_blocks and message.recipe not in self._recipes:
             raise BadRecipe(
                 "The edge's KV comes from a recipe that this model does not allow.",
@@ -145,6 +150,26 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
         return dpb.ProbeReply(received_bytes=len(request.payload), facts=self._facts.facts())
+
+    async def _check_granted(self, spec: OwnedTurn) -> None:
+        """An edge with a certificate gives tokens and KV of such turns alone as it began itself.
+
+        Raises:
+            PermissionDenied: another edge, or nobody, was granted the turn.
+            UnknownTurn: the log has no such turn.
+        """
+        who = caller()
+        if not who.via:
+            return
+        turn = find_turn(await self._log.state(spec.key.session), spec.key.turn)
+        if turn is None:
+            raise UnknownTurn(f"Turn {spec.key.turn} never began.", hint="Begin it first.")
+        if (turn.edge, turn.device) != (who.via, who.name):
+            raise PermissionDenied(
+                f"Turn {spec.key.turn} was not granted to this edge for this device.",
+                hint="The edge that began the turn runs it; others follow it.",
+                turn=spec.key.turn,
+            )
 
     async def _own(self, spec: OwnedTurn, message: dpb.TurnSpec) -> tuple[TurnOwner, bool]:
         if message.takeover:

@@ -20,9 +20,9 @@ import grpc
 
 from segue_contract.errors import Internal, PermissionDenied, SegueError, Unauthenticated
 from segue_contract.identity.principal import Kind, Principal, local, of_certificate
-from segue_contract.identity.rights import RULES, check
+from segue_contract.identity.rights import RULES, Scope, check
 from segue_contract.ids import SessionName, check_id
-from segue_contract.limits import EXPIRY_GRACE_S, GATE_LOOK_S
+from segue_contract.limits import EXPIRY_GRACE_S, GATE_LOOK_S, OUTBOX_TOKEN_AGE_S
 from segue_contract.transport.tls import peer_name
 
 AUTHORIZATION = "authorization"
@@ -31,6 +31,12 @@ _BEARER = "Bearer "
 # Begun with a right that is not asked for again: what the cloud owes a turn that was granted is
 # served to its end. A revocation ends it all the same.
 _GRANTED = frozenset({"/segue.v1.Decode/Run"})
+
+# For turns that were said offline, and those that were granted, an edge with a certificate vouches:
+# their device's token was valid then. `caller_is_late` says so to their handlers.
+_VOUCHED = frozenset(
+    {"/segue.v1.Decode/Begin", "/segue.v1.Decode/Run", "/segue.v1.Agent/OpenSession"}
+)
 
 _caller: ContextVar[_Call] = ContextVar("segue caller")
 
@@ -53,6 +59,11 @@ def caller() -> Principal:
 def caller_token() -> str:
     """The session token that the caller showed, for calls that are made for it; "" for none."""
     return _current().token
+
+
+def caller_is_late() -> bool:
+    """Its token ran out, and the edge vouches that it was valid when the turn was asked for."""
+    return _current().late
 
 
 def named(session: str) -> SessionName:
@@ -82,6 +93,7 @@ class _Call:
     principal: Principal
     token: str
     verb: str
+    late: bool = False
     sessions: tuple[str, ...] = ()
     over: SegueError | None = None  # why it may not go on
     waiting: bool = False  # its task waits for the handler, not for the reader
@@ -208,8 +220,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         now_s = self._now_s()
         limited = [call for call in self._live if call.principal.expires_s < float("inf")]
         for call in limited:
-            if now_s > call.principal.expires_s + EXPIRY_GRACE_S and call.verb not in _GRANTED:
-                call.end(_expired())
+            if (
+                not call.late
+                and now_s > call.principal.expires_s + EXPIRY_GRACE_S
+                and call.verb not in _GRANTED
+            ):
+                call.end(expired())
         if limited:
             self._watch()
 
@@ -296,13 +312,19 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             call.task = None
 
     def _admit(self, verb: str, context: Any) -> _Call:
-        principal, token = self._find(context)
+        principal, token = self._find(context, verb)
         check(principal, verb)
-        call = _Call(principal, token, verb)
+        if not principal.tenant and RULES[verb].scope is not Scope.NONE:
+            raise PermissionDenied(
+                "The call names no tenant: a node acts for devices, with their tokens.",
+                hint="Send the device's token along.",
+            )
+        late = self._now_s() >= principal.expires_s
+        call = _Call(principal, token, verb, late)
         _caller.set(call)
         return call
 
-    def _find(self, context: Any) -> tuple[Principal, str]:
+    def _find(self, context: Any, verb: str) -> tuple[Principal, str]:
         """Raises Unauthenticated."""
         if self._tokens is None:
             return self._local, ""  # a token that nobody checks names no tenant
@@ -316,7 +338,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     hint="Give the client one: SEGUE_TOKEN, or Client(token=...).",
                 )
             return node, ""
-        principal = self._tokens.principal(token, self._now_s())
+        vouched = node is not None and node.kind is Kind.EDGE and verb in _VOUCHED
+        late_s = OUTBOX_TOKEN_AGE_S if vouched else 0.0
+        principal = self._tokens.principal(token, self._now_s(), late_s=late_s)
         if node is None:
             return principal, token
         if node.kind is not Kind.EDGE:
@@ -369,7 +393,8 @@ async def _waiting(call: _Call, work: Awaitable[Any]) -> Any:
         call.waiting = False
 
 
-def _expired() -> Unauthenticated:
+def expired() -> Unauthenticated:
+    """What is said to a caller whose time is over."""
     return Unauthenticated(
         "The session token ran out.", hint="Renew it before: `Client(token=...)` with a callable."
     )

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from segue_contract.errors import (
     InvalidArgument,
     Overloaded,
+    PermissionDenied,
     QuotaExceeded,
     SegueError,
     TurnCancelled,
@@ -37,7 +38,7 @@ Deliver = Callable[[OfflineTurn], Awaitable[None]]
 Refused = Callable[[OfflineTurn], None]
 
 # What a log says of the turn itself, and will say again. Any other error may pass.
-_FOR_GOOD = (InvalidArgument, QuotaExceeded, TurnCancelled, TurnConflict)
+_FOR_GOOD = (InvalidArgument, PermissionDenied, QuotaExceeded, TurnCancelled, TurnConflict)
 
 
 class Room:
