@@ -93,7 +93,7 @@ def test_a_token_says_what_it_was_issued_for(
         KEY, device=device, sessions=sessions, rights=rights, lifetime_s=lifetime_s, now_s=now_s,
         token_id=token_id, device_key=device_key,
     )  # fmt: skip
-    checker = TokenChecker(KEYS)
+    checker = TokenChecker(KEYS, bound=True)
     found = checker.principal(token, now_s + age * (lifetime_s - 1) if lifetime_s > 1 else now_s)
     assert (found.kind, found.tenant, found.name) == (Kind.DEVICE, "acme", device)
     assert (found.sessions, found.rights) == (tuple(sessions), rights)
@@ -111,7 +111,7 @@ def test_the_largest_token_fits() -> None:
         lifetime_s=MAX_TOKEN_LIFETIME_S, token_id="t" * 64, device_key=THUMBPRINT,
     )  # fmt: skip
     assert len(token) <= MAX_TOKEN_BYTES
-    assert TokenChecker(KEYS).principal(token, NOW).device_key == THUMBPRINT
+    assert TokenChecker(KEYS, bound=True).principal(token, NOW).device_key == THUMBPRINT
 
 
 def test_a_token_has_the_form_that_is_documented() -> None:
@@ -320,7 +320,13 @@ def test_a_token_with_a_right_that_is_none_is_refused() -> None:
 
 def test_a_token_bound_in_a_way_that_is_not_checked_is_refused() -> None:
     for bound in ({}, {"jwk": {}}, {"jkt": "x"}, {"jkt": THUMBPRINT, "x5t#S256": "x"}):
-        refused(signed({**CLAIMS, "cnf": bound}))
+        token = signed({**CLAIMS, "cnf": bound})
+        with pytest.raises(Unauthenticated):
+            TokenChecker(KEYS, bound=True).principal(token, NOW)
+
+
+def test_a_bound_token_is_refused_where_nobody_asks_for_the_key() -> None:
+    refused(a_token(device_key=THUMBPRINT), "bound to a key")
 
 
 def test_tokens_of_before_a_keys_watermark_are_void() -> None:

@@ -39,7 +39,8 @@ def issue(
         rights: of "read", "send", "stop", "control", "tool" and "admin".
         lifetime_s: seconds, up to an hour. Devices ask for a new one before it ends.
         api_key: the tenant's; by default what the variable SEGUE_API_KEY holds.
-        device_key: RFC 7638 thumbprint of the device's own key, where it proves one; "": none.
+        device_key: RFC 7638 thumbprint of the key that the device has to prove; "": none. Nodes
+            that ask for no proof refuse such a token.
 
     Raises:
         InvalidArgument: no API key, a damaged one, or a value that no node would take.

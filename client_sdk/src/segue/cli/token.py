@@ -74,7 +74,7 @@ def show(
         err().print("Not verified: --keys names the file of tenants' keys.", style="dim")
         return
     now = time.time()
-    found = TokenChecker(read_keys(keys)).principal(token, now)
+    found = TokenChecker(read_keys(keys), bound=True).principal(token, now)
     err().print(f"Valid for {found.expires_s - now:.0f} s.", style="dim")
 
 

@@ -114,9 +114,15 @@ class TokenChecker:
     Args:
         keys: of all tenants. Where their file changes, make a new checker: it remembers nothing.
         audience: what kind of principal it is asked about.
+        bound: take tokens that are bound to a device's key; whoever sets it has the device prove
+            `Principal.device_key`. Otherwise they are refused: taken unproven, they would bind
+            nobody.
     """
 
-    def __init__(self, keys: KeySet, audience: str = DEVICE_AUDIENCE) -> None:
+    def __init__(
+        self, keys: KeySet, audience: str = DEVICE_AUDIENCE, *, bound: bool = False
+    ) -> None:
+        self._bound = bound
         self._keys = keys
         self._audience = audience
         self._known: dict[bytes, Principal] = {}  # by the token's hash, the latest used last
@@ -165,6 +171,8 @@ class TokenChecker:
             raise _refused("cannot be read") from None
         if said.ten != key.tenant:
             raise _refused("names another tenant than that of its key")
+        if said.cnf is not None and not self._bound:
+            raise _refused("is bound to a key, and this node asks no device to prove its own")
         if said.nbf < key.revoked_before_s:
             raise _refused("was revoked")
         return said.principal()
