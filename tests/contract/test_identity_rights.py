@@ -104,7 +104,7 @@ def test_a_verb_is_denied_without_its_right(verb: str, rights: frozenset[Right])
         assert caught.value.hint
 
 
-def test_without_rights_a_device_may_ask_for_health_alone() -> None:
+def test_without_rights_a_device_may_ask_for_health_and_renew_alone() -> None:
     allowed = []
     for verb in VERBS:
         try:
@@ -112,7 +112,11 @@ def test_without_rights_a_device_may_ask_for_health_alone() -> None:
         except PermissionDenied:
             continue
         allowed.append(verb)
-    assert allowed == ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
+    assert allowed == [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/segue.v1.Agent/Renew",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)

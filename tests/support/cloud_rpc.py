@@ -13,6 +13,7 @@ from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -65,6 +66,8 @@ async def cloud_rpc(
         log = await stack.enter_async_context(
             SessionLog(store, publisher, compact_after=after, compact_bytes=size)
         )
+        if gate is not None:
+            await stack.enter_async_context(following_revocations(log, gate))
         context = manifest.geometry.context
         deps = OwnerDeps(
             log=log,

@@ -171,6 +171,22 @@ class Client:
         reply: pb.DeleteSessionReply = await self._nodes.unary("DeleteSession", request)
         return bool(reply.deleted)
 
+    async def revoke(self, session: str, device: str) -> float:
+        """Make void what tokens a device has for a session now; its streams end. Tokens that are
+        issued for it later count. Needs the right "admin".
+
+        Returns:
+            Unix seconds, before which its tokens are void.
+
+        Raises:
+            PermissionDenied, UnknownSession.
+        """
+        request = pb.RevokeRequest(
+            session=check_id(session, "session"), revoked=check_id(device, "device")
+        )
+        reply: pb.RevokeReply = await self._nodes.unary("Revoke", request)
+        return float(reply.before_ms) / 1000
+
     async def expire_sessions(self, idle_s: float) -> list[str]:
         """Delete all sessions that nobody wrote to, opened or used for `idle_s` (1 or more).
 

@@ -25,6 +25,7 @@ from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -167,6 +168,8 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manifest, instance)
     decode = DecodeService(manager, session_log, engine, manifest, facts)
+    if tokens is not None:
+        await stack.enter_async_context(following_revocations(session_log, gate))
     server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it

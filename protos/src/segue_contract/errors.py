@@ -35,6 +35,7 @@ SegueError
 ├── KvError                    bytes of a KV stream that are no KV of ours
 │   ├── BadMagic · BadVersion · BadLength · BadChecksum · BadRecipe · BadBlock · Truncated
 ├── Unauthenticated            nobody knows who calls: no token or certificate, or a bad one
+│   └── Revoked                the device's tokens for the session were made void
 ├── PermissionDenied           it is known who calls, and they may not do that
 ├── NotLoopback                a listener would leave this machine without authentication
 ├── PortInUse                  another program listens there
@@ -318,6 +319,10 @@ class Unauthenticated(SegueError):
     """Never quotes a token. With a new token the same call may be made again."""
 
     grpc_code = "UNAUTHENTICATED"
+
+
+class Revoked(Unauthenticated):
+    """Tokens that are issued from now on count again."""
 
 
 class PermissionDenied(SegueError):

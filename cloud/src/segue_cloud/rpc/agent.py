@@ -15,7 +15,9 @@ from segue_cloud.rpc.convert import (
 )
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
+from segue_cloud.rpc.revoking import caller_bearer, tell
 from segue_cloud.sessions.port import LogOp, Producer, Status
+from segue_cloud.sessions.store import revoked
 from segue_cloud.turns.manager import TurnManager
 from segue_contract.checks import check_tails
 from segue_contract.errors import (
@@ -38,7 +40,7 @@ from segue_contract.limits import (
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
-from segue_contract.transport.gate import caller, named
+from segue_contract.transport.gate import caller, gate_here, named, renew_calls
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.events import TurnEvent
 from segue_contract.turn.from_log import turn_events
@@ -90,6 +92,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             device=device,
             producer=check_id(request.producer, "producer") if request.producer else "",
             after_generation=min(request.known_generation, MAX_COUNT),
+            bearer=caller_bearer(),
         )
         return pb.OpenSessionReply(
             session=session.session,
@@ -124,7 +127,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 hint="Connect to an edge node, or leave the plan to the node.",
             )
         asked = turn_request(request, caller().tenant)
-        await self._log.check_device(asked.session, asked.device)
+        await self._log.check_device(asked.session, asked.device, caller_bearer())
         if request.must_exist:
             await self._check_known(asked.session, asked.turn)
         _, owner = await self._manager.run(asked)
@@ -166,7 +169,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         session = named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        await self._check_device(session, request.device)
         turn = await self._log.request_stop(session, request.turn)
         if turn:
             self._manager.stop(session, turn)
@@ -177,7 +180,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
         session = named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        await self._check_device(session, request.device)
         after = _cursor(request.after)
         resumed = after if request.resume and after.offset else None
         async with self._log.follow(session, resumed) as following:
@@ -191,7 +194,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
         session = named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        await self._check_device(session, request.device)
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = _cursor(request.after)
         if request.folded:
@@ -210,7 +213,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
         session = named(request.session)
         device = check_id(request.device, "device")
-        await self._log.check_device(session, device)
+        await self._check_device(session, device)
         ops = _device_ops(request.ops)
         for one in ops:
             check_op(caller(), one.op)
@@ -219,9 +222,14 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                     "A device may append in its own name only.", hint="Leave the op's device out."
                 )
         producer = Producer(
-            check_id(request.producer, "producer"), request.epoch, request.first_seq
+            check_id(request.producer, "producer"),
+            request.epoch,
+            request.first_seq,
+            caller_bearer(),
         )
         result = await self._log.append(session, producer, ops)
+        if result.status is Status.REVOKED:
+            raise revoked(session)
         if result.status is Status.STALE:
             raise StaleEpoch(
                 f"Device {device} writes under epoch {request.epoch}; "
@@ -247,6 +255,18 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             tail=pb.Cursor(generation=result.generation, offset=result.tail),
             duplicate=result.status is Status.DUP,
         )
+
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
+        return pb.RenewReply(calls=renew_calls())
+
+    async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
+        session = named(request.session)
+        revocation = await self._log.revoke(session, check_id(request.revoked, "device"))
+        tell(gate_here(), revocation)
+        return pb.RevokeReply(before_ms=revocation.before_ms)
+
+    async def _check_device(self, session: SessionName, device: str) -> None:
+        await self._log.check_device(session, check_id(device, "device"), caller_bearer())
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
         check_tails(request.device, request.sessions)

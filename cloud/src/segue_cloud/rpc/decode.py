@@ -12,6 +12,7 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.history import first_unknown, known_digest
+from segue_cloud.rpc.revoking import caller_bearer
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
@@ -66,7 +67,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             follows = check_id(request.follows, "turn") if request.follows else ""
             asked = replace(asked, offline=True, follows=follows)
         self._check_weights(request.weights_digest)
-        await self._log.check_device(asked.session, asked.device)
+        await self._log.check_device(asked.session, asked.device, caller_bearer())
         begun = await self._manager.begin(asked, expect_open=True)
         state = await self._log.state(asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]

@@ -7,12 +7,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import structlog
 
 from segue_contract.checks import check_tails
 from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
-from segue_contract.transport.gate import bearer, caller, caller_token, named
+from segue_contract.transport.gate import (
+    bearer,
+    caller,
+    caller_token,
+    gate_here,
+    named,
+    renew_calls,
+)
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -25,6 +33,8 @@ from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
+
+log = structlog.get_logger("segue.api")
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -210,6 +220,27 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
         reply: pb.ReadReply = await self._ask("Read", request, request.session)
+        return reply
+
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
+        """Here, and at the clouds, where this node makes calls for the device."""
+        calls = renew_calls()
+        for cloud in self._clouds.clouds.values():
+            if not cloud.healthy:
+                continue
+            try:
+                renewing = cloud.agent.Renew(
+                    request, timeout=RPC_TIMEOUT_S, metadata=bearer(caller_token())
+                )
+                await renewing
+            except grpc.aio.AioRpcError as error:  # its streams of this device end, and come anew
+                log.warning("not_renewed", cloud=cloud.target, error=str(error_from_rpc(error)))
+        return pb.RenewReply(calls=calls)
+
+    async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
+        reply: pb.RevokeReply = await self._ask("Revoke", request, request.session)
+        session = named(request.session)
+        gate_here().revoke(session.tenant, session.session, request.revoked, reply.before_ms / 1000)
         return reply
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:

@@ -67,6 +67,8 @@ _AGENT: Mapping[str, Rule] = {
     "ExpireSessions": _rule(_USERS, Scope.TENANT, Right.ADMIN),
     "ExportSession": _rule(_USERS, Scope.SESSION, Right.READ),
     "ImportSession": _rule(_USERS, Scope.SESSION, Right.ADMIN),
+    "Renew": _rule(_USERS, Scope.NONE),
+    "Revoke": _rule(_USERS, Scope.SESSION, Right.ADMIN),
 }
 _DECODE: Mapping[str, Rule] = {
     "Begin": _rule(_NODES, Scope.SESSION, Right.SEND),

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 import grpc
 
-from segue_contract.errors import Internal, PermissionDenied, SegueError, Unauthenticated
+from segue_contract.errors import Internal, PermissionDenied, Revoked, SegueError, Unauthenticated
 from segue_contract.identity.principal import Kind, Principal, local, of_certificate
 from segue_contract.identity.rights import RULES, Scope, check
 from segue_contract.ids import SessionName, check_id
@@ -71,6 +71,20 @@ def named(session: str) -> SessionName:
     return SessionName(caller().tenant, check_id(session, "session"))
 
 
+def renew_calls() -> int:
+    """The caller's other calls here go on under the token of this one; returns how many."""
+    call = _current()
+    return gate_here().renew(call.principal, call.token)
+
+
+def gate_here() -> Gate:
+    """The gate that the call came through."""
+    gate = _current().gate
+    if gate is None:
+        raise Internal("This was not called through a gate.")
+    return gate
+
+
 def bearer(token: str) -> tuple[tuple[str, str], ...] | None:
     """Metadata of a call that is made with a token; None without one."""
     return ((AUTHORIZATION, _BEARER + token),) if token else None
@@ -94,6 +108,7 @@ class _Call:
     token: str
     verb: str
     late: bool = False
+    gate: Gate | None = None
     sessions: tuple[str, ...] = ()
     over: SegueError | None = None  # why it may not go on
     waiting: bool = False  # its task waits for the handler, not for the reader
@@ -171,7 +186,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         for call in list(self._live):
             try:
                 self._check_void(call.principal, call.sessions)
-            except Unauthenticated as error:
+            except Revoked as error:
                 call.end(error)
 
     def forget_revoked(self, before_s: float) -> None:
@@ -208,7 +223,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         for session in sessions:
             before_s = self._void_before.get((principal.tenant, session, principal.name), 0.0)
             if principal.issued_s < before_s:
-                raise Unauthenticated(
+                raise Revoked(
                     "This device's access to the session was revoked.",
                     hint="Ask whoever issues the tokens for a new one.",
                     session=session,
@@ -320,7 +335,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 hint="Send the device's token along.",
             )
         late = self._now_s() >= principal.expires_s
-        call = _Call(principal, token, verb, late)
+        call = _Call(principal, token, verb, late, self)
         _caller.set(call)
         return call
 

@@ -17,6 +17,7 @@ from segue_contract.errors import (
     Overloaded,
     PermissionDenied,
     QuotaExceeded,
+    Revoked,
     SegueError,
     TurnCancelled,
     TurnConflict,
@@ -38,7 +39,14 @@ Deliver = Callable[[OfflineTurn], Awaitable[None]]
 Refused = Callable[[OfflineTurn], None]
 
 # What a log says of the turn itself, and will say again. Any other error may pass.
-_FOR_GOOD = (InvalidArgument, PermissionDenied, QuotaExceeded, TurnCancelled, TurnConflict)
+_FOR_GOOD = (
+    InvalidArgument,
+    PermissionDenied,
+    QuotaExceeded,
+    Revoked,
+    TurnCancelled,
+    TurnConflict,
+)
 
 
 class Room:
