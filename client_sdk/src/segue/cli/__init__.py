@@ -50,6 +50,7 @@ COMMANDS = (
     Command("edge", _SERVE, "Run an edge node.", extra="edge"),
     Command("cloud", _SERVE, "Run a cloud instance.", extra="cloud"),
     Command("model", _SERVE, "Build, list and verify models.", "segue.cli.model:app", "convert"),
+    Command("ca", _SERVE, "Make certificates for a small site.", "segue.cli.ca:app"),
     Command("tenant", _SERVE, "Add, list and revoke tenants' API keys.", "segue.cli.tenant:app"),
     Command("token", _SERVE, "Issue session tokens, and read them.", "segue.cli.token:app"),
     Command("plan", _SERVE, "Explain who would compute which part of a turn.", extra="edge"),
