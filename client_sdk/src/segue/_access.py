@@ -27,6 +27,10 @@ class Access:
             check_stays_here(target)
         return target
 
+    def stamp(self) -> tuple[object, ...]:
+        """Differs once a certificate was replaced."""
+        return self.tls.stamp() if self.tls is not None else ()
+
     def channel(self, target: str) -> grpc.aio.Channel:
         """Raises InvalidArgument: no address, or files that cannot be used."""
         return open_channel(target, tls=self.tls, token=self.token)

@@ -57,6 +57,7 @@ class Node:
     channel: grpc.aio.Channel | None = None
     stub: Any = None
     reviving: asyncio.Task[None] | None = None
+    files: tuple[object, ...] = ()  # the certificates as its channel was opened with them
 
 
 def is_link_loss(error: BaseException) -> bool:
@@ -158,7 +159,10 @@ class Nodes:
         """
         if self._closed:
             raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
+        if node.channel is not None and self._outdated(node):
+            await self._disconnect(node)
         if node.channel is None:
+            node.files = self._access.stamp()
             node.channel = self._access.channel(node.address)
             node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
         try:
@@ -176,6 +180,12 @@ class Nodes:
                 address=node.address,
             ) from error
         return node.stub
+
+    def _outdated(self, node: Node) -> bool:
+        """Its connection is lost, and the certificates were replaced since it was opened."""
+        assert node.channel is not None
+        lost = node.channel.get_state() is not grpc.ChannelConnectivity.READY
+        return lost and node.files != self._access.stamp()
 
     async def failed(self, node: Node) -> None:
         """Prefer other nodes for a while; a dead connection is replaced the next time.

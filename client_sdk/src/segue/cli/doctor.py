@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -63,7 +64,13 @@ def doctor(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Say what is installed, found, reachable, and too slow, and what to do about it."""
-    access = read_access({}, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+    access = read_access(
+        {},
+        token=os.environ.get("SEGUE_TOKEN", ""),
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
     reached = run(_reachable(edge, cloud, redis_url, mqtt_url, access))
     checks = [*installed(), *found(), *reached, *fast()]
     bad = [check for check in checks if check.state is State.BAD]

@@ -19,7 +19,7 @@ from segue_contract.ids import new_id
 from segue_contract.topics import BROKER_KEY, ROOT
 from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
-from segue_contract.transport.status import concerns_tls
+from segue_contract.transport.status import concerns_tls, error_from_rpc
 from segue_contract.transport.tls import TlsFiles
 
 ROUNDS = 20
@@ -27,6 +27,7 @@ TIMEOUT_S = 3.0
 # As close together as tokens: what Nagle's algorithm and delayed acknowledgements would hold back.
 _MQTT_GAP_S = 0.004
 _HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")  # names: gRPC is loaded only to ask
 _HEALTHY = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 
 
@@ -50,6 +51,7 @@ async def probe_node(target: str, access: Access = Access()) -> RoundTrips:
 
     Raises:
         Unreachable: nobody answers, or it says that it does not serve.
+        Unauthenticated, PermissionDenied: it wants a token, or another one.
         InvalidArgument: `target` is no address.
     """
     import grpc
@@ -67,6 +69,8 @@ async def probe_node(target: str, access: Access = Access()) -> RoundTrips:
     except grpc.aio.AioRpcError as error:
         if concerns_tls(error.details() or ""):
             raise await _tls_trouble(target, access) from None
+        if error.code().name in _REFUSED:
+            raise error_from_rpc(error) from None
         raise Unreachable(f"Nothing serves at {target} ({error.code().name.lower()}).") from None
     finally:
         await channel.close(None)
