@@ -119,7 +119,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     instance = settings.instance or new_id("cloud-", os.urandom)
     loading = asyncio.ensure_future(_load_engine(settings, directory, manifest))
     try:
-        redis_url = settings.redis_url or await _embedded_store(stack)
+        redis_url = settings.store_url or await _embedded_store(stack)
         store = await RedisStore.connect(redis_url)
         stack.push_async_callback(store.close)
         broker = OneBroker(store.broker_record(), instance, lambda: _embedded_broker(stack))

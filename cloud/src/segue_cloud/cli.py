@@ -44,6 +44,9 @@ def cloud(
         str | None,
         typer.Option(help="redis://…, redis+sentinel://… ; embedded Valkey where not given."),
     ] = None,
+    redis_ca: Annotated[
+        Path | None, typer.Option(help="Authority of a rediss:// store. [--tls-ca]")
+    ] = None,
     mqtt_url: Annotated[
         str | None, typer.Option(help="mqtt://… or mqtts://… ; embedded broker where not given.")
     ] = None,

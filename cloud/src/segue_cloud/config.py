@@ -15,10 +15,11 @@ from segue_contract.errors import InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
+from segue_contract.store_url import with_tls_files
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.mqtt import MqttLogin, parse_mqtt_url, read_mqtt_login
 from segue_contract.transport.settings import TlsSettings
-from segue_contract.transport.tls import TlsFiles
+from segue_contract.transport.tls import SYSTEM, TlsFiles
 
 
 def _name(value: str) -> str:
@@ -52,6 +53,7 @@ class CloudSettings(TlsSettings):
     mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
+    redis_ca: Path | None = None  # None: as tls_ca
     # what devices are told; empty: the broker's own address where they can reach it
     public_mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_PUBLIC_MQTT_URL", "SEGUE_CLOUD_PUBLIC_MQTT_URL")
@@ -71,6 +73,17 @@ class CloudSettings(TlsSettings):
     session_ttl: float = Field(0.0, ge=0.0, le=36500.0)  # days without use; 0: kept for ever
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+
+    @property
+    def store_url(self) -> str:
+        """`redis_url` with the certificates that it does not name itself."""
+        ca = self.redis_ca or self.tls_ca
+        return with_tls_files(
+            self.redis_url,
+            ca=str(ca) if ca is not None and ca != SYSTEM else "",
+            certificate=str(self.tls_cert or ""),
+            key=str(self.tls_key or ""),
+        )
 
     @property
     def broker_login(self) -> MqttLogin:

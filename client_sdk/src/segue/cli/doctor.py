@@ -27,6 +27,7 @@ from segue.local.probes import (
     probe_store,
 )
 from segue_contract.errors import SegueError
+from segue_contract.store_url import with_tls_files
 from segue_contract.transport.mqtt import canonical_mqtt_url
 from segue_contract.urls import without_password
 
@@ -71,6 +72,7 @@ def doctor(
         tls_cert=tls_cert,
         tls_key=tls_key,
     )
+    redis_url = with_tls_files(redis_url, ca=tls_ca, certificate=tls_cert, key=tls_key)
     reached = run(_reachable(edge, cloud, redis_url, mqtt_url, access))
     checks = [*installed(), *found(), *reached, *fast()]
     bad = [check for check in checks if check.state is State.BAD]

@@ -21,6 +21,7 @@ from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
 from segue_contract.transport.status import concerns_tls, error_from_rpc
 from segue_contract.transport.tls import TlsFiles
+from segue_contract.transport.tls_reasons import explain
 
 ROUNDS = 20
 TIMEOUT_S = 3.0
@@ -133,8 +134,17 @@ async def probe_store(url: str) -> RoundTrips:
                         hint="Set maxmemory-policy to noeviction; a cloud refuses it otherwise.",
                     )
     except (OSError, TimeoutError) as error:
-        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
+        raise _no_store(error) from None
     return RoundTrips(tuple(sorted(times)))
+
+
+def _no_store(error: OSError | TimeoutError) -> Unreachable:
+    reason = explain(str(error))
+    if reason is not None:
+        hint = "Give the store's authority: --redis-ca FILE of a cloud, --tls-ca FILE here."
+        untrusted = "none of the authorities" in reason.message
+        return Unreachable(reason.message, hint=hint if untrusted else reason.hint)
+    return Unreachable(f"Nothing answers there ({str(error) or 'too late'}).")
 
 
 async def broker_of(redis_url: str) -> str:
@@ -150,7 +160,7 @@ async def broker_of(redis_url: str) -> str:
                 if isinstance(url, str) and not isinstance(url, RespError):
                     return url
     except (OSError, TimeoutError) as error:
-        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
+        raise _no_store(error) from None
     return ""
 
 
