@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
@@ -52,9 +53,11 @@ async def cloud_rpc(
     limits: TurnLimits = TurnLimits(),
     folds: bool = True,
     gate: Gate | None = None,
+    **listener: Any,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
-    that devices follow over. `folds`: False keeps every entry of a log."""
+    that devices follow over. `folds`: False keeps every entry of a log.
+    `listener`: of its server (TLS)."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or ChatTokenizer.load(model_dir, manifest)
     store = await RedisStore.connect(url)
@@ -102,6 +105,7 @@ async def cloud_rpc(
                 ),
             ],
             gate=gate,
+            **listener,
         )
         channel = open_channel(server.address)
         try:
