@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from segue._access import read_access
 from segue._nodes import Nodes
+from segue._renewing import keep_renewed
 from segue._tails import Tails
 from segue._transfer import export_session, import_session
 from segue.errors import InvalidArgument
@@ -38,8 +40,9 @@ class Client:
             where one fails, the next one goes on.
         device: this device's name, the same each time; "": a fresh one.
         limits: other bounds than the usual ones.
-        token: shown with each call; a function is asked each time (event loop's thread). None:
-            SEGUE_TOKEN, "": none. It leaves this machine over TLS only.
+        token: shown with each call; a function is asked each time (event loop's thread), and
+            streams that go on are renewed with what it gives. None: SEGUE_TOKEN, "": none. It
+            leaves this machine over TLS only.
         tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
             ones: TLS is on. None: SEGUE_CA, "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
@@ -72,6 +75,8 @@ class Client:
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self._renews = token if callable(token) else None
+        self._renewing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Client:
         """Connect.
@@ -84,6 +89,9 @@ class Client:
         except BaseException:
             await self._nodes.close()
             raise
+        if self._renews is not None:
+            work = keep_renewed(self._renews, self._renew)
+            self._renewing = asyncio.create_task(work, name="token")
         return self
 
     async def __aexit__(
@@ -96,6 +104,9 @@ class Client:
 
     async def close(self) -> None:
         """Leave. Turns that run go on; followed sessions end."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         for follower in list(self._followers):
             await follower.aclose()
         await self._tails.close()
@@ -103,6 +114,9 @@ class Client:
             await broker.close()
         self._brokers.clear()
         await self._nodes.close()
+
+    async def _renew(self) -> None:
+        await self._nodes.unary("Renew", pb.RenewRequest())
 
     async def session(self, name: str, *, must_exist: bool = False, model: str = "") -> Session:
         """Open a session, or create it.

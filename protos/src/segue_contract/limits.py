@@ -118,6 +118,10 @@ EXPIRY_GRACE_S: Final = 30.0
 # What was said offline is taken for so long after its token ran out, where an edge's certificate
 # vouches for it: a week without a link is a ship at sea, more is a forgotten file.
 OUTBOX_TOKEN_AGE_S: Final = 7 * 86400.0
+# A client renews its token so long before the end, or at half of what is left of a shorter one, and
+# asks the app again at this pace where that has none yet.
+RENEW_LEAD_S: Final = 60.0
+RENEW_PAUSE_S: Final = 5.0
 # How often a server looks for calls whose time is over; also what a reader gets that takes nothing.
 GATE_LOOK_S: Final = 1.0
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace

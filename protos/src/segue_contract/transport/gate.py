@@ -27,6 +27,7 @@ from segue_contract.transport.tls import peer_name
 
 AUTHORIZATION = "authorization"
 _BEARER = "Bearer "
+_OF_EDGES = "/segue.v1.Decode/"
 
 # Begun with a right that is not asked for again: what the cloud owes a turn that was granted is
 # served to its end. A revocation ends it all the same.
@@ -347,6 +348,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         name = self._peer_name(context)
         node = of_certificate(name) if name else None
         if not token:
+            if node is None and verb.startswith(_OF_EDGES):
+                raise Unauthenticated(
+                    "The edge shows no certificate.",
+                    hint="Give it --tls-cert, --tls-key and --tls-ca, and this node --node-port.",
+                )
             if node is None:
                 raise Unauthenticated(
                     "The call shows no session token.",
