@@ -17,6 +17,7 @@ from segue_contract.errors import (
     StaleEpoch,
     Unauthenticated,
     UnknownTurn,
+    Unreachable,
 )
 from segue_contract.limits import OUTBOX_TOKEN_AGE_S
 from segue_contract.servers import Valkey
@@ -56,7 +57,8 @@ class Place:
     async def run(
         self, token: str, edge: str, epoch: int, turn: str = "t1", device: str = "phone"
     ) -> SegueError | None:
-        """Why the stream was refused; None where the cloud answered for the turn."""
+        """Why the stream was refused; None where the cloud answered for the turn. gRPC may hide a
+        status that comes while a message is being written: then it is asked again."""
         spec = dpb.TurnSpec(
             session="trip",
             device=device,
@@ -67,9 +69,18 @@ class Place:
             sampling=pb.Sampling(),
             shape="edge",
         )
-        call = self.cloud.decode.Run(timeout=20, metadata=said(token, edge))
-        await call.write(dpb.RunRequest(open=spec))
+        for _ in range(20):
+            error = await self._run(spec, said(token, edge))
+            if not isinstance(error, Unreachable):
+                break
+        return error
+
+    async def _run(
+        self, spec: dpb.TurnSpec, metadata: tuple[tuple[str, str], ...]
+    ) -> SegueError | None:
+        call = self.cloud.decode.Run(timeout=20, metadata=metadata)
         try:
+            await call.write(dpb.RunRequest(open=spec))
             reply = await call.read()
             assert reply.WhichOneof("kind") == "opened"
         except grpc.aio.AioRpcError as error:
