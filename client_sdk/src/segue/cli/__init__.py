@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 an error of ours, 2 wrong usage, 130 Ctrl-C."""
+    # gRPC writes each failed handshake to the terminal; ours says it in its errors
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         typer.main.get_command(build_app()).main(
             args=None if args is None else list(args), prog_name="segue"

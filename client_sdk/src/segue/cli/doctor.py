@@ -135,7 +135,7 @@ async def same_broker(redis_url: str, mqtt_url: str) -> Check:
         "reachable",
         "one broker",
         State.BAD,
-        f"The clouds on this store publish through {known}, not {mqtt_url}.",
+        f"The clouds on this store publish through {known}, not {without_password(mqtt_url)}.",
         f"Devices would not see what they append. Use --mqtt-url {known}, or none.",
     )
 
