@@ -63,7 +63,7 @@ async def cloud(url: str, store: RedisStore, **options: float) -> AsyncIterator[
 
 @asynccontextmanager
 async def device(url: str, *topics: str) -> AsyncIterator[aiomqtt.Client]:
-    host, port = parse_mqtt_url(url)
+    host, port = parse_mqtt_url(url).address
     async with aiomqtt.Client(
         host,
         port,

@@ -77,14 +77,14 @@ class View:
 
     async def forge(self, offset: int, *ops: Op) -> None:
         """Publish entries that the log does not have, as anybody can who reaches the broker."""
-        host, port = parse_mqtt_url(self.url)
+        host, port = parse_mqtt_url(self.url).address
         generation = self.watcher.following.cursor.generation
         async with MqttClient(host, port) as client:
             payload = encode_log_message(generation, offset, [encode_op(op) for op in ops])
             await client.publish(log_topic(self.name), payload, qos=1)
 
     async def forge_head(self, cursor: Cursor) -> None:
-        host, port = parse_mqtt_url(self.url)
+        host, port = parse_mqtt_url(self.url).address
         async with MqttClient(host, port) as client:
             await client.publish(head_topic(self.name), encode_head(cursor), qos=1)
 

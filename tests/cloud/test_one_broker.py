@@ -127,11 +127,26 @@ async def test_of_two_that_begin_at_once_one_broker_is_used(house: House) -> Non
     assert urls[0] == urls[1]
 
 
+async def test_a_login_is_neither_kept_nor_told(house: House, valkey: Valkey) -> None:
+    async with house.running("a", "mqtt://cloud:hunter2@127.0.0.1:1") as url:
+        assert url == "mqtt://127.0.0.1:1"
+        known = await house.record.look()
+        assert known is not None
+        assert known.url == url
+        with pytest.raises(OtherBroker) as caught:
+            async with house.running("b", "mqtt://cloud:hunter2@127.0.0.1:2"):
+                pass
+        assert "hunter2" not in str(caught.value)
+
+
 async def test_doctor_names_the_broker_of_the_clouds(house: House, valkey: Valkey) -> None:
     async with house.running("a", "mqtt://127.0.0.1:1"):
         same = await same_broker(valkey.url, "mqtt://localhost:1")
         other = await same_broker(valkey.url, "mqtt://127.0.0.1:2")
+        login = await same_broker(valkey.url, "mqtts://cloud:hunter2@127.0.0.1:2")
     assert same.state is State.OK
+    assert login.state is State.BAD
+    assert "hunter2" not in login.value + login.advice
     assert other.state is State.BAD
     assert "mqtt://127.0.0.1:1" in other.value
     assert "mqtt://127.0.0.1:1" in other.advice

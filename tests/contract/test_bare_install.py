@@ -17,7 +17,7 @@ PROGRAM = f"""
 import importlib.util, sys
 heavy = [name for name in {HEAVY!r}.split() if importlib.util.find_spec(name)]
 assert not heavy, f"installed: {{heavy}}"
-import segue, segue.testing
+import segue, segue.testing, segue.tokens
 import segue.client, segue.session, segue.turn, segue.follow
 import segue_contract.sync.replica, segue_contract.transport.channel
 assert segue.Client and segue.SegueError

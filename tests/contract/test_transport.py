@@ -20,7 +20,12 @@ from segue_contract.errors import (
     Unreachable,
 )
 from segue_contract.transport.channel import open_channel
-from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.mqtt import (
+    MqttLogin,
+    canonical_mqtt_url,
+    connect_options,
+    parse_mqtt_url,
+)
 from segue_contract.transport.server import start_server
 from segue_contract.transport.status import ERROR_KEY, error_from_rpc
 from segue_contract.urls import without_password
@@ -66,8 +71,8 @@ async def test_an_address_that_cannot_be_bound_is_no_taken_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A loopback address that no interface has: IPv4's are all bindable on Linux, and of IPv6's
-    # only ::1 passes the check, so the check is widened.
-    monkeypatch.setattr("segue_contract.transport.server.check_loopback", lambda host: host)
+    # only ::1 passes the check, so there is none.
+    monkeypatch.setattr("segue_contract.transport.server.check_listener", lambda host, **_: host)
     with pytest.raises(Internal, match=r"listen on 192\.0\.2\.1:7411"):
         await start_server("192.0.2.1", 7411, [])
 
@@ -132,16 +137,24 @@ def test_a_bad_broker_address_shows_no_password(url: str) -> None:
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
-@pytest.mark.parametrize("url", ["mqtt://u:hunter2@h", "mqtt://u@h:1", "mqtt://:hunter2@h"])
-def test_a_broker_that_wants_a_password_is_refused_not_asked_without_it(url: str) -> None:
-    with pytest.raises(InvalidArgument, match="password") as caught:
-        parse_mqtt_url(url)
+def test_a_broker_address_with_a_login() -> None:
+    server = parse_mqtt_url("mqtts://u%40x:hunter2%2F@h")
+    assert (server.username, server.password) == ("u@x", "hunter2/")
+    assert "hunter2" not in repr(server)
+    assert server.url == canonical_mqtt_url("mqtts://h:8883") == "mqtts://h:8883"
+
+
+def test_a_password_does_not_travel_unencrypted() -> None:
+    with pytest.raises(InvalidArgument, match="unencrypted") as caught:
+        connect_options(parse_mqtt_url("mqtt://u:hunter2@broker.example"), MqttLogin())
     assert "hunter2" not in str(caught.value)
+    options = connect_options(parse_mqtt_url("mqtt://127.0.0.1"), MqttLogin("u", "hunter2"))
+    assert options == {"username": "u", "password": "hunter2"}
 
 
 def test_broker_addresses() -> None:
-    assert parse_mqtt_url("mqtt://h") == ("h", 1883)
-    assert parse_mqtt_url("mqtt://[::1]:7") == ("::1", 7)
+    assert parse_mqtt_url("mqtt://h").address == ("h", 1883)
+    assert parse_mqtt_url("mqtt://[::1]:7").address == ("::1", 7)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
+from segue_contract.ids import SessionName
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.scripted_cloud import scripted_cloud
 from tests.support.slow_proxy import SlowProxy
+
+TRIP = SessionName("default", "trip")
 
 
 async def test_a_cloud_that_swallows_what_it_is_asked_costs_a_pause() -> None:
@@ -24,7 +27,7 @@ async def test_a_cloud_that_swallows_what_it_is_asked_costs_a_pause() -> None:
         stack.push_async_callback(clouds.close)
         for known in clouds.clouds.values():
             await known.probe(clouds.pacer)
-        first, second = clouds.ranked("trip")
+        first, second = clouds.ranked(TRIP)
         proxies[first.target].stall()
         asked = []
 
@@ -34,6 +37,6 @@ async def test_a_cloud_that_swallows_what_it_is_asked_costs_a_pause() -> None:
             return cloud.target
 
         async with asyncio.timeout(30):
-            assert await at_some_cloud(clouds, "trip", call) == second.target
+            assert await at_some_cloud(clouds, TRIP, call) == second.target
         assert asked == [first, second]
         assert not first.healthy

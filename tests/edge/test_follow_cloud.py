@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from segue_contract.errors import Overloaded, SegueError, UnknownTurn, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.limits import TURN_SILENCE_S, EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.transport.turn_feed import TurnFeed
@@ -25,6 +26,7 @@ from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.fake_agent import Break, FakeAgent, FakeLog, Step, Wait, ended, frame, started
 
+TRIP = SessionName("default", "trip")
 ASKED = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Where?", max_tokens=20, plan="ship"
 )
@@ -45,7 +47,7 @@ async def followed(
         outbox: Any = nothing
         executor = TurnExecutor(
             state,
-            TurnFacts(Asked.of(ASKED), Begun(clouds.best("trip"), [], joined=True)),
+            TurnFacts(Asked.of(ASKED, "default"), Begun(clouds.best(TRIP), [], joined=True)),
             tools=tools,
             clouds=clouds,
             outbox=outbox,

@@ -7,7 +7,9 @@ import asyncio
 import pytest
 
 from segue_contract.errors import Internal, InvalidArgument, StoreUnavailable, Unreachable
+from segue_contract.identity.principal import Principal, local
 from segue_contract.limits import MAX_TAILS
+from segue_contract.transport.gate import acting_as
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.api.tails import JoinedTails
 
@@ -37,8 +39,15 @@ class Clouds:
 
 
 async def ask(joined: JoinedTails, *sessions: str) -> tuple[list[int], bool]:
-    async with asyncio.timeout(DEADLINE_S):
-        reply = await joined.tails(sessions)
+    return await ask_as(local("default"), "", joined, *sessions)
+
+
+async def ask_as(
+    who: Principal, token: str, joined: JoinedTails, *sessions: str
+) -> tuple[list[int], bool]:
+    with acting_as(who, token):
+        async with asyncio.timeout(DEADLINE_S):
+            reply = await joined.tails(sessions)
     return [tail.offset for tail in reply.tails], reply.publishing
 
 
@@ -56,6 +65,18 @@ async def test_devices_that_ask_together_cost_one_call_a_cloud() -> None:
     assert sorted(map(len, clouds.asked)) == [2, 50]
     await ask(joined, "a1")
     assert clouds.asked[-1] == ["a1"], "an answer is of the moment when it was asked for"
+
+
+async def test_callers_of_other_tenants_or_tokens_are_not_joined() -> None:
+    clouds = Clouds()
+    joined = JoinedTails(clouds.of, clouds.ask, "edge")
+    await asyncio.gather(
+        ask_as(local("acme"), "one", joined, "a1"),
+        ask_as(local("acme"), "one", joined, "a2"),
+        ask_as(local("acme"), "two", joined, "a1"),
+        ask_as(local("umbrella"), "one", joined, "a1"),
+    )
+    assert sorted(clouds.asked) == [["a1"], ["a1"], ["a1", "a2"]]
 
 
 async def test_no_call_names_more_sessions_than_a_cloud_answers() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import segue
 from segue.errors import BadExport, SessionDeleted, SessionNotEmpty
+from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2 as pb
@@ -66,9 +67,9 @@ async def test_an_edge_hands_on_exports_imports_and_deletions(
             with pytest.raises(BadExport):
                 await client.import_session(file, "third")
             assert {one.session async for one in client.all_sessions(1)} == {"trip", "again"}
-            assert histories.find("trip") is not None
+            assert histories.find(SessionName("default", "trip")) is not None
             assert await client.delete_session("trip")
-            assert histories.find("trip") is None
+            assert histories.find(SessionName("default", "trip")) is None
             with pytest.raises(SessionDeleted):
                 await client.session("trip", must_exist=True)
             tails = await cloud.agent.Tails(pb.TailsRequest(device="phone", sessions=["trip"]))

@@ -20,6 +20,7 @@ from segue_contract.errors import (
     NotLoopback,
     Overloaded,
 )
+from segue_contract.ids import SessionName
 from segue_contract.limits import PREFILL_QUEUE_JOBS
 from segue_contract.sync.state import TurnState
 from segue_edge.compute import ComputeThread, Job, Load, Priority
@@ -100,9 +101,10 @@ def test_another_generation_forgets_what_was_known() -> None:
 def test_the_cache_keeps_the_sessions_used_last() -> None:
     cache = HistoryCache(capacity=2)
     for name in ("a", "b", "a", "c"):
-        cache.of(name)
-    assert cache.find("b") is None
-    assert cache.find("a") is not None
+        cache.of(SessionName("default", name))
+    assert cache.find(SessionName("default", "b")) is None
+    assert cache.find(SessionName("default", "a")) is not None
+    assert cache.find(SessionName("acme", "a")) is None
 
 
 def test_what_a_cloud_holds_is_the_common_beginning() -> None:
@@ -279,7 +281,7 @@ def test_the_command_line_ends_with_a_message_not_a_traceback() -> None:
     command = [sys.executable, "-m", "segue_edge", "--host", "0.0.0.0", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "without authentication" in done.stderr
+    assert "without encryption and authentication" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 

@@ -23,7 +23,7 @@ from segue_edge.turns.offline.turn import OfflineTurn
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
-from tests.support.offline_turns import REQUEST, SHOWN, keep, offline, said
+from tests.support.offline_turns import REQUEST, SHOWN, TRIP, keep, offline, said
 from tests.support.scripted_cloud import ScriptedCloud, scripted_cloud
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_edge import MANIFEST, RECIPE
@@ -143,7 +143,7 @@ async def test_what_was_said_offline_beside_others_is_a_branch_and_the_model_see
     await deliver(replace(said("t2"), follows="t1"))
     await deliver(replace(said("t3"), follows="t2"))
     await ask("t4")
-    state = await cloud.log.state(SessionName("default", "trip"))
+    state = await cloud.log.state(TRIP)
     assert [turn.turn for turn in state.turns] == ["t0", "t1", "elsewhere", "t2", "t3", "t4"]
     assert [turn.offline for turn in state.turns] == [False, True, False, True, True, False]
     assert branches(state.turns) == [Branch("t1", ("elsewhere",), ("t2", "t3"))]
@@ -178,7 +178,7 @@ async def test_a_cloud_that_cannot_be_understood_refuses_nothing(
         outbox = Outbox(delivery.deliver)
         await keep(outbox, said("t1"))
         with pytest.raises(Overloaded):
-            await outbox.settle("trip")
+            await outbox.settle(TRIP)
         await clouds.close()
     assert cloud.seen.begins
     assert (len(outbox), len(outbox.refused)) == (1, 0)

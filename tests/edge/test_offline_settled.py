@@ -19,7 +19,7 @@ from segue_contract.errors import (
     UnknownTurn,
     Unreachable,
 )
-from segue_contract.ids import SessionName
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.servers import Valkey
 from segue_contract.sync.branches import branches
 from segue_contract.sync.state import SessionState
@@ -31,6 +31,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.slow_proxy import SlowProxy
 from tests.support.tiny_edge import MANIFEST, tiny_tokenizer
 
+TRIP = SessionName("default", "trip")
 CLOUD_SAYS = "The cloud's own words."
 WAIT_S = 30.0
 
@@ -54,7 +55,7 @@ class Place:
         self.proxy.refuse = False
 
     async def state(self) -> SessionState:
-        return await self.cloud.log.state(SessionName("default", "trip"))
+        return await self.cloud.log.state(TRIP)
 
     async def until_delivered(self) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -109,7 +110,7 @@ async def test_what_the_log_keeps_becomes_durable(here: Place) -> None:
     turn = await said_offline(here)
     shown = turn.text
     settling = asyncio.create_task(settle(turn))
-    assert here.edge.outbox.find("trip", "t1") is not None
+    assert here.edge.outbox.find(TurnName(TRIP, "t1")) is not None
     assert not settling.done()
     here.come_back()
     told = await settling
@@ -234,13 +235,13 @@ async def test_an_id_names_one_question_running_ended_and_offline(here: Place) -
         pass
     here.go_offline()
     await conflicts("t1", "Something else")  # ended, and kept by the registry
-    here.edge.registry.forget("trip", "t1")
+    here.edge.registry.forget(TurnName(TRIP, "t1"))
     await conflicts("t1", "Something else")  # known to the history alone
     again = await here.phone.run("t1", "And now?")
     assert again.text == CLOUD_SAYS[:12]
     assert again.ended.durable
     await said_offline(here, "t2", "And then?")
-    here.edge.registry.forget("trip", "t2")
+    here.edge.registry.forget(TurnName(TRIP, "t2"))
     await conflicts("t2", "Something else")  # waits in the outbox
     kept = await here.phone.run("t2", "And then?")
     assert not kept.ended.durable

@@ -17,12 +17,13 @@ from segue_contract.errors import (
     QuotaExceeded,
     StaleEpoch,
 )
+from segue_contract.ids import TurnName
 from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
 from segue_contract.turn.events import Reason
 from segue_edge.turns.offline.journal import Journal, StoredTurn
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.offline.turn import OfflineTurn
-from tests.support.offline_turns import SHOWN, keep, offline, said
+from tests.support.offline_turns import BUSY, SHOWN, TRIP, keep, offline, said
 
 
 async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
@@ -56,17 +57,17 @@ async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> Non
     await keep(outbox, said("t1"), replace(said("t2"), follows="t1"))
     for _ in passing:
         with pytest.raises(Overloaded):
-            await outbox.settle("trip")
-    waiting = asyncio.create_task(outbox.settled("trip", "t1"))
+            await outbox.settle(TRIP)
+    waiting = asyncio.create_task(outbox.settled(TurnName(TRIP, "t1")))
     await asyncio.sleep(0)
     assert not waiting.done()
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     await asyncio.wait_for(waiting, 10)
     assert (refused, len(outbox)) == (["t1"], 0)
-    found = outbox.find("trip", "t1")
+    found = outbox.find(TurnName(TRIP, "t1"))
     assert found is not None
     assert isinstance(found.refused, QuotaExceeded)
-    assert outbox.find("trip", "t2") is None
+    assert outbox.find(TurnName(TRIP, "t2")) is None
 
 
 async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -> None:
@@ -102,9 +103,9 @@ async def test_a_device_that_was_told_of_refused_turns_dismisses_its_own(tmp_pat
     outbox = Outbox(refuse, Journal(path))
     await keep(outbox, said("t1"), said("t2"), said("t3", "other"))
     await outbox.flush()
-    assert await outbox.dismiss("trip", "laptop", {"t1", "t2"}) == 0
-    assert await outbox.dismiss("trip", "phone", {"t1", "t3"}) == 1
-    assert await outbox.dismiss("trip", "phone", {"t1"}) == 0
+    assert await outbox.dismiss(TRIP, "laptop", {"t1", "t2"}) == 0
+    assert await outbox.dismiss(TRIP, "phone", {"t1", "t3"}) == 1
+    assert await outbox.dismiss(TRIP, "phone", {"t1"}) == 0
     await outbox.close()
     again = Outbox(refuse, Journal(path))
     for box in (outbox, again):
@@ -134,7 +135,7 @@ async def test_a_refusal_that_is_dismissed_at_once_does_not_come_back(tmp_path: 
     flushing = asyncio.create_task(outbox.flush())
     await asyncio.wait_for(told.wait(), 10)
     await asyncio.wait_for(writing.wait(), 10)  # what follows it
-    dismissing = asyncio.create_task(outbox.dismiss("trip", "phone", {"t1"}))
+    dismissing = asyncio.create_task(outbox.dismiss(TRIP, "phone", {"t1"}))
     await asyncio.sleep(0)
     go_on.set()
     assert await dismissing == 1
@@ -173,17 +174,17 @@ async def test_who_settles_a_session_may_be_cancelled_at_any_time(tmp_path: Path
 
     outbox = Outbox(deliver, Slow(tmp_path / "outbox"))
     await keep(outbox, said("t1"))
-    settling = asyncio.create_task(outbox.settle("trip"))
+    settling = asyncio.create_task(outbox.settle(TRIP))
     await asyncio.wait_for(removing.wait(), 10)
-    await asyncio.wait_for(outbox.settled("trip", "t1"), 10)
+    await asyncio.wait_for(outbox.settled(TurnName(TRIP, "t1")), 10)
     settling.cancel()
     go_on.set()
     await asyncio.gather(settling, return_exceptions=True)
-    assert not outbox.holds("trip")
+    assert not outbox.holds(TRIP)
     await keep(outbox, said("t2"))
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     assert delivered == ["t1", "t2"]
-    assert (outbox.holds("trip"), len(outbox)) == (False, 0)
+    assert (outbox.holds(TRIP), len(outbox)) == (False, 0)
     await outbox.close()
 
 
@@ -202,10 +203,10 @@ async def test_what_follows_a_refused_turn_follows_the_one_before_it(tmp_path: P
     await outbox.close()
     again = Outbox(refuse, Journal(path))
     for box in (outbox, again):
-        kept = box.find("trip", "t2")
+        kept = box.find(TurnName(TRIP, "t2"))
         assert kept is not None
         assert (kept.follows, kept.refused) == ("t0", None)
-        late = box.find("trip", "t3")
+        late = box.find(TurnName(TRIP, "t3"))
         assert late is not None
         assert late.follows == "t0"
     await again.close()
@@ -236,16 +237,16 @@ async def test_sessions_do_not_wait_for_each_other_and_each_keeps_its_order() ->
     stuck = asyncio.Event()
 
     async def deliver(turn: OfflineTurn) -> None:
-        if turn.asked.session == "busy":
+        if turn.asked.session == BUSY:
             await stuck.wait()
         delivered.append(turn.asked.turn)
 
     outbox = Outbox(deliver)
     await keep(outbox, said("b1", "busy"), said("t1"), said("t2"), said("t3"))
     flushing = asyncio.create_task(outbox.flush())
-    await outbox.settle("trip")
+    await outbox.settle(TRIP)
     assert delivered == ["t1", "t2", "t3"]
-    assert (outbox.holds("trip"), outbox.holds("busy")) == (False, True)
+    assert (outbox.holds(TRIP), outbox.holds(BUSY)) == (False, True)
     stuck.set()
     assert await flushing
 

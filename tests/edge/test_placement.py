@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_contract.errors import Overloaded
+from segue_contract.ids import SessionName
 from segue_contract.plan import decode_plan
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.uplink.clouds import CloudSet, Home
@@ -21,6 +22,7 @@ from segue_edge.uplink.rendezvous import BOUND, Standing, rank
 from tests.support.edge_node import device_of, edge_node
 from tests.support.scripted_cloud import Script, scripted_cloud
 
+TRIP, OTHER = SessionName("default", "trip"), SessionName("default", "other")
 TARGETS = [f"10.0.0.{n}:7412" for n in range(1, 6)]
 IDLE = {target: Standing(places=8) for target in TARGETS}
 
@@ -161,7 +163,11 @@ async def test_sessions_that_all_hash_to_one_cloud_go_both_ways_once_it_is_loade
             cloud.script.decode.clear()
         a, b = both
         many = (f"session-{n}" for n in range(200))
-        hot = [name for name in many if node.clouds.best(name).target == a.address][:20]
+        hot = [
+            name
+            for name in many
+            if node.clouds.best(SessionName("default", name)).target == a.address
+        ][:20]
 
         async with asyncio.timeout(100):
             calls = [device.stream(f"{one}.1", session=one, plan="text") for one in hot]
@@ -202,15 +208,15 @@ async def test_pages_in_use_count_as_turns_and_a_refusal_is_kept_in_mind() -> No
         cloud = clouds.clouds[far.address]
         try:
             await cloud.probe(Pacer())
-            assert cloud.standing("trip", Home()) == Standing(places=8)
+            assert cloud.standing(TRIP, Home()) == Standing(places=8)
             far.script.pages_used = 0.7
             await cloud.probe(Pacer())
-            assert cloud.standing("trip", Home()).turns == 6
-            with cloud.asking("trip"), cloud.asking("trip"):
-                assert cloud.standing("trip", Home()).turns == 6
-                assert cloud.standing("other", Home()).turns == 7
+            assert cloud.standing(TRIP, Home()).turns == 6
+            with cloud.asking(TRIP), cloud.asking(TRIP):
+                assert cloud.standing(TRIP, Home()).turns == 6
+                assert cloud.standing(OTHER, Home()).turns == 7
             cloud.refused(Overloaded("Full.", retry_after_s=5.0))
-            assert cloud.standing("trip", Home()).full
-            assert cloud.standing("trip", Home()).wait_s == pytest.approx(5.0, abs=1.0)
+            assert cloud.standing(TRIP, Home()).full
+            assert cloud.standing(TRIP, Home()).wait_s == pytest.approx(5.0, abs=1.0)
         finally:
             await clouds.close()

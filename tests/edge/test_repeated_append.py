@@ -6,7 +6,10 @@ import grpc
 import pytest
 
 from segue_contract.errors import OutcomeUnknown, SegueError, StaleEpoch, Unreachable
+from segue_contract.identity.principal import local
+from segue_contract.ids import SessionName
 from segue_contract.sync.ops import Set, encode_op
+from segue_contract.transport.gate import acting_as
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.api.agent import AgentService
@@ -22,7 +25,8 @@ async def _append(service: AgentService) -> SegueError | None:
         session="trip", device="phone", producer="p", epoch=1, first_seq=1, ops=[op]
     )
     try:
-        await service.Append(request, None)
+        with acting_as(local("default")):
+            await service.Append(request, None)
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error)
     except SegueError as error:
@@ -39,7 +43,9 @@ async def test_a_writer_that_was_forgotten_between_two_attempts(repeated: bool) 
         service = AgentService(
             None, clouds, HistoryCache(), None, instance="edge", model="m", context=1
         )  # type: ignore[arg-type]
-        one, other = (agents[cloud.target] for cloud in clouds.ranked("trip"))
+        one, other = (
+            agents[cloud.target] for cloud in clouds.ranked(SessionName("default", "trip"))
+        )
         stale = StaleEpoch("No such epoch.", current=0)
         if repeated:
             one.fail_once["Append"] = Unreachable("It took the op, and died.")

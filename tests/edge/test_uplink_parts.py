@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue_contract.errors import BadBlock, InvalidArgument, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.kv.layout import block_ids
 from segue_contract.limits import (
     KV_PART_BYTES,
@@ -35,7 +36,7 @@ from tests.support.tiny_edge import RECIPE, block_of
 
 def test_a_node_without_clouds_says_so() -> None:
     with pytest.raises(Unreachable, match="no cloud"):
-        CloudSet([], Pacer()).best("trip")
+        CloudSet([], Pacer()).best(SessionName("default", "trip"))
 
 
 @pytest.mark.parametrize("target", ["nowhere", "host:", ":1", "host:99999", "host:x"])

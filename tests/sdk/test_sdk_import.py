@@ -7,6 +7,8 @@ import sys
 
 HEAVY = ("numpy", "torch", "onnxruntime", "tokenizers", "redis", "structlog", "transformers")
 
+SIGNING = ("jwt", "cryptography")  # a fifth of a second, for those alone who issue or check tokens
+
 
 def _loaded(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
@@ -19,13 +21,19 @@ def _loaded(statement: str) -> set[str]:
 def test_import_loads_nothing_but_itself() -> None:
     loaded = _loaded("import segue; segue.__version__")
     assert "segue" in loaded
-    assert loaded.isdisjoint({*HEAVY, "grpc", "aiomqtt", "msgspec", "rich", "typer"})
+    assert loaded.isdisjoint({*HEAVY, *SIGNING, "grpc", "aiomqtt", "msgspec", "rich", "typer"})
 
 
 def test_whole_api_does_without_the_nodes_packages() -> None:
     loaded = _loaded("import segue, segue._mqtt; [getattr(segue, name) for name in segue.__all__]")
     assert "grpc" in loaded
-    assert loaded.isdisjoint(HEAVY)
+    assert loaded.isdisjoint({*HEAVY, *SIGNING})
+
+
+def test_a_back_end_that_issues_tokens_needs_no_transport() -> None:
+    loaded = _loaded("import segue; segue.tokens.issue")
+    assert set(SIGNING) <= loaded
+    assert loaded.isdisjoint({*HEAVY, "grpc", "aiomqtt", "rich", "typer"})
 
 
 def test_public_names() -> None:

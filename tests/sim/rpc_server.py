@@ -94,10 +94,13 @@ class Server:
             return found
         details: Any = SimpleNamespace(method=path, invocation_metadata=())
 
-        async def plain(_: Any) -> Any:
-            return found
+        async def through(interceptors: list[Any]) -> Any:
+            if not interceptors:
+                return found
+            first, *others = interceptors
+            return await first.intercept_service(lambda _: through(others), details)
 
-        return await self._interceptors[0].intercept_service(plain, details)
+        return await through(self._interceptors)
 
 
 class _Served:

@@ -18,7 +18,7 @@ NOBODY_PUBLISHES = "topic read segue/v1/#\n"
 
 _CONFIG = """\
 listener {port} {host}
-allow_anonymous true
+allow_anonymous {anonymous}
 set_tcp_nodelay true
 persistence false
 connection_messages false
@@ -33,7 +33,7 @@ user {user}
 
 
 @asynccontextmanager
-async def mosquitto(more: str = "", *, acl: str = "") -> AsyncIterator[str]:
+async def mosquitto(more: str = "", *, acl: str = "", anonymous: bool = True) -> AsyncIterator[str]:
     """Its URL. `more`: further lines of mosquitto.conf. `acl`: an access list."""
     require_mosquitto()
     _, program = find_broker("mosquitto")
@@ -47,7 +47,15 @@ async def mosquitto(more: str = "", *, acl: str = "") -> AsyncIterator[str]:
 
         async def on_port(port: int) -> ChildProcess:
             config = folder / "mosquitto.conf"
-            config.write_text(_CONFIG.format(port=port, host=LOOPBACK, user=user, more=more))
+            config.write_text(
+                _CONFIG.format(
+                    port=port,
+                    host=LOOPBACK,
+                    user=user,
+                    more=more,
+                    anonymous="true" if anonymous else "false",
+                )
+            )
             return await ChildProcess.start(
                 "mosquitto",
                 [program, "-c", str(config)],

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -20,6 +22,7 @@ from segue_contract.chat import ChatTokenizer
 from segue_contract.limits import COMPACT_AFTER_BYTES, COMPACT_AFTER_ENTRIES, TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from tests.support.scripted_engine import ScriptedEngine
@@ -50,9 +53,12 @@ async def cloud_rpc(
     mqtt_url: str = "",
     limits: TurnLimits = TurnLimits(),
     folds: bool = True,
+    gate: Gate | None = None,
+    **listener: Any,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
-    that devices follow over. `folds`: False keeps every entry of a log."""
+    that devices follow over. `folds`: False keeps every entry of a log.
+    `listener`: of its server (TLS)."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or tokenizer_of(model_dir)
     store = await RedisStore.connect(url)
@@ -64,6 +70,8 @@ async def cloud_rpc(
         log = await stack.enter_async_context(
             SessionLog(store, publisher, compact_after=after, compact_bytes=size)
         )
+        if gate is not None:
+            await stack.enter_async_context(following_revocations(log, gate))
         context = manifest.geometry.context
         deps = OwnerDeps(
             log=log,
@@ -80,13 +88,13 @@ async def cloud_rpc(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
         )
         agent = AgentService(
-            Identity("default", "cloud-1", manifest.name, lambda: mqtt_url, context),
+            Identity("cloud-1", manifest.name, lambda: mqtt_url, context),
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
         )
         facts = FactsSource(engine, manager.places, manifest, "cloud-1")
-        decode = DecodeService(manager, log, engine, manifest, facts, "default")
+        decode = DecodeService(manager, log, engine, manifest, facts)
         server = await start_server(
             "127.0.0.1",
             0,
@@ -97,6 +105,8 @@ async def cloud_rpc(
                     lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),
                 ),
             ],
+            gate=gate,
+            **listener,
         )
         channel = open_channel(server.address)
         try:

@@ -9,9 +9,11 @@ from typing import Any
 
 import grpc
 
+from segue_contract.ids import DEFAULT_TENANT, SessionName
 from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import PlanReport, decode_plan
 from segue_contract.transport.channel import open_channel
+from segue_contract.transport.gate import Tokens, bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
@@ -28,12 +30,13 @@ async def edge_node(
     *clouds: str,
     model: TinyModel | None = None,
     limits: EdgeTurnLimits = EdgeTurnLimits(),
+    tokens: Tokens | None = None,
     **settings: Any,
 ) -> AsyncIterator[EdgeNode]:
     """A node on a free port that uses these clouds."""
     tiny = model or TinyModel()
     config = EdgeConfig(port=0, cloud=",".join(clouds), **settings)
-    async with EdgeNode(config, load=lambda _: (tiny, tiny_tokenizer()), limits=limits) as node:
+    async with EdgeNode(config, lambda _: (tiny, tiny_tokenizer()), limits, tokens) as node:
         yield node
 
 
@@ -82,24 +85,26 @@ class Told:
 class Device:
     """A device's calls; failures come as the product's own errors."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, name: str = "phone", token: str = "") -> None:
+        self.name = name
+        self._metadata = bearer(token)
         self._channel = open_channel(address)
         self.stub: Any = agent_pb2_grpc.AgentStub(self._channel)
 
     async def open(self, session: str = "trip", **more: Any) -> pb.OpenSessionReply:
-        request = pb.OpenSessionRequest(session=session, device="phone", **more)
+        request = pb.OpenSessionRequest(session=session, device=self.name, **more)
         return await self.call("OpenSession", request)
 
     async def call(self, method: str, request: Any) -> Any:
         try:
-            return await getattr(self.stub, method)(request, timeout=20)
+            return await getattr(self.stub, method)(request, timeout=20, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
 
     def stream(self, turn: str = "t1", prompt: str = LONG_PROMPT, **more: Any) -> Any:
         fields: dict[str, Any] = {"session": "trip", "max_tokens": 12, **more}
-        request = pb.RunTurnRequest(device="phone", turn=turn, prompt=prompt, **fields)
-        return self.stub.RunTurn(request, timeout=60)
+        request = pb.RunTurnRequest(device=self.name, turn=turn, prompt=prompt, **fields)
+        return self.stub.RunTurn(request, timeout=60, metadata=self._metadata)
 
     async def run(self, turn: str = "t1", prompt: str = LONG_PROMPT, **more: Any) -> Told:
         told = Told()
@@ -115,8 +120,8 @@ class Device:
 
 
 @asynccontextmanager
-async def device_of(node: EdgeNode) -> AsyncIterator[Device]:
-    device = Device(node.server.address)
+async def device_of(node: EdgeNode, name: str = "phone", token: str = "") -> AsyncIterator[Device]:
+    device = Device(node.server.address, name, token)
     try:
         yield device
     finally:
@@ -134,7 +139,7 @@ class TwoClouds:
 
     def ranked(self, session: str = "trip") -> tuple[ScriptedCloud, ScriptedCloud]:
         """The session's cloud, and the other one."""
-        first = self.a.address == self.node.clouds.best(session).target
+        first = self.a.address == self.node.clouds.best(SessionName(DEFAULT_TENANT, session)).target
         return (self.a, self.b) if first else (self.b, self.a)
 
 

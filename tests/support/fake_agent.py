@@ -21,6 +21,7 @@ from segue_contract.sync.replica import Replica
 from segue_contract.sync.state import SessionState, encode_state
 from segue_contract.transport.heartbeat import beating
 from segue_contract.transport.server import RunningServer, start_server
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 
@@ -170,6 +171,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.epochs = 0  # of producers, given so far
         self.run_closed = asyncio.Event()
         self.stop_asked = asyncio.Event()
+        self.tls: TlsFiles | None = None  # from the next start on
         self._server: RunningServer | None = None
 
     @property
@@ -189,6 +191,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             "127.0.0.1",
             self.port,
             [("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(self, s))],
+            tls=self.tls,
         )
         self.port = self._server.port
 

@@ -53,7 +53,7 @@ class Publisher:
 
 @asynccontextmanager
 async def publishing(broker: Broker, log: FakeLog) -> AsyncIterator[Publisher]:
-    host, port = parse_mqtt_url(broker.url)
+    host, port = parse_mqtt_url(broker.url).address
     async with aiomqtt.Client(
         host,
         port,

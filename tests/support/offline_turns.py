@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from segue_contract.ids import SessionName
 from segue_contract.plan import PlanReport, encode_plan
 from segue_contract.turn.events import Reason
 from segue_contract.v1 import agent_pb2 as pb
@@ -12,6 +13,7 @@ from segue_edge.turns.offline.turn import OfflineTurn
 REQUEST = pb.RunTurnRequest(
     session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=50
 )
+TRIP, BUSY = SessionName("default", "trip"), SessionName("default", "busy")
 SHOWN = (200, 201, 202)
 
 
@@ -20,7 +22,8 @@ def offline(
 ) -> OfflineTurn:
     plan = encode_plan(PlanReport(shape="edge"))
     pieces = tuple("x" for _ in tokens)
-    return OfflineTurn(Asked.of(request), (10, 11, 12), tokens, pieces, Reason.STOP, plan, begun)
+    asked = Asked.of(request, TRIP.tenant)
+    return OfflineTurn(asked, (10, 11, 12), tokens, pieces, Reason.STOP, plan, begun)
 
 
 def said(turn: str, session: str = "trip") -> OfflineTurn:

@@ -56,7 +56,7 @@ _HOME = {
     "SessionInfo": "events",
     "Timing": "events",
 }
-_MODULES = ("errors", "events", "testing")
+_MODULES = ("errors", "events", "testing", "tokens")
 
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import aiomqtt
 
+from segue_contract.errors import InvalidArgument
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
     BROKER_RETRY_MAX_S,
@@ -23,7 +24,8 @@ from segue_contract.limits import (
     SUBSCRIBE_TIMEOUT_S,
 )
 from segue_contract.transport import mqtt_client
-from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.transport.together import end
 
 
@@ -41,14 +43,16 @@ class Broker:
     """Connects when the first sink comes; `close` ends it.
 
     Args:
-        url: "mqtt://host:port".
+        url: "mqtt://host:port" or "mqtts://...", with a user and a password where it needs them.
+        tls: whom mqtts:// believes, and our certificate.
 
     Raises:
         InvalidArgument: the url is not a broker's.
     """
 
-    def __init__(self, url: str) -> None:
-        self._host, self._port = parse_mqtt_url(url)
+    def __init__(self, url: str, tls: TlsFiles | None = None) -> None:
+        self._server = parse_mqtt_url(url)
+        self._login = MqttLogin(tls=tls or TlsFiles())
         self._sinks: dict[str, list[Sink]] = {}
         self._mqtt: mqtt_client.MqttClient | None = None
         self._down = False  # the last attempt failed
@@ -63,7 +67,7 @@ class Broker:
         for topic in topics:
             self._sinks.setdefault(topic, []).append(sink)
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name=f"mqtt {self._host}:{self._port}")
+            self._task = asyncio.create_task(self._run(), name=f"mqtt {self._server.url}")
         elif self._mqtt is not None:
             sink.on_link(await self._subscribe(self._mqtt, topics))
         elif self._down:
@@ -96,15 +100,15 @@ class Broker:
         while not self._stopping.is_set():
             try:
                 async with mqtt_client.MqttClient(
-                    self._host,
-                    self._port,
+                    *self._server.address,
+                    **connect_options(self._server, self._login),
                     clean_start=True,
                     keepalive=BROKER_KEEPALIVE_S,
                     timeout=CONNECT_TIMEOUT_S,
                 ) as mqtt:
                     await self._serve(mqtt)
-            except aiomqtt.MqttError:
-                pass
+            except (aiomqtt.MqttError, InvalidArgument):
+                pass  # sessions are followed over gRPC meanwhile
             finally:
                 self._mqtt, self._down = None, True
                 self._tell(False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 
+from segue._access import Access
 from segue_contract.errors import (
     EngineGone,
     InvalidArgument,
@@ -32,9 +33,8 @@ from segue_contract.limits import (
     RETRY_PAUSE_S,
     RPC_TIMEOUT_S,
 )
-from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.heartbeat import answered
-from segue_contract.transport.status import ERROR_KEY, error_from_rpc
+from segue_contract.transport.status import ERROR_KEY, concerns_tls, error_from_rpc
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc
 
@@ -66,6 +66,7 @@ class Node:
     channel: grpc.aio.Channel | None = None
     stub: Any = None
     reviving: asyncio.Task[None] | None = None
+    files: tuple[object, ...] = ()  # the certificates as its channel was opened with them
 
 
 def is_link_loss(error: BaseException) -> bool:
@@ -133,7 +134,11 @@ class Nodes:
     """Channels to a list of addresses. Not thread-safe; one event loop."""
 
     def __init__(
-        self, addresses: Sequence[str], *, clock: Callable[[], float] = time.monotonic
+        self,
+        addresses: Sequence[str],
+        *,
+        access: Access = Access(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not addresses:
             raise InvalidArgument("No address was given.", hint="Write host:port of a node.")
@@ -141,7 +146,8 @@ class Nodes:
             raise InvalidArgument(
                 f"{len(addresses)} addresses were given; {MAX_ADDRESSES} are allowed."
             )
-        self._nodes = [Node(check_target(address)) for address in dict.fromkeys(addresses)]
+        self._nodes = [Node(access.check(address)) for address in dict.fromkeys(addresses)]
+        self._access = access
         self._clock = clock
         self._closed = False
         self.tries = 0  # attempts of unary calls so far
@@ -181,20 +187,33 @@ class Nodes:
         """
         if self._closed:
             raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
+        if node.channel is not None and self._outdated(node):
+            await self._disconnect(node)
         if node.channel is None:
-            node.channel = open_channel(node.address)
+            node.files = self._access.stamp()
+            node.channel = self._access.channel(node.address)
             node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await _connected(node.channel)
         except (TimeoutError, Unreachable) as error:
             await self.failed(node)
+            if isinstance(error, Unreachable) and error.hint:
+                raise Unreachable(
+                    f"{node.address}: {error.message}", hint=error.hint, address=node.address
+                ) from error
             raise Unreachable(
                 f"Nothing answers at {node.address}.",
                 hint="Check the address, and that the node is running (`segue up`).",
                 address=node.address,
             ) from error
         return node.stub
+
+    def _outdated(self, node: Node) -> bool:
+        """Its connection is lost, and the certificates were replaced since it was opened."""
+        assert node.channel is not None
+        lost = node.channel.get_state() is not grpc.ChannelConnectivity.READY
+        return lost and node.files != self._access.stamp()
 
     async def failed(self, node: Node) -> None:
         """Prefer other nodes for a while; a dead connection is replaced the next time.
@@ -224,7 +243,7 @@ class Nodes:
     async def _revive(self, node: Node) -> None:
         """Until it answers: a new connection is ready only once the other side spoke."""
         while True:
-            channel = open_channel(node.address)
+            channel = self._access.channel(node.address)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await _connected(channel)
@@ -339,7 +358,11 @@ class Nodes:
 
 
 async def _connected(channel: grpc.aio.Channel) -> None:
-    """Wait until the channel is ready; a refused connection fails at once."""
+    """Wait until the channel is ready; a refused connection fails at once.
+
+    Raises:
+        Unreachable: with a hint where it is known what is wrong.
+    """
     while True:
         state = channel.get_state(try_to_connect=True)
         if state is grpc.ChannelConnectivity.READY:
@@ -348,5 +371,19 @@ async def _connected(channel: grpc.aio.Channel) -> None:
             grpc.ChannelConnectivity.TRANSIENT_FAILURE,
             grpc.ChannelConnectivity.SHUTDOWN,
         ):
-            raise Unreachable("The connection was refused.")
+            raise await _why(channel)
         await channel.wait_for_state_change(state)
+
+
+async def _why(channel: grpc.aio.Channel) -> Unreachable:
+    """Why the last attempt to connect failed: only a call is told."""
+    refused = Unreachable("The connection was refused.")
+    try:
+        await channel.unary_unary(_HEALTH_METHOD, None, None)(b"", timeout=CONNECT_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        found = error_from_rpc(error)
+        if isinstance(found, Unreachable) and concerns_tls(error.details() or ""):
+            return found
+    except grpc.aio.UsageError:  # closed meanwhile
+        pass
+    return refused

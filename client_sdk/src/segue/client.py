@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from segue._access import read_access
 from segue._nodes import Nodes
+from segue._renewing import keep_renewed
 from segue._tails import Tails
 from segue._transfer import export_session, import_session
 from segue.errors import InvalidArgument
@@ -37,9 +40,17 @@ class Client:
             where one fails, the next one goes on.
         device: this device's name, the same each time; "": a fresh one.
         limits: other bounds than the usual ones.
+        token: shown with each call; a function is asked each time (event loop's thread), and
+            streams that go on are renewed with what it gives. None: SEGUE_TOKEN, "": none. It
+            leaves this machine over TLS only.
+        tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
+            ones: TLS is on. None: SEGUE_CA, "": off.
+        tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
+            SEGUE_KEY. Files are read for each new connection.
 
     Raises:
-        InvalidArgument: an address or the name cannot be one.
+        InvalidArgument: an address or the name cannot be one, a file is missing its partner, or
+            the token would travel unencrypted.
     """
 
     def __init__(
@@ -48,13 +59,24 @@ class Client:
         *,
         device: str = "",
         limits: ClientLimits = ClientLimits(),
+        token: str | Callable[[], str] | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
-        self._nodes = Nodes([address] if isinstance(address, str) else list(address))
+        self._access = read_access(
+            os.environ, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
+        )
+        self._nodes = Nodes(
+            [address] if isinstance(address, str) else list(address), access=self._access
+        )
         self._limits = limits
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self._renews = token if callable(token) else None
+        self._renewing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Client:
         """Connect.
@@ -67,6 +89,9 @@ class Client:
         except BaseException:
             await self._nodes.close()
             raise
+        if self._renews is not None:
+            work = keep_renewed(self._renews, self._renew)
+            self._renewing = asyncio.create_task(work, name="token")
         return self
 
     async def __aexit__(
@@ -79,6 +104,9 @@ class Client:
 
     async def close(self) -> None:
         """Leave. Turns that run go on; followed sessions end."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         for follower in list(self._followers):
             await follower.aclose()
         await self._tails.close()
@@ -86,6 +114,9 @@ class Client:
             await broker.close()
         self._brokers.clear()
         await self._nodes.close()
+
+    async def _renew(self) -> None:
+        await self._nodes.unary("Renew", pb.RenewRequest())
 
     async def session(self, name: str, *, must_exist: bool = False, model: str = "") -> Session:
         """Open a session, or create it.
@@ -154,6 +185,22 @@ class Client:
         reply: pb.DeleteSessionReply = await self._nodes.unary("DeleteSession", request)
         return bool(reply.deleted)
 
+    async def revoke(self, session: str, device: str) -> float:
+        """Make void what tokens a device has for a session now; its streams end. Tokens that are
+        issued for it later count. Needs the right "admin".
+
+        Returns:
+            Unix seconds, before which its tokens are void.
+
+        Raises:
+            PermissionDenied, UnknownSession.
+        """
+        request = pb.RevokeRequest(
+            session=check_id(session, "session"), revoked=check_id(device, "device")
+        )
+        reply: pb.RevokeReply = await self._nodes.unary("Revoke", request)
+        return float(reply.before_ms) / 1000
+
     async def expire_sessions(self, idle_s: float) -> list[str]:
         """Delete all sessions that nobody wrote to, opened or used for `idle_s` (1 or more).
 
@@ -202,7 +249,7 @@ class Client:
             from segue._mqtt import Broker  # aiomqtt is loaded only where a session is followed
 
             try:
-                self._brokers[url] = Broker(url)
+                self._brokers[url] = Broker(url, self._access.tls)
             except InvalidArgument:
                 return None  # a kind of broker that we do not speak to
         return self._brokers.get(url)

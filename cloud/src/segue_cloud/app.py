@@ -24,6 +24,7 @@ from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
@@ -36,9 +37,12 @@ from segue_contract.model.home import model_directory
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.servers import Broker, Valkey
 from segue_contract.telemetry import EVENT_READY
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.logs import set_up_logs, without_password
+from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.process import keep_loaded, stop_requested
-from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.server import RunningServer, check_listener, start_server
+from segue_contract.transport.tenant_keys import TenantKeys
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 
@@ -99,17 +103,27 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     Raises:
         NotLoopback, PortInUse, ModelError, StoreUnavailable, MissingExtra, OtherBroker.
     """
-    check_loopback(settings.host)
+    tokens = TenantKeys(settings.tenant_keys) if settings.tenant_keys is not None else None
+    check_listener(
+        settings.host,
+        tls=settings.listener_tls,
+        clients=settings.tls_clients,
+        authenticated=tokens is not None,
+    )
+    gate = Gate(settings.tenant, tokens)
+    login = settings.broker_login
+    if settings.public_mqtt_url:
+        parse_mqtt_url(settings.public_mqtt_url)
     directory = model_directory(settings.model)
     manifest = read_manifest(directory)
     instance = settings.instance or new_id("cloud-", os.urandom)
     loading = asyncio.ensure_future(_load_engine(settings, directory, manifest))
     try:
-        redis_url = settings.redis_url or await _embedded_store(stack)
+        redis_url = settings.store_url or await _embedded_store(stack)
         store = await RedisStore.connect(redis_url)
         stack.push_async_callback(store.close)
         broker = OneBroker(store.broker_record(), instance, lambda: _embedded_broker(stack))
-        publisher = Publisher(await broker.settle(settings.mqtt_url), store)
+        publisher = Publisher(await broker.settle(settings.mqtt_url), store, login=login)
         broker.moved = publisher.move
         await stack.enter_async_context(broker)
         await stack.enter_async_context(publisher)
@@ -144,12 +158,17 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     )
     await stack.enter_async_context(recovering(manager, running))
     identity = Identity(
-        settings.tenant, instance, manifest.name, lambda: publisher.url, manifest.geometry.context
+        instance,
+        manifest.name,
+        lambda: settings.told_mqtt_url(publisher.url),
+        manifest.geometry.context,
     )
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
     facts = FactsSource(engine, manager.places, manifest, instance)
-    decode = DecodeService(manager, session_log, engine, manifest, facts, settings.tenant)
-    server = await _serve(settings, agent, decode)
+    decode = DecodeService(manager, session_log, engine, manifest, facts)
+    if tokens is not None:
+        await stack.enter_async_context(following_revocations(session_log, gate))
+    server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
     if settings.metrics_port:
@@ -159,7 +178,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
 
 
 async def _serve(
-    settings: CloudSettings, agent: AgentService, decode: DecodeService
+    settings: CloudSettings, agent: AgentService, decode: DecodeService, gate: Gate
 ) -> RunningServer:
     return await start_server(
         settings.host,
@@ -174,6 +193,10 @@ async def _serve(
                 lambda s: decode_pb2_grpc.add_DecodeServicer_to_server(decode, s),  # type: ignore[no-untyped-call]
             ),
         ],
+        tls=settings.listener_tls,
+        clients=settings.tls_clients,
+        node_port=settings.node_port,
+        gate=gate,
     )
 
 
@@ -226,9 +249,12 @@ def _print_ready(cloud: Cloud, seconds: float) -> None:
         "port": cloud.server.port,
         "instance": cloud.instance,
         "model": cloud.model,
+        "tls": cloud.server.tls,
         "redis_url": without_password(cloud.redis_url),
         "mqtt_url": without_password(cloud.mqtt_url),
         "seconds": round(seconds, 3),
     }
+    if cloud.server.node_port is not None:
+        ready["node_port"] = cloud.server.node_port
     os.write(1, msgspec.json.encode(ready) + b"\n")
     log.info(EVENT_READY, address=cloud.server.address, seconds=ready["seconds"])

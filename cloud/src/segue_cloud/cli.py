@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,13 @@ from pydantic import ValidationError
 
 from segue_cloud.config import CloudSettings
 from segue_contract.errors import InvalidArgument
+from segue_contract.transport.settings import (
+    CaOption,
+    CertOption,
+    ClientsOption,
+    KeyOption,
+    TenantKeysOption,
+)
 
 app = typer.Typer(
     help="Run the cloud service: decode engine, session log, fan-out.", add_completion=False
@@ -18,15 +26,39 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def cloud(
-    host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; off loopback with TLS and authentication only."),
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    node_port: Annotated[
+        int | None, typer.Option(help="One more port, for edges: client certificates required.")
+    ] = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    tls_ca: CaOption = None,
+    tls_clients: ClientsOption = None,
+    tenant_keys: TenantKeysOption = None,
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(help="redis://…, redis+sentinel://… ; embedded Valkey where not given."),
     ] = None,
+    redis_ca: Annotated[
+        Path | None, typer.Option(help="Authority of a rediss:// store. [--tls-ca]")
+    ] = None,
     mqtt_url: Annotated[
-        str | None, typer.Option(help="mqtt://… ; embedded broker where not given.")
+        str | None, typer.Option(help="mqtt://… or mqtts://… ; embedded broker where not given.")
+    ] = None,
+    public_mqtt_url: Annotated[
+        str | None,
+        typer.Option(help="The broker as devices reach it, with a login of theirs. [--mqtt-url]"),
+    ] = None,
+    mqtt_login: Annotated[
+        Path | None, typer.Option(help="File of one line, user:password, for the broker.")
+    ] = None,
+    mqtt_ca: Annotated[
+        Path | None, typer.Option(help="Authority of an mqtts:// broker. [--tls-ca]")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     device: Annotated[

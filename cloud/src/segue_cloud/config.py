@@ -5,15 +5,21 @@ No file of the working directory is read: whose it is, nobody knows.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
+from segue_contract.store_url import with_tls_files
+from segue_contract.transport.hosts import is_loopback
+from segue_contract.transport.mqtt import MqttLogin, parse_mqtt_url, read_mqtt_login
+from segue_contract.transport.settings import TlsSettings
+from segue_contract.transport.tls import SYSTEM, TlsFiles
 
 
 def _name(value: str) -> str:
@@ -23,7 +29,7 @@ def _name(value: str) -> str:
         raise ValueError(str(error)) from error
 
 
-class CloudSettings(BaseSettings):
+class CloudSettings(TlsSettings):
     """Frozen once built. A bad value stops the program at start-up and is named."""
 
     model_config = SettingsConfigDict(
@@ -35,6 +41,8 @@ class CloudSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(7412, ge=0, le=65535)
+    # for edges, always with client certificates; None: they use `port`
+    node_port: int | None = Field(None, ge=0, le=65535)
     model: str = DEFAULT_MODEL
     tenant: Annotated[str, AfterValidator(_name)] = "default"  # part of keys and topics
     instance: str = ""
@@ -45,6 +53,13 @@ class CloudSettings(BaseSettings):
     mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
+    redis_ca: Path | None = None  # None: as tls_ca
+    # what devices are told; empty: the broker's own address where they can reach it
+    public_mqtt_url: str = Field(
+        "", validation_alias=AliasChoices("SEGUE_PUBLIC_MQTT_URL", "SEGUE_CLOUD_PUBLIC_MQTT_URL")
+    )
+    mqtt_login: Path | None = None  # a file of one line, user:password
+    mqtt_ca: Path | None = None  # None: as tls_ca
     dtype: str = Field("auto", pattern="^(auto|bf16|fp32)$")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")  # auto: a card if any
     threads: int = Field(0, ge=0, le=1024)  # 0: one per core
@@ -58,3 +73,33 @@ class CloudSettings(BaseSettings):
     session_ttl: float = Field(0.0, ge=0.0, le=36500.0)  # days without use; 0: kept for ever
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+
+    @property
+    def store_url(self) -> str:
+        """`redis_url` with the certificates that it does not name itself."""
+        ca = self.redis_ca or self.tls_ca
+        return with_tls_files(
+            self.redis_url,
+            ca=str(ca) if ca is not None and ca != SYSTEM else "",
+            certificate=str(self.tls_cert or ""),
+            key=str(self.tls_key or ""),
+        )
+
+    @property
+    def broker_login(self) -> MqttLogin:
+        """How this instance shows itself to the broker. Raises InvalidArgument."""
+        tls = TlsFiles(self.tls_cert, self.tls_key, self.mqtt_ca or self.tls_ca)
+        given = parse_mqtt_url(self.mqtt_url) if self.mqtt_url else None
+        if given is not None and given.username:
+            return MqttLogin(given.username, given.password, tls)
+        return (
+            MqttLogin(tls=tls) if self.mqtt_login is None else read_mqtt_login(self.mqtt_login, tls)
+        )
+
+    def told_mqtt_url(self, own: str) -> str:
+        """What devices are told where this instance publishes through `own`; "": they follow over
+        gRPC, since a broker on this machine's loopback is none that others reach."""
+        if self.public_mqtt_url:
+            return self.public_mqtt_url
+        reached = is_loopback(self.host) or not is_loopback(parse_mqtt_url(own).host)
+        return own if reached else ""

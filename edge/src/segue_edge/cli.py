@@ -17,6 +17,13 @@ from segue_contract.errors import SegueError
 from segue_contract.telemetry import EVENT_READY
 from segue_contract.transport.logs import set_up_logs
 from segue_contract.transport.process import keep_loaded
+from segue_contract.transport.settings import (
+    CaOption,
+    CertOption,
+    ClientsOption,
+    KeyOption,
+    TenantKeysOption,
+)
 from segue_edge.config import DEFAULT_CLOUD, DEFAULT_PORT, EdgeConfig, read_config
 
 if TYPE_CHECKING:
@@ -32,7 +39,10 @@ _STARTED = time.monotonic()
 
 @app.callback(invoke_without_command=True)
 def edge(
-    host: Annotated[str | None, typer.Option(help="Loopback address to listen on.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; off loopback with TLS and authentication only."),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(help=f"Port; 0 picks a free one. Default {DEFAULT_PORT}.")
     ] = None,
@@ -40,6 +50,11 @@ def edge(
         list[str] | None,
         typer.Option(help=f"HOST:PORT of a cloud, may be repeated. Default {DEFAULT_CLOUD}."),
     ] = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    tls_ca: CaOption = None,
+    tls_clients: ClientsOption = None,
+    tenant_keys: TenantKeysOption = None,
     model: Annotated[
         str | None, typer.Option(help="Name of a built model, or its directory.")
     ] = None,
@@ -70,6 +85,11 @@ def edge(
             host=host,
             port=port,
             cloud=tuple(cloud) if cloud else None,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_ca=tls_ca,
+            tls_clients=tls_clients,
+            tenant_keys=tenant_keys,
             model=model,
             plan=plan,
             threads=threads,
@@ -113,6 +133,7 @@ def _say_ready(node: EdgeNode) -> None:
         "instance": node.instance,
         "seconds": round(time.monotonic() - _STARTED, 3),
         "model": node.tools.manifest.name,
+        "tls": node.server.tls,
         "provider": node.provider,
         "cloud": list(node.config.cloud),
         "plan": node.config.plan,

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from segue_contract.errors import InvalidArgument, SegueError
 from segue_contract.limits import MAX_TURNS_PER_EDGE
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home
 from segue_contract.transport.channel import check_target
+from segue_contract.transport.settings import TlsSettings
 from segue_edge.planner.plan import parse_force
 
 DEFAULT_PORT = 7411
 DEFAULT_CLOUD = "127.0.0.1:7412"
 
 
-class EdgeConfig(BaseSettings):
+class EdgeConfig(TlsSettings):
     """Never written to after it was read."""
 
     model_config = SettingsConfigDict(env_prefix="SEGUE_EDGE_", frozen=True, extra="ignore")

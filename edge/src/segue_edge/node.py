@@ -21,15 +21,17 @@ import structlog
 from segue_contract.chat import ChatTokenizer
 from segue_contract.cpus import available_cpus
 from segue_contract.errors import SessionDeleted
-from segue_contract.ids import new_id
+from segue_contract.ids import DEFAULT_TENANT, new_id
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.limits import MIB, EdgeTurnLimits
 from segue_contract.model.gate import bytes_per_token
 from segue_contract.model.manifest import Manifest
 from segue_contract.sync.ops import Sampling
 from segue_contract.telemetry import EVENT_PROVIDER
-from segue_contract.transport.server import RunningServer, check_loopback, start_server
+from segue_contract.transport.gate import Gate, Tokens
+from segue_contract.transport.server import RunningServer, check_listener, start_server
 from segue_contract.transport.stalls import StallMonitor
+from segue_contract.transport.tenant_keys import TenantKeys
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.api.agent import AgentService
 from segue_edge.compute import ComputeThread, Priority
@@ -95,10 +97,13 @@ class EdgeNode:
         config: EdgeConfig,
         load: Load | None = None,
         limits: EdgeTurnLimits = EdgeTurnLimits(),
+        tokens: Tokens | None = None,
     ) -> None:
+        """`tokens`: says who bears one; without it everybody on this machine is served."""
         self.config = config
         self._load = load or load_model
         self._limits = limits
+        self._tokens = tokens
         self.instance = new_id("edge-", os.urandom)
         self.provider = ""
         self.start_s = 0.0
@@ -113,7 +118,15 @@ class EdgeNode:
 
     async def __aenter__(self) -> EdgeNode:
         begun = time.monotonic()
-        check_loopback(self.config.host)
+        config = self.config
+        if config.tenant_keys is not None:
+            self._tokens = TenantKeys(config.tenant_keys)
+        check_listener(
+            config.host,
+            tls=config.listener_tls,
+            clients=config.tls_clients,
+            authenticated=self._tokens is not None,
+        )
         try:
             await self._start()
         except BaseException:
@@ -134,7 +147,10 @@ class EdgeNode:
         config = self.config
         self.histories = HistoryCache()
         clouds = self.clouds = CloudSet(
-            config.cloud, Pacer(config.link_bytes_per_s), self.histories.home
+            config.cloud,
+            Pacer(config.link_bytes_per_s),
+            config.channel_tls,
+            home_of=self.histories.home,
         )
         self._stack.push_async_callback(clouds.close)
         clouds.start()  # while the model loads
@@ -227,6 +243,9 @@ class EdgeNode:
                     lambda server: agent_pb2_grpc.add_AgentServicer_to_server(service, server),  # type: ignore[no-untyped-call]
                 )
             ],
+            tls=self.config.listener_tls,
+            clients=self.config.tls_clients,
+            gate=Gate(DEFAULT_TENANT, self._tokens),
         )
         self._stack.push_async_callback(self._stop_serving, service)
 
@@ -239,16 +258,16 @@ class EdgeNode:
 
     def _on_delivered(self, offline: OfflineTurn, as_shown: bool) -> None:
         """The log has a turn that was served offline: whoever asks for it reads it there."""
-        self.registry.forget(offline.asked.session, offline.asked.turn)
+        self.registry.forget(offline.asked.key)
 
     def _on_refused(self, offline: OfflineTurn) -> None:
         """The log will never have it: it is told from the outbox, and in no prompt to come."""
-        session, turn = offline.asked.key
+        asked = offline.asked
         if isinstance(offline.refused, SessionDeleted):
-            self.histories.forget(session)
+            self.histories.forget(asked.session)
         else:
-            self.histories.of(session).delivered(turn, as_shown=False)
-        self.registry.forget(session, turn)
+            self.histories.of(asked.session).delivered(asked.turn, as_shown=False)
+        self.registry.forget(asked.key)
 
     def _retry_after_s(self) -> float:
         """Until the prompts that wait are prefilled, at least a moment."""

@@ -34,6 +34,9 @@ SegueError
 │   └── ModelBuildFailed       the build stopped; nothing half-built is left
 ├── KvError                    bytes of a KV stream that are no KV of ours
 │   ├── BadMagic · BadVersion · BadLength · BadChecksum · BadRecipe · BadBlock · Truncated
+├── Unauthenticated            nobody knows who calls: no token or certificate, or a bad one
+│   └── Revoked                the device's tokens for the session were made void
+├── PermissionDenied           it is known who calls, and they may not do that
 ├── NotLoopback                a listener would leave this machine without authentication
 ├── PortInUse                  another program listens there
 ├── OtherBroker                the clouds on this store publish through another broker; `url`
@@ -310,6 +313,22 @@ class BadBlock(KvError):
 
 class Truncated(KvError):
     pass
+
+
+class Unauthenticated(SegueError):
+    """Never quotes a token. With a new token the same call may be made again."""
+
+    grpc_code = "UNAUTHENTICATED"
+
+
+class Revoked(Unauthenticated):
+    """Tokens that are issued from now on count again."""
+
+
+class PermissionDenied(SegueError):
+    """`fields["verb"]`, `fields["rights"]`: what was asked, and what is missing, where known."""
+
+    grpc_code = "PERMISSION_DENIED"
 
 
 class NotLoopback(SegueError):

@@ -113,6 +113,18 @@ DECODE_RETURN_S: Final = 0.005  # an edge reply between two tokens: one switch o
 READY_POLL_S: Final = 0.02  # a full batch is looked at again at this pace, then the edge hands over
 LINK_BACKLOG_S: Final = 2.0  # KV of other turns still unsent: beyond it a turn ships nothing
 BEGIN_TIMEOUT_S: Final = TURN_WAIT_TIMEOUT_S + 10.0  # Begin may wait for the session's turn
+# A stream ends so much after its token, unless that is renewed: clocks differ, and a renewal may be
+# on its way.
+EXPIRY_GRACE_S: Final = 30.0
+# What was said offline is taken for so long after its token ran out, where an edge's certificate
+# vouches for it: a week without a link is a ship at sea, more is a forgotten file.
+OUTBOX_TOKEN_AGE_S: Final = 7 * 86400.0
+# A client renews its token so long before the end, or at half of what is left of a shorter one, and
+# asks the app again at this pace where that has none yet.
+RENEW_LEAD_S: Final = 60.0
+RENEW_PAUSE_S: Final = 5.0
+# How often a server looks for calls whose time is over; also what a reader gets that takes nothing.
+GATE_LOOK_S: Final = 1.0
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
 PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
 RECONNECT_WAIT_S: Final = 0.5  # and 3 round trips, for a cloud that was gone: above its back-off
@@ -184,6 +196,16 @@ RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY
 RETRY_PAUSE_MAX_S: Final = 1.0
 FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
 SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile
+
+# -- identity ---------------------------------------------------------------------------------
+MAX_TOKEN_BYTES: Final = 4 * KIB  # travels in a header, of which gRPC takes 8 KiB in all
+MAX_TOKEN_SESSIONS: Final = 32  # names or beginnings of names: of the longest ones, they fit
+MAX_TOKEN_LIFETIME_S: Final = 3600.0  # so long a stolen token is good, where nobody revokes it
+TOKEN_LIFETIME_S: Final = 600.0  # where the issuer says nothing: 5 to 15 minutes are usual
+CLOCK_SKEW_S: Final = 30.0  # an issuer's clock may be ahead of ours by so much
+TOKEN_CACHE: Final = 8192  # tokens that were checked: one for each device of an instance
+MAX_TENANT_KEYS: Final = 10_000  # some 2 MiB of file, and read at once
+MAX_KEY_FILE_BYTES: Final = 4 * MIB
 
 # -- real servers as child processes ----------------------------------------------------------
 PORT_ATTEMPTS: Final = 8  # a free port may be taken between the look and the bind

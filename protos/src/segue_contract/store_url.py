@@ -4,8 +4,9 @@
     redis+sentinel://[user:password@]host[:port],.../name[/db]  these Sentinels' primary `name`
     redis://[user:password@]host[:port],...?cluster=1             a Cluster with these nodes
 
-rediss:// and rediss+sentinel:// are the same with TLS, unix://path is a socket. User and password
-are those of the store; `sentinel_username` and `sentinel_password` those of the Sentinels.
+rediss:// and rediss+sentinel:// are the same with TLS, unix://path is a socket. Whom TLS believes,
+and our certificate: `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, paths of PEM files. User and
+password are those of the store; `sentinel_username` and `sentinel_password` those of the Sentinels.
 `wait=off|on|strict`, `wait_replicas=1`, `wait_ms=100`: how the store's replicas are waited for.
 """
 
@@ -89,6 +90,23 @@ def parse_store_url(url: str) -> StoreUrl:
         # What the parser says may quote a part of the password, in a traceback, too.
         reason = f": {error}" if shown == url or isinstance(error, _Wrong) else ""
         raise InvalidArgument(f"{shown!r} is no Redis address{reason}.", hint=_FORMS) from None
+
+
+def with_tls_files(url: str, *, ca: str = "", certificate: str = "", key: str = "") -> str:
+    """`url`, with these PEM files where it has TLS and names none itself."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("rediss", f"rediss{_SENTINEL}"):
+        return url
+    named = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    added = {}
+    if ca and "ssl_ca_certs" not in named:
+        added["ssl_ca_certs"] = ca
+    if certificate and "ssl_certfile" not in named:
+        added.update(ssl_certfile=certificate, ssl_keyfile=key)
+    if not added:
+        return url
+    query = "&".join(part for part in (parts.query, urlencode(added)) if part)
+    return f"{url.partition('?')[0]}?{query}"
 
 
 def _parse(url: str, parts: SplitResult, query: dict[str, str]) -> StoreUrl:

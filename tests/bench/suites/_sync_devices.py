@@ -28,7 +28,7 @@ TIMEOUT_S = 120
 
 async def segue_device(url: str, session: str, frames: int, ready: asyncio.Event) -> list[int]:
     """One device over MQTT, with a replica that folds every entry."""
-    host, port = parse_mqtt_url(url)
+    host, port = parse_mqtt_url(url).address
     replica = Replica()
     times: list[int] = []
     async with aiomqtt.Client(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ COMMANDS = (
     Command("edge", _SERVE, "Run an edge node.", extra="edge"),
     Command("cloud", _SERVE, "Run a cloud instance.", extra="cloud"),
     Command("model", _SERVE, "Build, list and verify models.", "segue.cli.model:app", "convert"),
+    Command("ca", _SERVE, "Make certificates for a small site.", "segue.cli.ca:app"),
+    Command("tenant", _SERVE, "Add, list and revoke tenants' API keys.", "segue.cli.tenant:app"),
+    Command("token", _SERVE, "Issue session tokens, and read them.", "segue.cli.token:app"),
     Command("plan", _SERVE, "Explain who would compute which part of a turn.", extra="edge"),
 )  # fmt: skip
 
@@ -141,6 +145,8 @@ def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 an error of ours, 2 wrong usage, 130 Ctrl-C."""
+    # gRPC writes each failed handshake to the terminal; ours says it in its errors
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         typer.main.get_command(build_app()).main(
             args=None if args is None else list(args), prog_name="segue"

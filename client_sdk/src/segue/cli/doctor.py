@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated
+import functools
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from segue._access import Access, read_access
 from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
 from segue.local.inspect import Check, State, fast, found, installed
-from segue.local.probes import RoundTrips, broker_of, probe_broker, probe_node, probe_store
+from segue.local.probes import (
+    RoundTrips,
+    broker_of,
+    certificate_of,
+    probe_broker,
+    probe_node,
+    probe_store,
+)
 from segue_contract.errors import SegueError
+from segue_contract.store_url import with_tls_files
 from segue_contract.transport.mqtt import canonical_mqtt_url
 from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
 
 DEFAULT_EDGE, DEFAULT_CLOUD = "127.0.0.1:7411", "127.0.0.1:7412"
+SOON = timedelta(days=14)  # a certificate's end
 # Above these a person begins to notice, or a budget of 50 ms between devices is at risk.
 SLOW_NODE_S, SLOW_STORE_S, SLOW_BROKER_S = 0.050, 0.010, 0.020
 
@@ -44,10 +57,23 @@ def doctor(
     ] = "",
     redis_url: Annotated[str, typer.Option(envvar="SEGUE_REDIS_URL", help="A store.")] = "",
     mqtt_url: Annotated[str, typer.Option(envvar="SEGUE_MQTT_URL", help="A broker.")] = "",
+    tls_ca: Annotated[
+        str, typer.Option(envvar="SEGUE_CA", help="Authorities to believe, PEM: TLS on.")
+    ] = "",
+    tls_cert: Annotated[str, typer.Option(envvar="SEGUE_CERT", help="Our certificate.")] = "",
+    tls_key: Annotated[str, typer.Option(envvar="SEGUE_KEY", help="Its key.")] = "",
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Say what is installed, found, reachable, and too slow, and what to do about it."""
-    reached = run(_reachable(edge, cloud, redis_url, mqtt_url))
+    access = read_access(
+        {},
+        token=os.environ.get("SEGUE_TOKEN", ""),
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
+    redis_url = with_tls_files(redis_url, ca=tls_ca, certificate=tls_cert, key=tls_key)
+    reached = run(_reachable(edge, cloud, redis_url, mqtt_url, access))
     checks = [*installed(), *found(), *reached, *fast()]
     bad = [check for check in checks if check.state is State.BAD]
     if output is Output.JSON:
@@ -58,22 +84,42 @@ def doctor(
         raise typer.Exit(1)
 
 
-async def _reachable(edge: str, cloud: str, redis_url: str, mqtt_url: str) -> list[Check]:
+async def _reachable(
+    edge: str, cloud: str, redis_url: str, mqtt_url: str, access: Access
+) -> list[Check]:
     """Probe what was named; the usual addresses of nodes also without being asked."""
-    probes = [
-        _probe("edge", edge or DEFAULT_EDGE, bool(edge), probe_node, SLOW_NODE_S),
+    node = functools.partial(probe_node, access=access)
+    probes: list[Coroutine[Any, Any, Check | None]] = [
+        _probe("edge", edge or DEFAULT_EDGE, bool(edge), node, SLOW_NODE_S),
         *(
-            _probe("cloud", where, bool(cloud), probe_node, SLOW_NODE_S)
+            _probe("cloud", where, bool(cloud), node, SLOW_NODE_S)
             for where in _addresses(cloud) or [DEFAULT_CLOUD]
         ),
     ]
     if redis_url:
         probes.append(_probe("store", redis_url, True, probe_store, SLOW_STORE_S))
+    broker = functools.partial(probe_broker, access=access)
     if mqtt_url:
-        probes.append(_probe("broker", mqtt_url, True, probe_broker, SLOW_BROKER_S))
+        probes.append(_probe("broker", mqtt_url, True, broker, SLOW_BROKER_S))
     if redis_url and mqtt_url:
         probes.append(same_broker(redis_url, mqtt_url))
-    return list(await asyncio.gather(*probes))
+    if access.tls is not None:
+        named = [*([edge] if edge else []), *_addresses(cloud)]
+        probes += [_certificate(where, access) for where in named]
+    return [check for check in await asyncio.gather(*probes) if check is not None]
+
+
+async def _certificate(where: str, access: Access) -> Check | None:
+    """How long the certificate that a node shows is good; None where it shows none."""
+    shown = await certificate_of(where, access)
+    if shown is None:
+        return None
+    left = shown.ends - datetime.now(UTC)
+    value = f"{where} shows one until {shown.ends:%Y-%m-%d}, {left.days} days"
+    if left > SOON:
+        return Check("reachable", "certificate", State.OK, value)
+    advice = "Issue a new one there: `segue ca rotate`. The node reads it by itself."
+    return Check("reachable", "certificate", State.NOTE, value, advice)
 
 
 async def same_broker(redis_url: str, mqtt_url: str) -> Check:
@@ -89,7 +135,7 @@ async def same_broker(redis_url: str, mqtt_url: str) -> Check:
         "reachable",
         "one broker",
         State.BAD,
-        f"The clouds on this store publish through {known}, not {mqtt_url}.",
+        f"The clouds on this store publish through {known}, not {without_password(mqtt_url)}.",
         f"Devices would not see what they append. Use --mqtt-url {known}, or none.",
     )
 

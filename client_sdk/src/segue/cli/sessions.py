@@ -116,6 +116,28 @@ async def _delete(names: list[str], addresses: list[str], output: Output) -> Non
 
 
 @keep_app.command()
+def revoke(
+    session: Annotated[str, typer.Argument(help="Its name.")],
+    device: Annotated[str, typer.Argument(help="The device that shall have no access any more.")],
+    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Make a device's tokens for a session void; its streams end within two seconds."""
+    run(_revoke(session, device, address, output))
+
+
+async def _revoke(session: str, device: str, addresses: list[str], output: Output) -> None:
+    import segue
+
+    async with segue.Client(addresses, device=default_device()) as client:
+        before_s = await client.revoke(session, device)
+    if output is Output.JSON:
+        print_json({"session": session, "device": device, "void_before_s": before_s})
+    else:
+        out().print(f"{device}'s tokens for {session} are void; those issued from now on count.")
+
+
+@keep_app.command()
 def expire(
     days: Annotated[float, typer.Option("--idle", min=0.0001, help="Days without any use.")],
     address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006

@@ -103,7 +103,8 @@ async def _show_state(stack: LocalStack, console: Console) -> None:
     if not console.is_terminal:
         return
     began = time.monotonic()
-    async with Client([stack.edge_address, stack.cloud_address], device="segue-up") as client:
+    addresses = [stack.edge_address, stack.cloud_address]
+    async with Client(addresses, device="segue-up", token="", tls_ca="") as client:
         with Live(console=console, transient=True, auto_refresh=False) as live:
             while True:
                 try:

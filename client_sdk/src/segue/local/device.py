@@ -58,7 +58,7 @@ def say(event: Happened) -> None:
 
 async def ask(node: str, name: str, device: str, prompt: str, options: argparse.Namespace) -> None:
     """Run one turn to its end, telling every event."""
-    async with Client(node, device=device) as client:
+    async with Client(node, device=device, token="", tls_ca="") as client:
         session = await client.session(name)
         say(Happened(event="asked", at=time.monotonic()))
         running = session.run(
@@ -94,7 +94,7 @@ def asked_for(event: TurnEvent, turn: str, now: float) -> Happened | None:
 
 async def follow(node: str, name: str, device: str) -> None:
     """Tell what happens in a session, from a snapshot on, until killed."""
-    async with Client(node, device=device) as client:
+    async with Client(node, device=device, token="", tls_ca="") as client:
         session = await client.session(name)
         async for item in session.follow():
             if (event := heard(item, time.monotonic())) is not None:

@@ -162,7 +162,7 @@ async def play(node: str, watcher: Watcher, script: Script, start_s: float) -> D
         SegueError: of any part; nothing keeps running.
     """
     phone, laptop = Screen("phone"), Screen("laptop", role="follows")
-    async with Client(node, device=laptop.name) as client:
+    async with Client(node, device=laptop.name, token="", tls_ca="") as client:
         session = await client.session(SESSION)
         following = asyncio.create_task(_follow(session, laptop), name="laptop follows")
         try:

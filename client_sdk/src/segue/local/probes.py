@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from dataclasses import dataclass
 
 import aiomqtt
 
+from segue._access import Access
+from segue.local.authority import Facts
 from segue.local.store_probe import RespError, answering_stores
-from segue_contract.errors import Unreachable
+from segue.local.tls_probe import TlsSeen, look_at_tls
+from segue_contract.errors import SegueError, Unreachable
 from segue_contract.ids import new_id
 from segue_contract.topics import BROKER_KEY, ROOT
-from segue_contract.transport.channel import open_channel
-from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
+from segue_contract.transport.status import concerns_tls, error_from_rpc
+from segue_contract.transport.tls import TlsFiles
+from segue_contract.transport.tls_reasons import explain
 from segue_contract.transport.together import end
 
 ROUNDS = 20
@@ -23,6 +29,7 @@ TIMEOUT_S = 3.0
 # As close together as tokens: what Nagle's algorithm and delayed acknowledgements would hold back.
 _MQTT_GAP_S = 0.004
 _HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")  # names: gRPC is loaded only to ask
 _HEALTHY = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 
 
@@ -41,16 +48,17 @@ class RoundTrips:
         return self.seconds[-1]
 
 
-async def probe_node(target: str) -> RoundTrips:
+async def probe_node(target: str, access: Access = Access()) -> RoundTrips:
     """Round trips of the gRPC health service of an edge node or a cloud.
 
     Raises:
         Unreachable: nobody answers, or it says that it does not serve.
+        Unauthenticated, PermissionDenied: it wants a token, or another one.
         InvalidArgument: `target` is no address.
     """
     import grpc
 
-    channel = open_channel(target)
+    channel = access.channel(target)
     times: list[float] = []
     try:
         check = channel.unary_unary(_HEALTH_METHOD, None, None)
@@ -61,10 +69,45 @@ async def probe_node(target: str) -> RoundTrips:
             if answer != _HEALTHY:
                 raise Unreachable(f"{target} answers and does not serve (it is stopping).")
     except grpc.aio.AioRpcError as error:
+        if concerns_tls(error.details() or ""):
+            raise await _tls_trouble(target, access) from None
+        if error.code().name in _REFUSED:
+            raise error_from_rpc(error) from None
         raise Unreachable(f"Nothing serves at {target} ({error.code().name.lower()}).") from None
     finally:
         await channel.close(None)
     return RoundTrips(tuple(sorted(times[1:])))  # the first one also connected
+
+
+async def certificate_of(target: str, access: Access) -> Facts | None:
+    """What the node at `target` shows; None where it cannot be seen."""
+    host, _, port = target.rpartition(":")
+    try:
+        return (await look_at_tls(host, int(port), access.tls, grpc=True)).certificate
+    except (OSError, SegueError):
+        return None
+
+
+async def _tls_trouble(target: str, access: Access) -> Unreachable:
+    """Why no connection to a node came about, as a second attempt sees it."""
+    host, _, port = target.rpartition(":")
+    try:
+        seen = await look_at_tls(host, int(port), access.tls, grpc=True)
+    except OSError as error:
+        return Unreachable(f"Nothing serves at {target} ({error}).")
+    return _trouble(seen, f"It ends each connection to {target} at once.")
+
+
+def _trouble(seen: TlsSeen, otherwise: str) -> Unreachable:
+    if seen.reason is None:
+        return Unreachable(otherwise)
+    message = seen.reason.message
+    if seen.certificate is not None:
+        shown = seen.certificate
+        names = ", ".join((*shown.nodes, *shown.hosts)) or "nobody"
+        message += f" (It shows one for {names}, by {shown.issuer or 'itself'},"
+        message += f" {shown.begins:%Y-%m-%d} to {shown.ends:%Y-%m-%d}.)"
+    return Unreachable(message, hint=seen.reason.hint)
 
 
 async def probe_store(url: str) -> RoundTrips:
@@ -92,8 +135,17 @@ async def probe_store(url: str) -> RoundTrips:
                         hint="Set maxmemory-policy to noeviction; a cloud refuses it otherwise.",
                     )
     except (OSError, TimeoutError) as error:
-        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
+        raise _no_store(error) from None
     return RoundTrips(tuple(sorted(times)))
+
+
+def _no_store(error: OSError | TimeoutError) -> Unreachable:
+    reason = explain(str(error))
+    if reason is not None:
+        hint = "Give the store's authority: --redis-ca FILE of a cloud, --tls-ca FILE here."
+        untrusted = "none of the authorities" in reason.message
+        return Unreachable(reason.message, hint=hint if untrusted else reason.hint)
+    return Unreachable(f"Nothing answers there ({str(error) or 'too late'}).")
 
 
 async def broker_of(redis_url: str) -> str:
@@ -109,22 +161,25 @@ async def broker_of(redis_url: str) -> str:
                 if isinstance(url, str) and not isinstance(url, RespError):
                     return url
     except (OSError, TimeoutError) as error:
-        raise Unreachable(f"Nothing answers there ({str(error) or 'too late'}).") from None
+        raise _no_store(error) from None
     return ""
 
 
-async def probe_broker(url: str) -> RoundTrips:
+async def probe_broker(url: str, access: Access = Access()) -> RoundTrips:
     """Times from publish to receipt of small messages 4 ms apart, through an MQTT 5 broker.
 
     Raises:
         Unreachable: nobody answers there in time.
         InvalidArgument: `url` is no mqtt:// address.
     """
-    host, port = parse_mqtt_url(url)
+    server = parse_mqtt_url(url)
+    tls = access.tls or TlsFiles()
     topic = f"{ROOT}/doctor/{new_id('d', os.urandom)}"
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            async with MqttClient(host, port) as client:
+            async with MqttClient(
+                *server.address, **connect_options(server, MqttLogin(tls=tls))
+            ) as client:
                 await client.subscribe(topic)
                 await client.publish(topic, b"", qos=1)  # with an answer: a refusal is told
                 return RoundTrips(tuple(sorted(await _echoes(client, topic))))
@@ -134,6 +189,11 @@ async def probe_broker(url: str) -> RoundTrips:
             hint="Its access rules must allow segue/# to the clouds.",
         ) from None
     except (aiomqtt.MqttError, OSError, TimeoutError) as error:
+        with contextlib.suppress(OSError):
+            if server.secure:
+                seen = await look_at_tls(*server.address, tls)
+                if seen.reason is not None:
+                    raise _trouble(seen, "") from None
         raise Unreachable(f"No MQTT 5 broker answers there ({str(error) or 'too late'}).") from None
 
 

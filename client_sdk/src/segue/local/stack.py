@@ -308,7 +308,13 @@ class LocalStack:
 
 def _environment() -> dict[str, str]:
     """Ours, without settings that would override the stack's own, logs unbuffered."""
-    ours = ("SEGUE_REDIS_URL", "SEGUE_MQTT_URL", "SEGUE_CLOUD_", "SEGUE_EDGE_")
+    ours = (
+        "SEGUE_REDIS_URL",
+        "SEGUE_MQTT_URL",
+        "SEGUE_PUBLIC_MQTT_URL",
+        "SEGUE_CLOUD_",
+        "SEGUE_EDGE_",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "PYTHONUNBUFFERED": "1"}
 

@@ -113,6 +113,9 @@ async def _open(where: StoreUrl, address: Address | None) -> AsyncIterator[Store
 def _tls(query: str) -> ssl.SSLContext:
     asked = parse_qs(query)
     context = ssl.create_default_context(cafile=asked.get("ssl_ca_certs", [None])[0])
+    certificate = asked.get("ssl_certfile", [None])[0]
+    if certificate is not None:
+        context.load_cert_chain(certificate, asked.get("ssl_keyfile", [None])[0])
     if asked.get("ssl_cert_reqs") == ["none"]:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -24,9 +24,11 @@ from segue_cloud.sessions.known import title_of
 from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
     AppendResult,
+    Bearer,
     LogOp,
     OpenedSession,
     Producer,
+    Revocation,
     Status,
     Store,
     StoredEntry,
@@ -134,6 +136,7 @@ class SessionLog:
         device: str = "",
         producer: str = "",
         after_generation: int = 0,
+        bearer: Bearer | None = None,
     ) -> OpenedSession:
         return await self._store.open_session(
             session,
@@ -141,10 +144,19 @@ class SessionLog:
             device=device,
             producer=producer,
             after_generation=after_generation,
+            bearer=bearer,
         )
 
-    async def check_device(self, session: SessionName, device: str) -> None:
-        await self._store.check_device(session, device)
+    async def check_device(
+        self, session: SessionName, device: str, bearer: Bearer | None = None
+    ) -> None:
+        await self._store.check_device(session, device, bearer)
+
+    async def revoke(self, session: SessionName, device: str) -> Revocation:
+        return await self._store.revoke(session, device)
+
+    async def revocations(self, since_ms: int) -> list[Revocation]:
+        return await self._store.revocations(since_ms)
 
     # -- reading ------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class OneBroker:
             if again is not None and again.url == known.url:
                 raise OtherBroker(
                     f"The clouds on this store publish through {known.url}, and this one was "
-                    f"given {given}: devices of one would not see what the other appends.",
+                    f"given {url}: devices of one would not see what the other appends.",
                     hint=f"Give --mqtt-url {known.url}, or none, or stop the others first.",
                     url=known.url,
                 )
@@ -140,7 +140,7 @@ class OneBroker:
 
 async def _answers(url: str) -> bool:
     """Whether anybody listens there."""
-    host, port = parse_mqtt_url(url)
+    host, port = parse_mqtt_url(url).address
     try:
         async with asyncio.timeout(CONNECT_ATTEMPT_S):
             _, writer = await asyncio.open_connection(host, port)

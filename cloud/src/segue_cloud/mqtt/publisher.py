@@ -13,7 +13,7 @@ import structlog
 
 from segue_cloud.mqtt.outbox import LogBatch, Outbox
 from segue_cloud.sessions.port import Fanout, StoredEntry
-from segue_contract.errors import SegueError
+from segue_contract.errors import InvalidArgument, SegueError
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
@@ -33,7 +33,7 @@ from segue_contract.limits import (
 from segue_contract.sync.state import Cursor
 from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
 from segue_contract.transport import mqtt_client
-from segue_contract.transport.mqtt import parse_mqtt_url
+from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
 from segue_contract.transport.together import Together
 
 log = structlog.get_logger("segue.mqtt")
@@ -57,10 +57,11 @@ class Publisher:
         head_idle_s: float = HEAD_IDLE_S,
         monotonic: Callable[[], float] = time.monotonic,
         outbox: Outbox | None = None,
+        login: MqttLogin = MqttLogin(),
     ) -> None:
-        """`url`: mqtt://host:port. Raises InvalidArgument where it is none."""
-        self.url = url
-        self._host, self._port = parse_mqtt_url(url)
+        """`url`: mqtt://host:port or mqtts://... Raises InvalidArgument where it is none."""
+        self._server = parse_mqtt_url(url)
+        self._login = login
         self._moving = asyncio.Event()
         self._store = store
         self._retry_s = retry_s
@@ -113,6 +114,11 @@ class Publisher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
+    def url(self) -> str:
+        """Of the broker, without user and password."""
+        return self._server.url
+
+    @property
     def connected(self) -> bool:
         return self._online.is_set()
 
@@ -133,8 +139,7 @@ class Publisher:
 
     def move(self, url: str) -> None:
         """Go on through another broker. Raises InvalidArgument where `url` is no address."""
-        self._host, self._port = parse_mqtt_url(url)
-        self.url = url
+        self._server = parse_mqtt_url(url)
         self._moving.set()
 
     async def wait_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
@@ -169,8 +174,8 @@ class Publisher:
             try:
                 self._moving.clear()
                 async with mqtt_client.MqttClient(
-                    self._host,
-                    self._port,
+                    *self._server.address,
+                    **connect_options(self._server, self._login),
                     keepalive=BROKER_KEEPALIVE_S,
                     timeout=CONNECT_TIMEOUT_S,
                     max_inflight_messages=PUBLISH_INFLIGHT,
@@ -179,15 +184,15 @@ class Publisher:
                     self._outbox.restart(self._monotonic())
                     self._online.set()
                     if said:
-                        log.info("broker_back", host=self._host, port=self._port)
+                        log.info("broker_back", broker=self.url)
                     said = False
                     async with Together() as tasks:
                         tasks.start(self._move(), name="mqtt move")
                         tasks.start(_watch(client), name="mqtt watch")
                         tasks.start(self._pump(client, tasks), name="mqtt pump")
-            except (aiomqtt.MqttError, OSError, ValueError) as error:
+            except (aiomqtt.MqttError, OSError, ValueError, InvalidArgument) as error:
                 if not said:
-                    log.warning("broker_away", host=self._host, port=self._port,
+                    log.warning("broker_away", broker=self.url,
                                 error=str(error))  # fmt: skip
                 said = True
             finally:
@@ -280,7 +285,7 @@ class Publisher:
         if limits.max_packet_bytes:
             largest = min(largest, max(limits.max_packet_bytes - MQTT_PACKET_ROOM, 0))
         if self._retains and not limits.retains:
-            log.warning("broker_does_not_retain", host=self._host, port=self._port,
+            log.warning("broker_does_not_retain", broker=self.url,
                         hint="A device that joins asks the log; nothing is lost.")  # fmt: skip
         if largest != self._outbox.max_payload_bytes:
             log.info("broker_packet_bound", max_payload_bytes=largest)
@@ -299,7 +304,7 @@ class Publisher:
         while True:
             await asyncio.sleep(SILENCE_S / SILENCE_LOOKS)
             if self.silent and not said:
-                log.warning("broker_silent", host=self._host, port=self._port,
+                log.warning("broker_silent", broker=self.url,
                             seconds=round(self._waited_s(), 1))  # fmt: skip
             said = self.silent
 

@@ -15,7 +15,9 @@ from segue_cloud.rpc.convert import (
 )
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
+from segue_cloud.rpc.revoking import caller_bearer, tell
 from segue_cloud.sessions.port import LogOp, Producer, Status
+from segue_cloud.sessions.store import revoked
 from segue_cloud.turns.manager import Begun, TurnManager
 from segue_contract.checks import check_tails
 from segue_contract.errors import (
@@ -27,6 +29,7 @@ from segue_contract.errors import (
     UnknownSession,
     UnknownTurn,
 )
+from segue_contract.identity.rights import check_op, may_create
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import (
     MAX_APPEND_OPS,
@@ -37,6 +40,7 @@ from segue_contract.limits import (
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import DEVICE_KINDS
 from segue_contract.sync.state import Cursor, find_turn
+from segue_contract.transport.gate import caller, gate_here, named, renew_calls
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.events import TurnEvent
 from segue_contract.turn.from_log import turn_events
@@ -49,7 +53,6 @@ from segue_contract.v1 import agent_pb2_grpc
 class Identity:
     """Who this instance is, as devices are told."""
 
-    tenant: str
     instance: str
     model: str
     mqtt_url: Callable[[], str]  # it may change while this instance runs
@@ -66,7 +69,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         publishing: Callable[[], bool] = lambda: True,
     ) -> None:
         """`publishing`: whether the broker takes what is appended here, now."""
-        super().__init__(identity.tenant, log.keeping)
+        super().__init__(log.keeping)
         self._identity = identity
         self._publishing = publishing
         self._manager = manager
@@ -76,7 +79,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         self, request: pb.OpenSessionRequest, context: Any
     ) -> pb.OpenSessionReply:
         me = self._identity
-        session = self._named(request.session)
+        session = named(request.session)
         device = check_id(request.device, "device")
         if request.model and request.model != me.model:
             raise UnknownModel(
@@ -85,10 +88,11 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             )
         opened = await self._log.open_session(
             session,
-            must_exist=request.must_exist,
+            must_exist=request.must_exist or not may_create(caller()),
             device=device,
             producer=check_id(request.producer, "producer") if request.producer else "",
             after_generation=min(request.known_generation, MAX_COUNT),
+            bearer=caller_bearer(),
         )
         return pb.OpenSessionReply(
             session=session.session,
@@ -97,14 +101,14 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             epoch=opened.epoch,
             model=me.model,
             mqtt_url=me.mqtt_url(),
-            tenant=me.tenant,
+            tenant=session.tenant,
             role="cloud",
             instance=me.instance,
             max_context_tokens=me.max_context,
         )
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
-        session = SessionName(self._identity.tenant, request.session)
+        session = named(request.session)
 
         def beat() -> pb.TurnEvent:
             stalled = self._manager.stalled(session, request.turn)
@@ -122,8 +126,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 f"The cloud alone cannot serve the plan shape {request.plan[:40]!r}.",
                 hint="Connect to an edge node, or leave the plan to the node.",
             )
-        asked = turn_request(request, self._identity.tenant)
-        await self._log.check_device(asked.session, asked.device)
+        asked = turn_request(request, caller().tenant)
+        await self._log.check_device(asked.session, asked.device, caller_bearer())
         if request.must_exist:
             await self._check_known(asked.session, asked.turn)
         begun, owner = await self._manager.run(asked)
@@ -168,8 +172,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             yield event
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
-        session = self._named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        session = named(request.session)
+        await self._check_device(session, request.device)
         turn = await self._log.request_stop(session, request.turn)
         if turn:
             self._manager.stop(session, turn)
@@ -179,15 +183,15 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         self, request: pb.DismissTurnsRequest, context: Any
     ) -> pb.DismissTurnsReply:
         """Only edges keep such turns."""
-        self._named(request.session)
+        named(request.session)
         return pb.DismissTurnsReply(dismissed=0)
 
     def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachEvent]:
         return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
-        session = self._named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        session = named(request.session)
+        await self._check_device(session, request.device)
         after = _cursor(request.after)
         resumed = after if request.resume and after.offset else None
         async with self._log.follow(session, resumed) as following:
@@ -200,8 +204,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                     yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
-        session = self._named(request.session)
-        await self._log.check_device(session, check_id(request.device, "device"))
+        session = named(request.session)
+        await self._check_device(session, request.device)
         wanted = min(request.max_entries or MAX_READ_ENTRIES, MAX_READ_ENTRIES)
         after = _cursor(request.after)
         if request.folded:
@@ -218,19 +222,25 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         return reply
 
     async def Append(self, request: pb.AppendRequest, context: Any) -> pb.AppendReply:
-        session = self._named(request.session)
+        session = named(request.session)
         device = check_id(request.device, "device")
-        await self._log.check_device(session, device)
+        await self._check_device(session, device)
         ops = _device_ops(request.ops)
         for one in ops:
+            check_op(caller(), one.op)
             if one.op.device != device:
                 raise InvalidArgument(
                     "A device may append in its own name only.", hint="Leave the op's device out."
                 )
         producer = Producer(
-            check_id(request.producer, "producer"), request.epoch, request.first_seq
+            check_id(request.producer, "producer"),
+            request.epoch,
+            request.first_seq,
+            caller_bearer(),
         )
         result = await self._log.append(session, producer, ops)
+        if result.status is Status.REVOKED:
+            raise revoked(session)
         if result.status is Status.STALE:
             raise StaleEpoch(
                 f"Device {device} writes under epoch {request.epoch}; "
@@ -257,9 +267,21 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             duplicate=result.status is Status.DUP,
         )
 
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
+        return pb.RenewReply(calls=renew_calls())
+
+    async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
+        session = named(request.session)
+        revocation = await self._log.revoke(session, check_id(request.revoked, "device"))
+        tell(gate_here(), revocation)
+        return pb.RevokeReply(before_ms=revocation.before_ms)
+
+    async def _check_device(self, session: SessionName, device: str) -> None:
+        await self._log.check_device(session, check_id(device, "device"), caller_bearer())
+
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
         check_tails(request.device, request.sessions)
-        sessions = [self._named(session) for session in request.sessions]
+        sessions = [named(session) for session in request.sessions]
         tails = await self._log.tails(sessions)
         missing = [one for one, tail in zip(sessions, tails, strict=True) if tail is None]
         deleted = await self._log.keeping.deleted(missing)

@@ -12,6 +12,7 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.history import first_unknown, known_digest
+from segue_cloud.rpc.revoking import caller_bearer
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
@@ -23,6 +24,8 @@ from segue_contract.errors import (
     DeadlineExceeded,
     InvalidArgument,
     ModelMismatch,
+    PermissionDenied,
+    UnknownTurn,
 )
 from segue_contract.ids import check_id
 from segue_contract.kv.layout import block_ids
@@ -31,6 +34,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
+from segue_contract.transport.gate import caller, caller_is_late, expired
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
 from segue_contract.turn.wire import to_reply
@@ -47,23 +51,23 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         engine: Engine,
         manifest: Manifest,
         facts: FactsSource,
-        tenant: str,
     ) -> None:
         self._manager = manager
         self._log = log
         self._engine = engine
         self._manifest = manifest
         self._facts = facts
-        self._tenant = tenant
         self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
-        asked = turn_request(request.turn, self._tenant)
+        asked = replace(turn_request(request.turn, caller().tenant), edge=caller().via)
+        if caller_is_late() and not request.offline:
+            raise expired()
         if request.offline:
             follows = check_id(request.follows, "turn") if request.follows else ""
             asked = replace(asked, offline=True, follows=follows)
         self._check_weights(request.weights_digest)
-        await self._log.check_device(asked.session, asked.device)
+        await self._log.check_device(asked.session, asked.device, caller_bearer())
         begun = await self._manager.begin(asked, expect_open=True)
         state = await self._log.state(asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]
@@ -107,7 +111,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[dpb.RunReply]:
         message = await _first(requests)
         sizes = self._manifest.geometry
-        spec = owned_turn(message, self._tenant, vocabulary=sizes.vocab, context=sizes.context)
+        spec = owned_turn(message, caller().tenant, vocabulary=sizes.vocab, context=sizes.context)
+        await self._check_granted(spec)
         if spec.ship_blocks and message.recipe not in self._recipes:
             raise BadRecipe(
                 "The edge's KV comes from a recipe that this model does not allow.",
@@ -147,6 +152,26 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
         return dpb.ProbeReply(received_bytes=len(request.payload), facts=self._facts.facts())
+
+    async def _check_granted(self, spec: OwnedTurn) -> None:
+        """An edge with a certificate gives tokens and KV of such turns alone as it began itself.
+
+        Raises:
+            PermissionDenied: another edge, or nobody, was granted the turn.
+            UnknownTurn: the log has no such turn.
+        """
+        who = caller()
+        if not who.via:
+            return
+        turn = find_turn(await self._log.state(spec.key.session), spec.key.turn)
+        if turn is None:
+            raise UnknownTurn(f"Turn {spec.key.turn} never began.", hint="Begin it first.")
+        if (turn.edge, turn.device) != (who.via, who.name):
+            raise PermissionDenied(
+                f"Turn {spec.key.turn} was not granted to this edge for this device.",
+                hint="The edge that began the turn runs it; others follow it.",
+                turn=spec.key.turn,
+            )
 
     async def _own(self, spec: OwnedTurn, message: dpb.TurnSpec) -> tuple[TurnOwner, bool]:
         if message.takeover:

@@ -9,30 +9,31 @@ from typing import Any
 from segue_cloud.log.keeping import SessionKeeping
 from segue_cloud.rpc.convert import cursor_message
 from segue_contract.errors import DeadlineExceeded, InvalidArgument
-from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import (
     EXPORT_PART_BYTES,
     MAX_EXPIRED_AT_ONCE,
     MAX_SESSIONS_LISTED,
     RPC_TIMEOUT_S,
 )
+from segue_contract.transport.gate import caller, named
 from segue_contract.v1 import agent_pb2 as pb
 
 
 class KeepingRpc:
     """Mixed into the service; see agent.proto."""
 
-    def __init__(self, tenant: str, keeping: SessionKeeping) -> None:
-        self._tenant = tenant
+    def __init__(self, keeping: SessionKeeping) -> None:
         self._keeping = keeping
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Any
     ) -> pb.ListSessionsReply:
         wanted = min(request.max_sessions or MAX_SESSIONS_LISTED, MAX_SESSIONS_LISTED)
-        found, following = await self._keeping.list_sessions(self._tenant, wanted, request.after)
+        found, following = await self._keeping.list_sessions(caller().tenant, wanted, request.after)
         reply = pb.ListSessionsReply(next=following)
         for session in found:
+            if not caller().may_see(session.session):
+                continue
             reply.sessions.add(
                 session=session.session,
                 tail=cursor_message(session.cursor),
@@ -46,7 +47,7 @@ class KeepingRpc:
     async def DeleteSession(
         self, request: pb.DeleteSessionRequest, context: Any
     ) -> pb.DeleteSessionReply:
-        deleted = await self._keeping.delete(self._named(request.session))
+        deleted = await self._keeping.delete(named(request.session))
         return pb.DeleteSessionReply(deleted=deleted)
 
     async def ExpireSessions(
@@ -58,13 +59,13 @@ class KeepingRpc:
                 hint="Give a time above 0; to delete one session, name it.",
             )
         most = request.max_sessions or MAX_EXPIRED_AT_ONCE
-        gone, more = await self._keeping.expire(self._tenant, request.idle_s, most)
+        gone, more = await self._keeping.expire(caller().tenant, request.idle_s, most)
         return pb.ExpireSessionsReply(deleted=[one.session for one in gone], more=more)
 
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Any
     ) -> AsyncIterator[pb.ExportPart]:
-        async for data in self._keeping.export(self._named(request.session)):
+        async for data in self._keeping.export(named(request.session)):
             for start in range(0, len(data), EXPORT_PART_BYTES):
                 yield pb.ExportPart(data=data[start : start + EXPORT_PART_BYTES])
 
@@ -75,14 +76,11 @@ class KeepingRpc:
         first = await _next(parts)
         if first is None:
             raise InvalidArgument("An import begins with the session's name.")
-        session = self._named(first.session)
+        session = named(first.session)
         tail, turns = await self._keeping.import_(session, _data(first, parts))
         return pb.ImportSessionReply(
             session=session.session, tail=cursor_message(tail), turns=turns
         )
-
-    def _named(self, name: str) -> SessionName:
-        return SessionName(self._tenant, check_id(name, "session"))
 
 
 async def _data(first: pb.ImportPart, parts: AsyncIterator[pb.ImportPart]) -> AsyncIterator[bytes]:

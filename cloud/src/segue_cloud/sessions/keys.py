@@ -67,6 +67,11 @@ def running_key(shard: int, model: str) -> str:
     return f"segue:running:{{{shard}}}:{model}"
 
 
+# Sorted set: what was revoked lately, JSON of [tenant, session, device], by when, ms. The mark that
+# counts lies in the session's meta; this tells the instances of it.
+REVOKED_KEY = "segue:revoked"
+
+
 def beat_channel(name: str) -> str:
     """Where a listener named so hears what it publishes itself."""
     return f"segue:beat:{name}"

@@ -22,6 +22,7 @@
 --       pe           the producer epoch given last
 --       so, wo, sb   the snapshot: its offset, wb there, its bytes
 --       ck           digest of all ops up to the tail, as segue_contract.sync.chain has it
+--       rv:<device>  tokens of the device that are valid since before then are void, ms
 --       wb, mx       bytes of all ops ever written; the largest op's
 --       q:<slot>     a name that counts for a quota; qv, qd, qk: how many values, docs, kept ops
 --       p:<producer>, t:<turn>  "<epoch>|<seq>|<seq>:<offset>,<seq>:<offset>,..."
@@ -330,14 +331,22 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
   return nil
 end
 
+-- Whether the device's token, valid since `issued` (ms, "": it has none), was revoked.
+local function void(device, issued)
+  if not issued or issued == '' then return false end
+  return tonumber(issued) < tonumber(redis.call('HGET', META, 'rv:' .. device) or '0')
+end
+
 local verbs = {}
 
--- must_exist, device, devices bound, producer, producers bound, generation that the caller knows
+-- must_exist, device, devices bound, producer, producers bound, generation that the caller knows,
+-- since when the device's token is valid
 -- -> {status, generation, tail, created, the producer's epoch}
 -- A session made anew after the store lost everything is another life: its generation is no
 -- earlier one's, also where the clock went back.
-function verbs.open(must_exist, device, devices_bound, producer, producers_bound, after)
+function verbs.open(must_exist, device, devices_bound, producer, producers_bound, after, issued)
   local known, created = meta(), 0
+  if known and void(device, issued) then return {'revoked', 0, 0, 0, 0} end
   local now = now_ms()
   if not known then
     local last = last_entry()
@@ -372,9 +381,10 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
   return {hole(known[2]) and 'hole' or 'ok', known[1], known[2], created, epoch}
 end
 
--- device -> {"ok", "unknown" or "missing"}; one that is in use counts as one opened just now
-function verbs.use(device)
+-- device, since when its token is valid -> {"ok", "unknown", "revoked" or "missing"}; one that is in use counts as one opened just now
+function verbs.use(device, issued)
   if redis.call('EXISTS', META) == 0 then return {'missing'} end
+  if void(device, issued) then return {'revoked'} end
   if not redis.call('ZSCORE', DEVICES, device) then return {'unknown'} end
   -- A store that takes no writes for now (full, a replica) still answers.
   redis.pcall('ZADD', DEVICES, int(now_ms()), device)
@@ -415,12 +425,13 @@ local function quota(slots, n, bounds)
 end
 
 -- producer, epoch, first seq, turn, nonce, generation, ends, lease ms, runs bound, producers
--- bound, session's bytes bound, quota slots, their bounds ("values:docs:kept ops"), ops...
+-- bound, session's bytes bound, quota slots, their bounds ("values:docs:kept ops"), the device
+-- whose token it is and since when that is valid ("ms|device"; "": none), ops...
 -- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended,
 --     entries since the snapshot, bytes since it, first offset that may be lost}
 function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease_ms, runs_bound,
-    bound, room, slots, bounds)
-  local OPS = 15
+    bound, room, slots, bounds, bearer)
+  local OPS = 16
   epoch, first = tonumber(epoch), tonumber(first)
   local field = turn ~= '' and 't:' .. turn or 'p:' .. producer
   local known = meta('cur', 'stop', field)
@@ -435,6 +446,8 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   end
   local ended, owner = false, nonce
   if turn ~= '' then ended, owner = turn_flags(turn) end
+  local issued, device = string.match(bearer, '^(%d+)|(.*)$')
+  if issued and void(device, issued) then return answer('revoked', 0, 0, 0) end
   -- Epochs are given: by `open` to a producer, by `begin` and `take` to a turn.
   if has < 0 or epoch ~= has or nonce ~= owner then return answer('stale', 0, 0, 0) end
   believed = tonumber(believed)
@@ -759,7 +772,15 @@ function verbs.published(generation, offset)
   return {'ok'}
 end
 
-local reply = verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 14)))
+-- device -> {"ok" or "missing", the time before which its tokens are void, ms}
+function verbs.revoke(device)
+  if not meta() then return {'missing', 0} end
+  local now = now_ms()
+  redis.call('HSET', META, 'rv:' .. device, int(now))
+  return {'ok', now}
+end
+
+local reply = verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 15)))
 -- Writes that may be waited for say last how many replicas there are.
 if ({append = 1, begin = 1, take = 1, renew = 1})[ARGV[1]] then reply[#reply + 1] = replicas end
 return reply

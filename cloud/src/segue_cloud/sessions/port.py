@@ -43,16 +43,38 @@ class Status(StrEnum):
     MISSING = "missing"  # no such session
     FULL = "full"  # too many turns wait for the session
     CANCELLED = "cancelled"  # the turn was stopped before it began
+    REVOKED = "revoked"  # the device's token is void
     CONFLICT = "conflict"  # the turn's id was used for something else
 
 
 @dataclass(frozen=True)
+class Bearer:
+    """A device by its token, valid since `issued_ms` (Unix time)."""
+
+    device: str
+    issued_ms: int
+
+
+@dataclass(frozen=True)
+class Revocation:
+    """Tokens of the device for the session that are valid since before `before_ms` are void."""
+
+    session: SessionName
+    device: str
+    before_ms: int
+
+
+@dataclass(frozen=True)
 class Producer:
-    """Who appends, and the number of the batch's first op: they count from 1 in each epoch."""
+    """Who appends, and the number of the batch's first op: they count from 1 in each epoch.
+
+    `bearer`: the device's token, where it has one; a void one appends nothing (REVOKED).
+    """
 
     name: str
     epoch: int
     first_seq: int = 1
+    bearer: Bearer | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,7 @@ class Sessions(Protocol):
         device: str = "",
         producer: str = "",
         after_generation: int = 0,
+        bearer: Bearer | None = None,
     ) -> OpenedSession:
         """`device` becomes one of the session's devices, `producer` gets an epoch to append under.
 
@@ -189,10 +212,13 @@ class Sessions(Protocol):
 
         Raises:
             UnknownSession: `must_exist` and it is not there.
+            Revoked: the bearer's token is void.
         """
         ...
 
-    async def check_device(self, session: SessionName, device: str) -> None:
+    async def check_device(
+        self, session: SessionName, device: str, bearer: Bearer | None = None
+    ) -> None:
         """See that `device` opened the session, and remember that it is in use.
 
         Of more than MAX_SESSION_DEVICES, those unused for longest are forgotten.
@@ -200,7 +226,20 @@ class Sessions(Protocol):
         Raises:
             UnknownSession.
             UnknownDevice: it never opened the session, or is forgotten.
+            Revoked: the bearer's token is void.
         """
+        ...
+
+    async def revoke(self, session: SessionName, device: str) -> Revocation:
+        """Make void what tokens the device has for the session now, in the log at once.
+
+        Raises:
+            UnknownSession.
+        """
+        ...
+
+    async def revocations(self, since_ms: int) -> list[Revocation]:
+        """Of all sessions, from then on (by the store's clock), oldest first."""
         ...
 
     async def append(

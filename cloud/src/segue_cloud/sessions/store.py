@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import structlog
 
 from segue_cloud.sessions import rows, scripts
@@ -15,14 +16,16 @@ from segue_cloud.sessions.active import ACTIVE, ActiveSessions
 from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
-from segue_cloud.sessions.keys import SessionKeys, index_key
+from segue_cloud.sessions.keys import REVOKED_KEY, SessionKeys, index_key
 from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
 from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
     AppendResult,
+    Bearer,
     OpenedSession,
     Producer,
     RawPage,
+    Revocation,
     TurnClaim,
     TurnHold,
 )
@@ -33,6 +36,7 @@ from segue_cloud.sessions.wire import Sleep, Wire
 from segue_contract.errors import (
     Internal,
     InvalidArgument,
+    Revoked,
     SessionDeleted,
     StoreUnavailable,
     UnknownDevice,
@@ -40,8 +44,10 @@ from segue_contract.errors import (
 )
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
+    CLOCK_SKEW_S,
     MAX_COUNT,
     MAX_SESSION_DEVICES,
+    MAX_TOKEN_LIFETIME_S,
     MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
@@ -58,6 +64,8 @@ from segue_contract.sync.state import (
 log = structlog.get_logger("segue.sessions")
 
 _LOG = scripts.load("log.lua")
+# Tokens of before have run out by then.
+_REVOKED_KEPT_MS = int(1000 * (MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S))
 SCRIPTS = (_LOG, ACTIVE, RUNNING, KEEP, BROKER)
 
 
@@ -65,6 +73,22 @@ def unknown_session(session: SessionName) -> UnknownSession:
     return UnknownSession(
         f"There is no session {session.session!r}.", hint="Open it first.", session=session.session
     )
+
+
+def revoked(session: SessionName) -> Revoked:
+    return Revoked(
+        "This device's access to the session was revoked.",
+        hint="Ask whoever issues the tokens for a new one.",
+        session=session.session,
+    )
+
+
+def _issued(bearer: Bearer | None) -> str:
+    return "" if bearer is None else str(bearer.issued_ms)
+
+
+def _bearer(bearer: Bearer | None) -> str:
+    return "" if bearer is None else f"{bearer.issued_ms}|{bearer.device}"
 
 
 async def _check_policy(wire: Wire) -> None:
@@ -154,30 +178,61 @@ class RedisStore:
         device: str = "",
         producer: str = "",
         after_generation: int = 0,
+        bearer: Bearer | None = None,
     ) -> OpenedSession:
         index: list[Command] = []
         if not must_exist:  # before the session itself: see keys.py
             index.append(self._index(session, "NX"))
         verb = self._log(
             session, "open", int(must_exist), device, MAX_SESSION_DEVICES, producer,
-            PRODUCER_MEMORY, after_generation,
+            PRODUCER_MEMORY, after_generation, _issued(bearer),
         )  # fmt: skip
         status, generation, tail, created, epoch = (await self._wire.call(*index, verb))[-1]
         if status == b"missing":
             raise await self._missing(session)
+        if status == b"revoked":
+            raise revoked(session)
         return OpenedSession(Cursor(generation, tail), bool(created), epoch)
 
-    async def check_device(self, session: SessionName, device: str) -> None:
+    async def check_device(
+        self, session: SessionName, device: str, bearer: Bearer | None = None
+    ) -> None:
         """As the port says."""
-        ((status,),) = await self._wire.call(self._log(session, "use", device))
+        ((status,),) = await self._wire.call(self._log(session, "use", device, _issued(bearer)))
         if status == b"missing":
             raise await self._missing(session)
+        if status == b"revoked":
+            raise revoked(session)
         if status == b"unknown":
             raise UnknownDevice(
                 f"The device {device!r} never joined the session {session!r}.",
                 hint="Open the session with this device first.",
                 device=device,
             )
+
+    async def revoke(self, session: SessionName, device: str) -> Revocation:
+        """As the port says. Instances that die in between leave streams of the device as they are;
+        its appends are refused all the same."""
+        ((status, before_ms),) = await self._wire.call(self._log(session, "revoke", device))
+        if status == b"missing":
+            raise await self._missing(session)
+        member = msgspec.json.encode((session.tenant, session.session, device))
+        await self._wire.call(
+            ("ZADD", REVOKED_KEY, before_ms, member),
+            ("ZREMRANGEBYSCORE", REVOKED_KEY, "-inf", before_ms - _REVOKED_KEPT_MS),
+        )
+        return Revocation(session, device, before_ms)
+
+    async def revocations(self, since_ms: int) -> list[Revocation]:
+        """As the port says."""
+        (found,) = await self._wire.call(
+            ("ZRANGEBYSCORE", REVOKED_KEY, since_ms, "+inf", "WITHSCORES")
+        )
+        told = []
+        for member, at_ms in zip(found[::2], found[1::2], strict=True):
+            tenant, session, device = msgspec.json.decode(member, type=tuple[str, str, str])
+            told.append(Revocation(SessionName(tenant, session), device, int(at_ms)))
+        return told
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -385,7 +440,7 @@ class RedisStore:
             session, "append", producer.name, producer.epoch, producer.first_seq, hold.turn,
             hold.nonce, hold.generation, int(ends), int(self._limits.lease_s * 1000), PRODUCER_RUNS,
             PRODUCER_MEMORY, quotas.bytes, takes,
-            f"{quotas.values}:{quotas.docs}:{quotas.kept_ops}", *ops,
+            f"{quotas.values}:{quotas.docs}:{quotas.kept_ops}", _bearer(producer.bearer), *ops,
         )  # fmt: skip
 
     async def _take(

@@ -22,6 +22,7 @@ class TurnRequest:
     stop: tuple[str, ...] = ()
     wait: bool = True
     offline: bool = False  # served already, out of reach of the log
+    edge: str = ""  # to which it is granted, by its certificate's name
     follows: str = ""  # and then: the last turn that its node knew
 
     @property
@@ -60,6 +61,7 @@ def opening_ops(
             context_from=context_from,
             offline=request.offline,
             follows=request.follows,
+            edge=request.edge,
         ),
     )
 
@@ -76,6 +78,7 @@ def opening_of(session: SessionName, turn: TurnState, *, now_ms: int) -> tuple[O
         stop=turn.stop,
         offline=turn.offline,
         follows=turn.follows,
+        edge=turn.edge,
     )
     return opening_ops(
         request,

@@ -7,11 +7,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import structlog
 
 from segue_contract.checks import check_tails
 from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
-from segue_contract.ids import check_id
+from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.transport.gate import (
+    bearer,
+    caller,
+    caller_token,
+    gate_here,
+    named,
+    renew_calls,
+)
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire
@@ -24,6 +33,12 @@ from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.registry import TurnRegistry
 from segue_edge.uplink.attempts import at_some_cloud
 from segue_edge.uplink.clouds import Cloud, CloudSet
+
+log = structlog.get_logger("segue.api")
+
+
+# Where no session is meant: its clouds are as good as any.
+_ANY = "any"
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):
@@ -50,7 +65,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._context = context
         self._attached: set[Listening] = set()
         self._tails = JoinedTails(
-            lambda session: clouds.best(session).target, self._ask_tails, instance
+            lambda session: clouds.best(named(session)).target, self._ask_tails, instance
         )
 
     def close(self) -> None:
@@ -62,23 +77,25 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     # -- turns ---------------------------------------------------------------------------------
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:
+        session = named(request.session)
+
         def beat() -> pb.TurnEvent:
-            run = self._registry.running(request.session, request.turn)
+            run = self._registry.running(session, request.turn)
             stalled = run is not None and run.stalled
             return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled))
 
         return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
-        asked = Asked.of(request)
+        asked = Asked.of(request, caller().tenant, caller_token())
         if request.must_exist:
-            await self._outbox.settled(asked.session, asked.turn)
+            await self._outbox.settled(asked.key)
         feed = self._registry.run_or_join(asked)
         async for event in feed.read(request.from_index):
             yield to_wire(event)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
-        run = self._registry.offline_turn(request.session, request.turn)
+        run = self._registry.offline_turn(named(request.session), request.turn)
         if run is not None:
             run.stop()
             return pb.StopTurnReply(stopping=True, turn=run.asked.turn)
@@ -88,7 +105,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def DismissTurns(
         self, request: pb.DismissTurnsRequest, context: Any
     ) -> pb.DismissTurnsReply:
-        session = check_id(request.session, "session")
+        session = named(request.session)
         device = check_id(request.device, "device")
         dismissed = await self._outbox.dismiss(session, device, frozenset(request.turns))
         return pb.DismissTurnsReply(dismissed=dismissed)
@@ -104,20 +121,20 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         except Unreachable:
             reply = self._open_offline(request)
         else:
-            history = self._histories.of(request.session)
+            history = self._histories.of(named(request.session))
             history.tenant = reply.tenant
             if reply.created:
                 history.created(reply.tail.generation)
         reply.role = "edge"
         reply.instance = self._instance
         reply.max_context_tokens = self._context
-        kept = self._outbox.of(request.session)
+        kept = self._outbox.of(named(request.session))
         reply.offline_turns.extend(turn.listed() for turn in kept)
         return reply
 
     def _open_offline(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:
         """A session that this node knows goes on without the cloud; any other cannot."""
-        history = self._histories.find(request.session)
+        history = self._histories.find(named(request.session))
         if history is None or not history.known:
             raise Unreachable(
                 f"No cloud can be reached, and this edge does not know session {request.session}.",
@@ -133,30 +150,32 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Any
     ) -> pb.ListSessionsReply:
-        reply: pb.ListSessionsReply = await self._ask("ListSessions", request, "any")
+        reply: pb.ListSessionsReply = await self._ask("ListSessions", request, _ANY)
         return reply
 
     async def DeleteSession(
         self, request: pb.DeleteSessionRequest, context: Any
     ) -> pb.DeleteSessionReply:
         reply: pb.DeleteSessionReply = await self._ask("DeleteSession", request, request.session)
-        self._histories.forget(request.session)
+        self._histories.forget(named(request.session))
         return reply
 
     async def ExpireSessions(
         self, request: pb.ExpireSessionsRequest, context: Any
     ) -> pb.ExpireSessionsReply:
-        reply: pb.ExpireSessionsReply = await self._ask("ExpireSessions", request, "any")
+        reply: pb.ExpireSessionsReply = await self._ask("ExpireSessions", request, _ANY)
         for session in reply.deleted:
-            self._histories.forget(session)
+            self._histories.forget(SessionName(caller().tenant, session))
         return reply
 
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Any
     ) -> AsyncIterator[pb.ExportPart]:
-        cloud = self._clouds.best(check_id(request.session, "session"))
+        cloud = self._clouds.best(named(request.session))
         await cloud.reach()
-        call = cloud.agent.ExportSession(request, timeout=EXPORT_TIMEOUT_S)
+        call = cloud.agent.ExportSession(
+            request, timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
+        )
         try:
             async for part in call:
                 yield part
@@ -168,9 +187,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def ImportSession(
         self, request_iterator: AsyncIterator[pb.ImportPart], context: Any
     ) -> pb.ImportSessionReply:
-        cloud = self._clouds.best("any")
+        cloud = self._clouds.best(named(_ANY))
         await cloud.reach()
-        call = cloud.agent.ImportSession(request_iterator, timeout=EXPORT_TIMEOUT_S)
+        call = cloud.agent.ImportSession(
+            request_iterator, timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
+        )
         try:
             reply: pb.ImportSessionReply = await call
         except grpc.aio.AioRpcError as error:
@@ -185,9 +206,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return beating(self._attach(request), lambda: pb.AttachEvent(heartbeat=pb.Heartbeat()))
 
     async def _attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.AttachEvent]:
-        cloud = self._clouds.best(check_id(request.session, "session"))
+        cloud = self._clouds.best(named(request.session))
         await cloud.reach()
-        call = Listening(cloud.agent.Attach(request), patient=lambda: cloud.carries_kv)
+        call = Listening(
+            cloud.agent.Attach(request, metadata=bearer(caller_token())),
+            patient=lambda: cloud.carries_kv,
+        )
         self._attached.add(call)
         try:
             async for event in call:
@@ -208,6 +232,27 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
         reply: pb.ReadReply = await self._ask("Read", request, request.session)
+        return reply
+
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
+        """Here, and at the clouds, where this node makes calls for the device."""
+        calls = renew_calls()
+        for cloud in self._clouds.clouds.values():
+            if not cloud.healthy:
+                continue
+            try:
+                renewing = cloud.agent.Renew(
+                    request, timeout=RPC_TIMEOUT_S, metadata=bearer(caller_token())
+                )
+                await renewing
+            except grpc.aio.AioRpcError as error:  # its streams of this device end, and come anew
+                log.warning("not_renewed", cloud=cloud.target, error=str(error_from_rpc(error)))
+        return pb.RenewReply(calls=calls)
+
+    async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
+        reply: pb.RevokeReply = await self._ask("Revoke", request, request.session)
+        session = named(request.session)
+        gate_here().revoke(session.tenant, session.session, request.revoked, reply.before_ms / 1000)
         return reply
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:
@@ -249,8 +294,9 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             if tries is not None:
                 tries.append(cloud.target)
             try:
-                return await getattr(cloud.agent, method)(request, timeout=RPC_TIMEOUT_S)
+                ask = getattr(cloud.agent, method)
+                return await ask(request, timeout=RPC_TIMEOUT_S, metadata=bearer(caller_token()))
             except grpc.aio.AioRpcError as error:
                 raise error_from_rpc(error) from error
 
-        return await at_some_cloud(self._clouds, check_id(session, "session"), call)
+        return await at_some_cloud(self._clouds, named(session), call)

@@ -1,7 +1,8 @@
 """`Tails` of many devices, as few calls: what comes within a moment goes to each cloud together.
 
 Each device asks every second for the few sessions that it follows. A cloud that serves many edges
-would spend itself on the number of calls, not on what is asked.
+would spend itself on the number of calls, not on what is asked. Only callers of one tenant and one
+token are joined: a cloud answers each question by what its token allows.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from segue_contract.errors import Internal, Unreachable
+from segue_contract.identity.principal import Kind
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_TAILS, TAILS_JOIN_S
+from segue_contract.transport.gate import caller, caller_token
 from segue_contract.v1 import agent_pb2 as pb
 
+_Key = tuple[str, str, str]  # the cloud, the tenant, the token
 Ask = Callable[[pb.TailsRequest], Awaitable[pb.TailsReply]]
 
 
@@ -30,11 +34,12 @@ class JoinedTails:
     """`await joined.tails(sessions)` as a device's own call would be answered."""
 
     def __init__(self, cloud_of: Callable[[str], str], ask: Ask, device: str) -> None:
-        """`cloud_of`: where a session is asked for. `ask`: one call, at its first one's cloud."""
+        """`cloud_of`: where a session is asked for. `ask`: one call, at its first one's cloud, for
+        the caller of the first question. `device`: who asks where the caller has no token."""
         self._cloud_of = cloud_of
         self._ask = ask
         self._device = device
-        self._open: dict[str, _Batch] = {}
+        self._open: dict[_Key, _Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def tails(self, sessions: Sequence[str]) -> pb.TailsReply:
@@ -57,27 +62,28 @@ class JoinedTails:
             task.cancel()
 
     def _join(self, session: str) -> _Batch:
-        cloud = self._cloud_of(session)
-        batch = self._open.get(cloud)
+        key = self._cloud_of(session), caller().tenant, caller_token()
+        batch = self._open.get(key)
         if batch is None:
-            batch = self._open[cloud] = _Batch()
-            task = asyncio.create_task(self._run(cloud, batch), name="joined tails")
+            batch = self._open[key] = _Batch()
+            task = asyncio.create_task(self._run(key, batch), name="joined tails")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         batch.places.setdefault(session, len(batch.places))
         if len(batch.places) >= MAX_TAILS:
-            del self._open[cloud]
+            del self._open[key]
             batch.go.set()
         return batch
 
-    async def _run(self, cloud: str, batch: _Batch) -> None:
+    async def _run(self, key: _Key, batch: _Batch) -> None:
         try:
             async with asyncio.timeout(TAILS_JOIN_S):
                 await batch.go.wait()
         except TimeoutError:
-            if self._open.get(cloud) is batch:
-                del self._open[cloud]
-        request = pb.TailsRequest(device=self._device, sessions=list(batch.places))
+            if self._open.get(key) is batch:
+                del self._open[key]
+        device = caller().name if caller().kind is Kind.DEVICE else self._device
+        request = pb.TailsRequest(device=device, sessions=list(batch.places))
         try:
             reply = await self._ask(request)
             counts = len(reply.tails), len(reply.digests) or len(reply.tails)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from segue_contract.checks import check_run
 from segue_contract.errors import TurnConflict
-from segue_contract.ids import check_id
+from segue_contract.ids import SessionName, TurnName, check_id
 from segue_contract.plan import Shape
 from segue_contract.sync.ops import Sampling
 from segue_contract.v1 import agent_pb2 as pb
@@ -16,24 +16,31 @@ from segue_edge.planner.plan import parse_force
 
 @dataclass(frozen=True)
 class Asked:
-    """`force`: the plan shape that the request itself demands."""
+    """`force`: the plan shape that the request itself demands.
+
+    Attributes:
+        tenant: the caller's; no request names one.
+        token: the session token that the turn was asked with, "" on an open loopback.
+    """
 
     request: pb.RunTurnRequest
     sampling: Sampling
     stop: tuple[str, ...]
     force: Shape | None
+    tenant: str
+    token: str = field(default="", repr=False)
 
     @property
-    def session(self) -> str:
-        return self.request.session
+    def session(self) -> SessionName:
+        return SessionName(self.tenant, self.request.session)
 
     @property
     def turn(self) -> str:
         return self.request.turn
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.request.session, self.request.turn
+    def key(self) -> TurnName:
+        return TurnName(self.session, self.turn)
 
     def check_same(
         self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str]
@@ -42,7 +49,7 @@ class Asked:
         mine = (self.request.prompt, self.request.max_tokens, self.sampling, self.stop)
         if mine != (prompt, max_tokens, sampling, tuple(stop)):
             raise TurnConflict(
-                f"Turn {self.turn} of session {self.session} was asked for something else.",
+                f"Turn {self.turn} of session {self.request.session} was asked for something else.",
                 hint="Give each question an id of its own; the same id joins the same turn.",
                 turn=self.turn,
             )
@@ -52,7 +59,7 @@ class Asked:
         self.check_same(known.request.prompt, known.request.max_tokens, known.sampling, known.stop)
 
     @classmethod
-    def of(cls, request: pb.RunTurnRequest) -> Asked:
+    def of(cls, request: pb.RunTurnRequest, tenant: str, token: str = "") -> Asked:
         """Raises InvalidArgument, EmptyPrompt, PromptTooLong or BadSampling."""
         check_id(request.session, "session")
         check_id(request.device, "device")
@@ -67,4 +74,4 @@ class Asked:
         )
         stop = tuple(request.stop)
         check_run(request.prompt, request.max_tokens, sampling, stop)
-        return cls(request, sampling, stop, parse_force(request.plan))
+        return cls(request, sampling, stop, parse_force(request.plan), tenant, token)

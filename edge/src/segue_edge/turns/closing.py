@@ -59,7 +59,7 @@ class TurnClosing:
         self, asked: Asked, ended: Ended, report: PlanReport, measure: Measure
     ) -> None:
         facts = {
-            "session": asked.session,
+            "session": asked.session.session,
             "turn": asked.turn,
             "end": ended.reason.value,
             "tokens": ended.next_index,

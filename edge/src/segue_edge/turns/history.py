@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from segue_contract.ids import SessionName
 from segue_contract.limits import EDGE_SESSION_CACHE
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState
@@ -19,7 +20,7 @@ class SessionHistory:
     `forgotten` turns lie before them, which no prompt will hold again.
     `known_digest` names the turns of the log that are known, as the cloud does.
     `held` are the token ids whose KV the cloud instance `held_by` is known to hold.
-    `tenant`: the cloud's, as it said when the session was opened.
+    `tenant`: as the cloud calls it; on an open loopback this node has no name for it.
     """
 
     def __init__(self) -> None:
@@ -125,9 +126,9 @@ class HistoryCache:
 
     def __init__(self, capacity: int = EDGE_SESSION_CACHE) -> None:
         self._capacity = capacity
-        self._sessions: OrderedDict[str, SessionHistory] = OrderedDict()
+        self._sessions: OrderedDict[SessionName, SessionHistory] = OrderedDict()
 
-    def of(self, session: str) -> SessionHistory:
+    def of(self, session: SessionName) -> SessionHistory:
         """The session's history, empty where it is new here."""
         history = self._sessions.pop(session, None) or SessionHistory()
         self._sessions[session] = history
@@ -135,15 +136,15 @@ class HistoryCache:
             self._sessions.popitem(last=False)
         return history
 
-    def find(self, session: str) -> SessionHistory | None:
+    def find(self, session: SessionName) -> SessionHistory | None:
         return self._sessions.get(session)
 
-    def home(self, session: str) -> Home:
+    def home(self, session: SessionName) -> Home:
         """The cloud that has the session's KV, as far as this node knows."""
         history = self.find(session)
         if history is None or not history.held:
             return Home()
         return Home(history.held_by, len(history.held))
 
-    def forget(self, session: str) -> None:
+    def forget(self, session: SessionName) -> None:
         self._sessions.pop(session, None)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from segue_contract.errors import Overloaded, Unreachable
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import ENDED_TURNS_KEPT, MAX_TURNS_PER_EDGE, SHUTDOWN_GRACE_S
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_edge.turns.asked import Asked
@@ -16,8 +17,6 @@ from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.run import TurnRun
 
 log = structlog.get_logger("segue.turns")
-
-Key = tuple[str, str]
 
 
 class TurnRegistry:
@@ -46,8 +45,8 @@ class TurnRegistry:
         self._on_busy = on_busy
         self._on_idle = on_idle
         self._max_turns = max_turns
-        self._running: dict[Key, tuple[TurnRun, asyncio.Task[None]]] = {}
-        self._ended: OrderedDict[Key, TurnRun] = OrderedDict()
+        self._running: dict[TurnName, tuple[TurnRun, asyncio.Task[None]]] = {}
+        self._ended: OrderedDict[TurnName, TurnRun] = OrderedDict()
         self._closing = False
 
     def __len__(self) -> int:
@@ -66,7 +65,7 @@ class TurnRegistry:
         if known is not None:
             asked.check_joins(known.asked)
             return known.feed
-        kept = self._outbox.find(asked.session, asked.turn)
+        kept = self._outbox.find(asked.key)
         if kept is not None:
             asked.check_joins(kept.asked)
             return kept.replay()
@@ -86,22 +85,22 @@ class TurnRegistry:
         task.add_done_callback(lambda _: self._done(asked.key))
         return run.feed
 
-    def running(self, session: str, turn: str) -> TurnRun | None:
-        known = self._running.get((session, turn))
+    def running(self, session: SessionName, turn: str) -> TurnRun | None:
+        known = self._running.get(TurnName(session, turn))
         return known[0] if known is not None else None
 
-    def offline_turn(self, session: str, turn: str) -> TurnRun | None:
+    def offline_turn(self, session: SessionName, turn: str) -> TurnRun | None:
         """A running turn that only this node knows of; `turn` may be empty."""
-        for (in_session, name), (run, _) in self._running.items():
-            if run.offline and in_session == session and turn in ("", name):
+        for name, (run, _) in self._running.items():
+            if run.offline and name.session == session and turn in ("", name.turn):
                 return run
         return None
 
-    def forget(self, session: str, turn: str) -> None:
+    def forget(self, name: TurnName) -> None:
         """Tell nobody any more what this node knows of an ended turn: the log has it."""
-        self._ended.pop((session, turn), None)
+        self._ended.pop(name, None)
 
-    def _done(self, key: Key) -> None:
+    def _done(self, key: TurnName) -> None:
         run, _ = self._running.pop(key)
         if run.whole:  # without an end it goes on elsewhere: who comes back joins through the log
             self._ended[key] = run

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from segue_contract.errors import SegueError, SessionBusy, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.limits import PROBE_TIMEOUT_S, SILENCE_S
 from segue_contract.transport.heartbeat import answered
 from segue_edge.uplink.clouds import Cloud, CloudSet
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 async def at_some_cloud(
     clouds: CloudSet,
-    session: str,
+    session: SessionName,
     call: Callable[[Cloud], Awaitable[T]],
     *,
     final: tuple[type[SegueError], ...] = (SessionBusy,),

@@ -15,6 +15,7 @@ import grpc
 import structlog
 
 from segue_contract.errors import DeadlineExceeded, ModelMismatch, SegueError, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.limits import (
     KV_DRAIN_S,
     PROBE_INTERVAL_S,
@@ -24,6 +25,7 @@ from segue_contract.limits import (
 )
 from segue_contract.transport.channel import check_target, open_channel
 from segue_contract.transport.status import error_from_rpc
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
@@ -54,11 +56,13 @@ class Cloud:
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, tls: TlsFiles | None = None) -> None:
         self.target = check_target(target)
-        self.channel = open_channel(target, reconnect_ms=_RECONNECT_MS)
-        self.agent: Any = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
-        self.decode: Any = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
+        self.channel: grpc.aio.Channel
+        self.agent: Any
+        self.decode: Any
+        self._tls = tls
+        self._connect()
         self.view = CloudView()
         self.healthy = True  # until a call says otherwise: the first turn should try
         self.instance = ""
@@ -69,9 +73,30 @@ class Cloud:
         self.backlog_bytes = 0
         self._taken = 0  # of `_places`, when it said so last
         self._places = 0
-        self._asking: Counter[str] = Counter()
+        self._asking: Counter[SessionName] = Counter()
         self._full_until = 0.0  # monotonic
         self._drained_at = 0.0  # monotonic: when what was sent last has left the buffers
+
+    def _connect(self) -> None:
+        """A channel with the certificates that the files hold now."""
+        self._certificates = self._tls.stamp() if self._tls is not None else ()
+        self.channel = open_channel(self.target, reconnect_ms=_RECONNECT_MS, tls=self._tls)
+        self.agent = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
+        self.decode = decode_pb2_grpc.DecodeStub(self.channel)  # type: ignore[no-untyped-call]
+
+    async def renew(self) -> None:
+        """Where the link is lost and the certificates changed since: a new channel with them."""
+        if self._tls is None or self._tls.stamp() == self._certificates:
+            return
+        if self.channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        old = self.channel
+        try:
+            self._connect()
+        except SegueError as error:
+            log.error("certificate_kept", cloud=self.target, error=str(error))
+            return
+        await old.close(None)
 
     def take_facts(self, facts: dpb.CloudFacts) -> None:
         """What the cloud says of itself, with every Begin, Opened and Probe.
@@ -136,7 +161,7 @@ class Cloud:
             self._full_until = max(self._full_until, time.monotonic() + min(wait_s, RPC_TIMEOUT_S))
 
     @contextlib.contextmanager
-    def asking(self, session: str) -> Iterator[None]:
+    def asking(self, session: SessionName) -> Iterator[None]:
         """While inside, a turn is about to begin there that its own counts do not have yet."""
         self._asking[session] += 1
         try:
@@ -146,7 +171,7 @@ class Cloud:
             if not self._asking[session]:
                 del self._asking[session]
 
-    def standing(self, session: str, home: Home) -> Standing:
+    def standing(self, session: SessionName, home: Home) -> Standing:
         """As a turn of `session` sees it, whose KV lies at `home`."""
         others = len(self._asking) - (session in self._asking)
         refused_s = max(0.0, self._full_until - time.monotonic())
@@ -210,6 +235,7 @@ class Cloud:
         """
         if self.healthy:
             return
+        await self.renew()
         try:
             # To connect takes two round trips, to ask one.
             patience_s = RECONNECT_WAIT_S + 3 * self.view.rtt_s.value
@@ -259,9 +285,11 @@ class CloudSet:
         self,
         targets: Sequence[str],
         pacer: Pacer,
-        home_of: Callable[[str], Home] = lambda _: Home(),
+        tls: TlsFiles | None = None,
+        *,
+        home_of: Callable[[SessionName], Home] = lambda _: Home(),
     ) -> None:
-        self.clouds = {target: Cloud(target) for target in targets}
+        self.clouds = {target: Cloud(target, tls) for target in targets}
         for cloud in self.clouds.values():
             cloud.alone = len(self.clouds) == 1
         self.pacer = pacer
@@ -296,15 +324,15 @@ class CloudSet:
                 cloud=others[0].target,
             )
 
-    def ranked(self, session: str) -> list[Cloud]:
+    def ranked(self, session: SessionName) -> list[Cloud]:
         """All clouds, the best for this session first; see `rendezvous.rank`."""
         home = self._home_of(session)
         known = {name: cloud.standing(session, home) for name, cloud in self.clouds.items()}
         at = (name for name, cloud in self.clouds.items() if cloud.instance == home.instance)
-        order = rank(session, known, next(at, "") if home.instance else "")
+        order = rank(str(session), known, next(at, "") if home.instance else "")
         return [self.clouds[name] for name in order]
 
-    def best(self, session: str) -> Cloud:
+    def best(self, session: SessionName) -> Cloud:
         """Raises Unreachable where none is configured."""
         ranked = self.ranked(session)
         if not ranked:
@@ -336,6 +364,7 @@ class CloudSet:
         except SegueError as error:
             if not (isinstance(error, DeadlineExceeded) and cloud.carries_kv):
                 cloud.failed(error)
+                await cloud.renew()
             return
         if cloud.healthy and not was_healthy:
             log.info("cloud_reachable", cloud=cloud.target, instance=cloud.instance)

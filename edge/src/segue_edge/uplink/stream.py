@@ -17,6 +17,7 @@ import grpc
 
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import KV_PART_BYTES, MAX_NEW_TOKENS, TURN_HEARTBEAT_S, TURN_SILENCE_S
+from segue_contract.transport.gate import bearer
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.transport.together import end
@@ -36,11 +37,13 @@ class TurnStream:
         busy_s: seconds in which KV was on its way, without the waits for the prefill.
     """
 
-    def __init__(self, cloud: Cloud, spec: dpb.TurnSpec, pacer: Pacer) -> None:
+    def __init__(self, cloud: Cloud, spec: dpb.TurnSpec, pacer: Pacer, token: str = "") -> None:
+        """`token`: of the device that asked for the turn."""
         self.cloud = cloud
         self.sent_kv_bytes = 0
         self.busy_s = 0.0
         self._pacer = pacer
+        self._token = token
         self._control: deque[dpb.RunRequest] = deque([dpb.RunRequest(open=spec)])
         self._kv: asyncio.Queue[bytes] = asyncio.Queue(1)
         self._work = asyncio.Event()
@@ -51,7 +54,7 @@ class TurnStream:
         self._writer: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> TurnStream:
-        self._call = self.cloud.decode.Run()
+        self._call = self.cloud.decode.Run(metadata=bearer(self._token))
         self._writer = asyncio.create_task(self._write_all(), name="uplink writer")
         return self
 

@@ -51,7 +51,8 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     `weights`: digest of the model's weights that decode it. `context_from`: id of the first turn
     that the model sees (this one: no other); empty: all.
     `offline`: it was served out of reach of the log, by a node that knew the session up to the
-    turn `follows` (empty: nothing of it).
+    turn `follows` (empty: nothing of it). `edge`: the certificate's name of the edge that it was
+    granted to, which alone may give its tokens and KV; empty: none.
     """
 
     turn: str
@@ -64,6 +65,7 @@ class TurnStarted(_Op, frozen=True, kw_only=True, tag="turn_started"):
     context_from: str = ""
     offline: bool = False
     follows: str = ""
+    edge: str = ""
 
 
 class TurnWaiting(_Op, frozen=True, kw_only=True, tag="turn_waiting"):

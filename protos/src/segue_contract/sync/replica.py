@@ -152,6 +152,7 @@ class Replica:
                 turn.sampling, turn.stop = op.sampling, op.stop
                 turn.context_from = op.context_from
                 turn.offline, turn.follows = op.offline, op.follows
+                turn.edge = op.edge or turn.edge  # a take-over grants nothing anew
             case ops.Frame():
                 have = len(turn.tokens)
                 # A frame that begins beyond what the log has would leave a hole for ever.

@@ -23,7 +23,8 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     `pieces[i]` is the text that token `i` completed; `reason` is empty while the turn runs.
     `last_offset` is the offset of the last op that changed it. The model saw the conversation from
     turn `context_from` on (this one: no other); empty: from its beginning. `offline`: it was served
-    out of reach of the log, after the turn `follows` (`segue_contract.sync.branches`).
+    out of reach of the log, after the turn `follows` (`segue_contract.sync.branches`). `edge`: to
+    which one it was granted.
     """
 
     turn: str
@@ -38,6 +39,7 @@ class TurnState(msgspec.Struct, kw_only=True, omit_defaults=True):
     context_from: str = ""
     offline: bool = False
     follows: str = ""
+    edge: str = ""
     tokens: list[int] = []
     pieces: list[str] = []
     reason: str = ""

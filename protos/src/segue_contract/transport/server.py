@@ -1,9 +1,8 @@
-"""One way to start a gRPC server: loopback only, health, reflection, bounded messages."""
+"""One way to start a gRPC server: open on loopback only, health, reflection, bounded messages."""
 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,14 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortInUse
+from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, PING_TIMEOUT_S, SHUTDOWN_GRACE_S
+from segue_contract.transport.gate import Gate
+from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.status import ErrorInterceptor
+from segue_contract.transport.tls import Clients, TlsFiles, server_credentials
+
+AUTHENTICATION_FLAGS = "--tenant-keys FILE (or --tls-clients required with --tls-ca FILE)"
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
@@ -32,22 +37,37 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 
-def check_loopback(host: str) -> str:
-    """Return `host` if it cannot be reached from outside this machine.
+def check_listener(
+    host: str,
+    *,
+    tls: TlsFiles | None = None,
+    clients: Clients = "none",
+    authenticated: bool = False,
+) -> str:
+    """Return `host` if one may listen there: only this machine reaches it, or TLS and
+    authentication guard it.
+
+    Args:
+        clients: whether client certificates are asked for; required ones authenticate callers.
+        authenticated: callers are known by other means.
 
     Raises:
-        NotLoopback: any other address, until listeners authenticate their callers.
+        NotLoopback: says which of the two is missing.
     """
-    if host == "localhost":
+    if is_loopback(host):
         return host
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    missing, flags = [], []
+    if tls is None:
+        missing.append("encryption")
+        flags.append("--tls-cert FILE and --tls-key FILE")
+    if not authenticated and (tls is None or clients != "required"):
+        missing.append("authentication")
+        flags.append(AUTHENTICATION_FLAGS)
+    if missing:
         raise NotLoopback(
-            f"Listening on {host!r} would open this node to the network without authentication.",
-            hint="Use 127.0.0.1, and a tunnel (ssh -L) to reach it from elsewhere.",
+            f"Listening on {host!r} would open this node to the network without "
+            f"{' and '.join(missing)}.",
+            hint=f"Give {', and '.join(flags)}; or use 127.0.0.1.",
         )
     return host
 
@@ -58,6 +78,9 @@ class RunningServer:
     host: str
     port: int
     _health: HealthServicer
+    gate: Gate
+    node_port: int | None = None
+    tls: bool = False
 
     @property
     def address(self) -> str:
@@ -72,28 +95,48 @@ class RunningServer:
         """Say NOT_SERVING, let running calls end within `grace_s`, then close."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        self.gate.close()
 
 
 async def start_server(
     host: str,
     port: int,
     services: Sequence[tuple[str, Callable[[grpc.aio.Server], None]]],
+    *,
+    tls: TlsFiles | None = None,
+    clients: Clients = "none",
+    node_port: int | None = None,
+    gate: Gate | None = None,
 ) -> RunningServer:
     """Listen and serve.
 
     Args:
-        host: a loopback address.
+        host: a loopback address, or any other where TLS and authentication guard it.
         port: 0 picks a free one.
         services: (full service name, function that adds its servicer to the server).
+        tls: None: without. The files are read again when they change.
+        clients: whether callers need a certificate signed by `tls.ca`.
+        node_port: the same services here too, always with client certificates: for edges, where
+            devices come without. 0 picks a free one, None: not at all.
+        gate: checks each call; by default everybody on this machine is the default tenant's.
 
     Raises:
         NotLoopback, PortInUse, InvalidArgument.
         Internal: the address cannot be listened on for another reason.
     """
-    check_loopback(host)
-    if not 0 <= port <= 65535:
-        raise InvalidArgument(f"{port} is no port.", hint="Use 0 to 65535; 0 picks a free one.")
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+    gate = gate or Gate(DEFAULT_TENANT)
+    check_listener(host, tls=tls, clients=clients, authenticated=gate.authenticates)
+    for asked in (port, node_port or 0):
+        if not 0 <= asked <= 65535:
+            raise InvalidArgument(
+                f"{asked} is no port.", hint="Use 0 to 65535; 0 picks a free one."
+            )
+    if node_port is not None and tls is None:
+        raise InvalidArgument(
+            "A port for nodes knows them by their certificates, and this listener has no TLS.",
+            hint="Give --tls-cert, --tls-key and --tls-ca.",
+        )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), gate], options=_OPTIONS)
     for _, add in services:
         add(server)
     health = HealthServicer()
@@ -102,16 +145,29 @@ async def start_server(
     reflection.enable_server_reflection(
         (*names, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
     )
-    try:
-        bound = server.add_insecure_port(_authority(host, port))
-    except RuntimeError as error:
-        raise _refused(host, port, error) from error
+    bound = _listen(server, host, port, tls, clients)
+    node_bound = None
+    if node_port is not None:
+        node_bound = _listen(server, host, node_port, tls, "required")
     await server.start()
-    running = RunningServer(server, host, bound, health)
+    running = RunningServer(server, host, bound, health, gate, node_bound, tls is not None)
     for name in names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     await running.set_serving(True)
     return running
+
+
+def _listen(
+    server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None, clients: Clients
+) -> int:
+    """The port. Raises PortInUse, Internal, InvalidArgument."""
+    place = _authority(host, port)
+    try:
+        if tls is None:
+            return server.add_insecure_port(place)
+        return server.add_secure_port(place, server_credentials(tls, clients=clients))
+    except RuntimeError as error:
+        raise _refused(host, port, error) from error
 
 
 def _authority(host: str, port: int) -> str:

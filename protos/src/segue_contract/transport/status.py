@@ -15,11 +15,16 @@ from segue_contract.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    PermissionDenied,
     SegueError,
+    Unauthenticated,
     Unreachable,
     shorten,
 )
+from segue_contract.transport.tls_reasons import explain
 
+# What gRPC says of a peer that ends a connection before it was one: it does not say why.
+_CLOSED_AT_ONCE = "Socket closed"
 # Binary trailing metadata that carries SegueError.to_bytes().
 ERROR_KEY = "segue-error-bin"
 _MAX_DETAIL_BYTES = 500  # each may take three in a header
@@ -31,6 +36,8 @@ _BARE: dict[grpc.StatusCode, type[SegueError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.CANCELLED: Unreachable,
     # a stream that was reset, or a write that failed as its stream broke: gRPC then says so instead
     # of the peer's status. An internal error of a node of ours is typed.
@@ -67,11 +74,27 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SegueError:
     detail = error.details() or code.name
     if _TOO_LARGE in detail:
         cls = InvalidArgument if detail.startswith(_ASKED_TOO_MUCH) else Internal
+    if code is grpc.StatusCode.UNAVAILABLE and (reason := explain(detail)) is not None:
+        return Unreachable(f"{reason.message} ({detail})", hint=reason.hint)
     hint = {
         Unreachable: "Check that the address is right and the node is running (`segue doctor`).",
         DeadlineExceeded: "The node is slow or stuck; try again.",
     }.get(cls, "")
+    if _closed_at_once(detail):
+        hint = (
+            "It ends new connections at once: it may want TLS (SEGUE_CA, --tls-ca), or a client "
+            "certificate. `segue doctor` says which."
+        )
     return cls(f"The call failed: {detail}.", hint=hint)
+
+
+def concerns_tls(detail: str) -> bool:
+    """Whether a connection failed, or may have, for its certificates."""
+    return explain(detail) is not None or _closed_at_once(detail)
+
+
+def _closed_at_once(detail: str) -> bool:
+    return detail.startswith("failed to connect") and detail.endswith(_CLOSED_AT_ONCE)
 
 
 def as_segue_error(error: BaseException) -> SegueError:
@@ -97,7 +120,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler: Any = await continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or not method.startswith("/segue."):
+        if handler is None:
             return cast("grpc.RpcMethodHandler[Any, Any]", handler)
         common = {
             "request_deserializer": handler.request_deserializer,

@@ -99,6 +99,16 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.ImportPart.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/segue.v1.Agent/Renew',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.RenewRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.RenewReply.FromString,
+                _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/segue.v1.Agent/Revoke',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.RevokeReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -196,6 +206,20 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """This device's streams go on under the token that this call shows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Tokens of a device for a session that are valid since before now are void; its streams end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +287,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ImportSession,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ImportPart.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.RenewRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.RenewReply.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.RevokeRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.RevokeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -616,6 +650,60 @@ class Agent(object):
             '/segue.v1.Agent/ImportSession',
             segue__contract_dot_v1_dot_agent__pb2.ImportPart.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.ImportSessionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/Renew',
+            segue__contract_dot_v1_dot_agent__pb2.RenewRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/Revoke',
+            segue__contract_dot_v1_dot_agent__pb2.RevokeRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.RevokeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from segue_contract.errors import (
 from segue_contract.limits import BEGIN_TIMEOUT_S
 from segue_contract.sync.context import choose_context, seen, tokens_at_most
 from segue_contract.sync.state import TurnState, decode_turns
+from segue_contract.transport.gate import bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked
@@ -174,7 +175,8 @@ class TurnOpening:
     ) -> Begun:
         if not history.known:
             raise Unreachable(
-                f"No cloud can be reached, and this edge does not know session {asked.session}.",
+                "No cloud can be reached, and this edge does not know session "
+                f"{asked.session.session}.",
                 hint="Check the cloud (`segue doctor`), or go on in a session opened here before.",
             )
         known = next((turn for turn in history.turns if turn.turn == asked.turn), None)
@@ -207,7 +209,9 @@ async def call_begin(
     started = time.monotonic()
     try:
         with cloud.asking(asked.session):
-            reply: dpb.BeginReply = await cloud.decode.Begin(request, timeout=BEGIN_TIMEOUT_S)
+            reply: dpb.BeginReply = await cloud.decode.Begin(
+                request, timeout=BEGIN_TIMEOUT_S, metadata=bearer(asked.token)
+            )
     except grpc.aio.AioRpcError as error:
         failure = error_from_rpc(error)
         if isinstance(failure, ModelMismatch):  # it came back with them since the last probe

@@ -9,11 +9,13 @@ import grpc
 
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import RPC_TIMEOUT_S, TURN_SILENCE_S, TURN_TIMEOUT_S
+from segue_contract.transport.gate import bearer
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import from_reply, from_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.turns.asked import Asked
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.state import signals as s
 from segue_edge.uplink.clouds import Cloud
@@ -125,20 +127,18 @@ async def _soon(replies: AsyncIterator[dpb.RunReply]) -> dpb.RunReply:
         raise Unreachable("The cloud closed the turn's stream at once.") from error
 
 
-async def follow(
-    number: int, cloud: Cloud, request: pb.RunTurnRequest, from_index: int, emit: Emit
-) -> None:
+async def follow(number: int, cloud: Cloud, asked: Asked, from_index: int, emit: Emit) -> None:
     """The turn as the log has it, read through `cloud`: signals, and at last how it broke.
 
     A further attempt (`number` 2 and beyond) says that the cloud before was lost.
     """
     again = pb.RunTurnRequest()
-    again.CopyFrom(request)
+    again.CopyFrom(asked.request)
     again.from_index = from_index
     again.lost = again.lost or number > 1
     again.plan = ""  # the turn was planned where it began; a cloud could not force a plan
     try:
-        call = cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S)
+        call = cloud.agent.RunTurn(again, timeout=TURN_TIMEOUT_S, metadata=bearer(asked.token))
         heard = Listening(
             call,
             silence_s=TURN_SILENCE_S,

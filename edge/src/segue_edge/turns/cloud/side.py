@@ -61,8 +61,8 @@ class CloudSide:
         self.cloud = cloud
         match wanted:
             case s.Follow():
-                request = self._facts.asked.request
-                following = follow(wanted.link, cloud, request, wanted.from_index, self._emit)
+                asked = self._facts.asked
+                following = follow(wanted.link, cloud, asked, wanted.from_index, self._emit)
                 self._spawn(following, "follow")
             case s.TakeOver():
                 self._take_over(wanted, cloud)
@@ -97,7 +97,7 @@ class CloudSide:
         task.add_done_callback(self._tasks.discard)
 
     def _start(self, number: int, cloud: Cloud, spec: dpb.TurnSpec, measure: Measure) -> CloudLink:
-        stream = TurnStream(cloud, spec, self._clouds.pacer)
+        stream = TurnStream(cloud, spec, self._clouds.pacer, self._facts.asked.token)
         link = self._link = CloudLink(number, cloud, stream, spec, self._emit, measure)
         self._spawn(link.run(), "link")
         return link

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import structlog
 
 from segue_contract.errors import SegueError
+from segue_contract.ids import SessionName
 from segue_contract.kv.layout import BLOCK_TOKENS, block_ids
 from segue_contract.limits import WARM_QUEUE_TURNS
 from segue_contract.transport.together import end
@@ -33,7 +34,7 @@ class Warmer:
         self._cache = cache
         self._compute = compute
         self._recipe = recipe
-        self._waiting: OrderedDict[str, list[int]] = OrderedDict()
+        self._waiting: OrderedDict[SessionName, list[int]] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
         self._more = asyncio.Event()
@@ -51,7 +52,7 @@ class Warmer:
     def idle(self) -> None:
         self._idle.set()
 
-    def add(self, session: str, tokens: list[int]) -> None:
+    def add(self, session: SessionName, tokens: list[int]) -> None:
         """The session's conversation so far, as token ids; replaces an older one of it."""
         if len(tokens) < BLOCK_TOKENS:
             return
@@ -78,7 +79,7 @@ class Warmer:
             try:
                 await self._warm(tokens)
             except SegueError as error:
-                log.warning("warm_up_failed", session=session, error=str(error))
+                log.warning("warm_up_failed", session=session.session, error=str(error))
 
     async def _warm(self, tokens: list[int]) -> None:
         whole = tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS]

@@ -24,6 +24,7 @@ from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import decode_turns
+from segue_contract.transport.gate import bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy
 from segue_contract.turn.merge import Merger
@@ -113,7 +114,7 @@ class Delivery:
         return reply
 
     async def _send(self, cloud: Cloud, offline: OfflineTurn, epoch: int) -> bool:
-        async with TurnStream(cloud, self._spec(offline, epoch), self._clouds.pacer) as stream:
+        async with self._stream(cloud, offline, self._spec(offline, epoch)) as stream:
             tokens = dpb.EdgeTokens(index=0, tokens=offline.tokens, pieces=offline.pieces)
             stream.control(dpb.RunRequest(plan=dpb.PlanNote(plan=offline.plan)))
             if offline.tokens:
@@ -126,7 +127,7 @@ class Delivery:
         spec = self._spec(offline, 0)
         spec.takeover = True
         spec.known_tokens.extend(offline.tokens)
-        async with TurnStream(cloud, spec, self._clouds.pacer) as stream:
+        async with self._stream(cloud, offline, spec) as stream:
             stream.control(dpb.RunRequest(plan=dpb.PlanNote(plan=offline.plan)))
             return await self._read_to_the_end(stream, offline, ours=False)
 
@@ -158,6 +159,9 @@ class Delivery:
                 with contextlib.suppress(Unreachable):  # `replies` says why
                     stream.control(_end_of(offline) if same else other)
         raise Unreachable("The cloud closed the stream of an offline turn before its end.")
+
+    def _stream(self, cloud: Cloud, offline: OfflineTurn, spec: dpb.TurnSpec) -> TurnStream:
+        return TurnStream(cloud, spec, self._clouds.pacer, offline.asked.token)
 
     def _spec(self, offline: OfflineTurn, epoch: int) -> dpb.TurnSpec:
         request = offline.asked.request
@@ -201,7 +205,9 @@ async def _open_session(cloud: Cloud, offline: OfflineTurn, *, there: bool) -> N
         session=request.session, device=request.device, must_exist=there
     )
     try:
-        await cloud.agent.OpenSession(opening, timeout=RPC_TIMEOUT_S)
+        await cloud.agent.OpenSession(
+            opening, timeout=RPC_TIMEOUT_S, metadata=bearer(offline.asked.token)
+        )
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
 
@@ -210,11 +216,11 @@ def _whose_text_stands(offline: OfflineTurn, merger: Merger, ended: Ended) -> bo
     asked = offline.asked
     merger.end(ended.next_index)
     if tuple(merger.tokens) == offline.tokens and ended.next_index == len(offline.tokens):
-        log.info("offline_turn_appended", session=asked.session, turn=asked.turn)
+        log.info("offline_turn_appended", session=asked.session.session, turn=asked.turn)
         return True
     log.warning(
         "offline_turn_differs",
-        session=asked.session,
+        session=asked.session.session,
         turn=asked.turn,
         stands="the log's text, not the one that this edge showed",
         tokens_shown=len(offline.tokens),

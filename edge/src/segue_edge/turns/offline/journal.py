@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from segue_contract.errors import UNREADABLE, InvalidArgument
+from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.limits import (
     MAX_OUTBOX_RECORD_BYTES,
     OUTBOX_REFUSED_KEPT,
@@ -36,8 +37,8 @@ _RECORD = struct.Struct("<II")
 
 
 class StoredTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole turn as the device saw it; `request` is the RunTurnRequest's bytes. With a
-    `refused_code` the log refused it for good."""
+    """A whole turn as the device saw it; `request` is the RunTurnRequest's bytes, `token`
+    what it was asked with. With a `refused_code` the log refused it for good."""
 
     request: bytes
     prompt: tuple[int, ...]
@@ -49,6 +50,8 @@ class StoredTurn(msgspec.Struct, frozen=True, kw_only=True):
     follows: str = ""
     refused_code: str = ""
     refused_message: str = ""
+    tenant: str = DEFAULT_TENANT  # earlier files have none: there was one tenant
+    token: str = ""
 
 
 class _Added(msgspec.Struct, frozen=True, tag="added"):
@@ -178,6 +181,9 @@ class Journal:
     def _rewrite(self) -> BinaryIO:
         """A new file with what is alive, in place of the old one at once or not at all."""
         fresh = self.path.with_name(f"{self.path.name}.new")
+        # what was said, and the tokens it was said with, are for this user alone
+        fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600, exist_ok=False)
         file = fresh.open("wb")
         file.write(_HEADER.pack(_MAGIC, _VERSION))
         self._size = _HEADER.size

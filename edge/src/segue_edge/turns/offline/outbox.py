@@ -15,12 +15,15 @@ from google.protobuf.message import DecodeError
 from segue_contract.errors import (
     InvalidArgument,
     Overloaded,
+    PermissionDenied,
     QuotaExceeded,
+    Revoked,
     SegueError,
     SessionDeleted,
     TurnCancelled,
     TurnConflict,
 )
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     OUTBOX_REFUSED_BYTES,
     OUTBOX_REFUSED_KEPT,
@@ -39,7 +42,15 @@ Deliver = Callable[[OfflineTurn], Awaitable[None]]
 Refused = Callable[[OfflineTurn], None]
 
 # What a log says of the turn or its session, and will say again. Any other error may pass.
-_FOR_GOOD = (InvalidArgument, QuotaExceeded, SessionDeleted, TurnCancelled, TurnConflict)
+_FOR_GOOD = (
+    InvalidArgument,
+    PermissionDenied,
+    QuotaExceeded,
+    Revoked,
+    SessionDeleted,
+    TurnCancelled,
+    TurnConflict,
+)
 
 
 class Room:
@@ -91,8 +102,8 @@ class Outbox:
         self._deliver = deliver
         self._journal = journal
         self._disk = asyncio.Lock()
-        self._sessions: OrderedDict[str, deque[OfflineTurn]] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._sessions: OrderedDict[SessionName, deque[OfflineTurn]] = OrderedDict()
+        self._locks: dict[SessionName, asyncio.Lock] = {}
         self._task: asyncio.Task[None] | None = None
         for number, stored in journal.turns if journal is not None else []:
             try:
@@ -110,21 +121,21 @@ class Outbox:
     def __len__(self) -> int:
         return sum(len(turns) for turns in self._sessions.values())
 
-    def holds(self, session: str) -> bool:
+    def holds(self, session: SessionName) -> bool:
         return bool(self._sessions.get(session))
 
-    def find(self, session: str, turn: str) -> OfflineTurn | None:
+    def find(self, turn: TurnName) -> OfflineTurn | None:
         """The turn of that id that the log has not: it waits here, or was refused."""
-        return next((one for one in self.of(session) if one.asked.turn == turn), None)
+        return next((one for one in self.of(turn.session) if one.asked.key == turn), None)
 
-    def of(self, session: str) -> list[OfflineTurn]:
+    def of(self, session: SessionName) -> list[OfflineTurn]:
         """All such turns of a session, those that wait first, in order."""
         refused = [turn for turn in self.refused if turn.asked.session == session]
         return [*self._sessions.get(session, ()), *refused]
 
-    async def settled(self, session: str, turn: str) -> None:
+    async def settled(self, turn: TurnName) -> None:
         """Wait until the turn does not wait here for the log: for as long as the caller likes."""
-        while (known := self.find(session, turn)) is not None and known.refused is None:
+        while (known := self.find(turn)) is not None and known.refused is None:
             await self._changed.wait()
 
     def reserve(self) -> Room:
@@ -141,7 +152,7 @@ class Outbox:
     def _placed(self, turn: OfflineTurn) -> OfflineTurn:
         """What was said after a refused turn follows the one before that."""
         for refused in reversed(self.refused):
-            if refused.asked.key == (turn.asked.session, turn.follows):
+            if refused.asked.key == TurnName(turn.asked.session, turn.follows):
                 turn = replace(turn, follows=refused.follows)
         return turn
 
@@ -176,7 +187,7 @@ class Outbox:
         """Deliver all that can be; False where something is left."""
         gate = asyncio.Semaphore(OUTBOX_SESSIONS_AT_ONCE)
 
-        async def one(session: str) -> None:
+        async def one(session: SessionName) -> None:
             async with gate:
                 with contextlib.suppress(SegueError):
                     await self.settle(session)
@@ -184,7 +195,7 @@ class Outbox:
         await asyncio.gather(*(one(session) for session in list(self._sessions)))
         return not len(self)
 
-    async def settle(self, session: str) -> None:
+    async def settle(self, session: SessionName) -> None:
         """Deliver the session's turns now.
 
         Raises:
@@ -248,7 +259,7 @@ class Outbox:
         size = sum(turn.size for turn in self.refused)
         return len(self.refused) > OUTBOX_REFUSED_KEPT or size > OUTBOX_REFUSED_BYTES
 
-    async def dismiss(self, session: str, device: str, turns: Collection[str]) -> int:
+    async def dismiss(self, session: SessionName, device: str, turns: Collection[str]) -> int:
         """Forget those of the device's turns that the log refused: it has told its user of them.
 
         Returns:

@@ -49,6 +49,8 @@ class OfflineTurn:
     def stored(self) -> StoredTurn:
         return StoredTurn(
             request=self.asked.request.SerializeToString(),
+            tenant=self.asked.tenant,
+            token=self.asked.token,
             prompt=self.prompt,
             tokens=self.tokens,
             pieces=self.pieces,
@@ -64,7 +66,7 @@ class OfflineTurn:
     def of(cls, number: int, stored: StoredTurn) -> OfflineTurn:
         """Raises SegueError, ValueError or DecodeError where the request was none."""
         return cls(
-            Asked.of(pb.RunTurnRequest.FromString(stored.request)),
+            Asked.of(pb.RunTurnRequest.FromString(stored.request), stored.tenant, stored.token),
             stored.prompt,
             stored.tokens,
             stored.pieces,

@@ -22,7 +22,14 @@ closes without an end, or with one that is not durable, is a broken link.
 
 from __future__ import annotations
 
-from segue_contract.errors import Internal, InvalidArgument, NotFound, SegueError, Unreachable
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Revoked,
+    SegueError,
+    Unreachable,
+)
 from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import Shape
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy, Reason, Rewound, Started
@@ -324,6 +331,8 @@ class TurnState:
         if link.opened:
             self._patience.was_served(link.opened_at, now)
         if link.follows and not error.retryable and not isinstance(error, Internal):
+            return out + self._close(error)
+        if isinstance(error, Revoked):
             return out + self._close(error)
         if isinstance(error, NotFound) and not link.follows:
             self._in_log = False  # the log has lost the turn

@@ -1,0 +1,57 @@
+"""A token that the app renews: what goes on under the old one is put under the new one in time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from segue_contract.errors import UNREADABLE, SegueError
+from segue_contract.limits import RENEW_LEAD_S, RENEW_PAUSE_S
+
+Sleep = Callable[[float], Awaitable[object]]
+
+
+class _Claims(msgspec.Struct):
+    exp: float
+
+
+def expires_s(token: str) -> float:
+    """Unix seconds when the token runs out, as it says itself; inf where it cannot be read. Nodes
+    verify it, not its bearer."""
+    _, _, rest = token.partition(".")
+    payload, _, _ = rest.partition(".")
+    try:
+        data = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
+        return msgspec.json.decode(data, type=_Claims).exp
+    except (*UNREADABLE, ValueError):
+        return float("inf")
+
+
+async def keep_renewed(
+    token: Callable[[], str],
+    renew: Callable[[], Awaitable[object]],
+    *,
+    now_s: Callable[[], float] = time.time,
+    sleep: Sleep = asyncio.sleep,
+) -> None:
+    """Ask `token` again some time before it runs out, and `renew` with what it gives then. Runs
+    until it is cancelled, or the token has no end.
+
+    `token` may give the same one for as long as it likes: it is asked again every few seconds. What
+    it raises, and what `renew` does, every other call of the client says, too.
+    """
+    ends_s = expires_s(token())
+    while ends_s < float("inf"):
+        left_s = ends_s - now_s()
+        await sleep(max(RENEW_PAUSE_S, left_s - min(RENEW_LEAD_S, left_s / 2)))
+        try:
+            fresh_s = expires_s(token())
+            if fresh_s > ends_s:
+                await renew()
+                ends_s = fresh_s
+        except (SegueError, OSError):
+            continue

@@ -1,0 +1,74 @@
+"""Tokens that were made void: what the log is told of its callers, and what the gate of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from segue_cloud.log.session_log import SessionLog
+from segue_cloud.sessions.port import Bearer, Revocation
+from segue_contract.errors import SegueError
+from segue_contract.identity.principal import Kind
+from segue_contract.limits import CLOCK_SKEW_S, GATE_LOOK_S, MAX_TOKEN_LIFETIME_S
+from segue_contract.transport.gate import Gate, caller
+
+log = structlog.get_logger("segue.revoking")
+
+_OVERLAP_MS = 10_000  # another instance may write what is a little older than what was read
+
+
+def caller_bearer() -> Bearer | None:
+    """The caller's token, as the log compares it; None where it has none."""
+    who = caller()
+    return Bearer(who.name, int(who.issued_s * 1000)) if who.kind is Kind.DEVICE else None
+
+
+def tell(gate: Gate, revocation: Revocation) -> None:
+    """From now on the gate refuses these tokens, and ends what goes on under them."""
+    session = revocation.session
+    gate.revoke(session.tenant, session.session, revocation.device, revocation.before_ms / 1000)
+
+
+@contextlib.asynccontextmanager
+async def following_revocations(
+    session_log: SessionLog,
+    gate: Gate,
+    *,
+    every_s: float = GATE_LOOK_S,
+    now_s: Callable[[], float] = time.time,
+) -> AsyncIterator[None]:
+    """While inside, the gate learns within `every_s` what any instance revoked.
+
+    Raises:
+        StoreUnavailable: what was revoked before cannot be read.
+    """
+    kept_s = MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S
+    since_ms = await _look(session_log, gate, int((now_s() - kept_s) * 1000))
+
+    async def follow(since_ms: int) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                since_ms = await _look(session_log, gate, since_ms)
+            except SegueError as error:
+                log.warning("revocations_unread", error=str(error))
+            gate.forget_revoked(now_s() - kept_s)
+
+    task = asyncio.create_task(follow(since_ms), name="revocations")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _look(session_log: SessionLog, gate: Gate, since_ms: int) -> int:
+    """Returns from when on to look the next time."""
+    for revocation in await session_log.revocations(since_ms):
+        tell(gate, revocation)
+        since_ms = max(since_ms, revocation.before_ms - _OVERLAP_MS)
+    return since_ms

@@ -1,0 +1,205 @@
+"""A right that ends: revoked, or run out, on calls that are made and on streams that go on. Real
+servers, two instances on one store; the gate's clock is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from segue_cloud.sessions.port import Bearer, LogOp, Producer, Status
+from segue_contract.errors import PermissionDenied, Revoked, SegueError, Unauthenticated
+from segue_contract.identity.principal import Right
+from segue_contract.ids import SessionName
+from segue_contract.limits import EXPIRY_GRACE_S
+from segue_contract.servers import Valkey
+from segue_contract.sync.ops import Set, encode_op
+from segue_contract.transport.gate import Gate, bearer
+from segue_contract.transport.status import error_from_rpc
+from segue_contract.v1 import agent_pb2 as pb
+from tests.support.cloud_rpc import CloudRpc, cloud_rpc
+from tests.support.edge_node import device_of, edge_node
+from tests.support.principals import EDGE, KnownTokens
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tiny_edge import MANIFEST, tiny_tokenizer
+
+TRIP = SessionName("acme", "trip")
+WAIT_S = 20.0
+
+
+@dataclass
+class Place:
+    tokens: KnownTokens
+    clouds: list[CloudRpc] = field(default_factory=list)
+    now_s: float = field(default_factory=time.time)
+
+    def token(self, name: str, age_s: float = 60.0, **more: Any) -> str:
+        return self.tokens.device("acme", name, issued_s=time.time() - age_s, **more)
+
+    async def call(self, at: int, token: str, method: str, request: Any) -> Any:
+        return await call(getattr(self.clouds[at].agent, method), request, token)
+
+    async def attach(self, at: int, token: str, device: str) -> Any:
+        """A stream that stands."""
+        request = pb.AttachRequest(session="trip", device=device)
+        stream = self.clouds[at].agent.Attach(request, metadata=bearer(token))
+        assert (await stream.read()).WhichOneof("kind") == "snapshot"
+        return stream
+
+
+async def call(method: Any, request: Any, token: str) -> Any:
+    try:
+        return await method(request, timeout=WAIT_S, metadata=bearer(token))
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def end_of(stream: Any) -> SegueError:
+    """Why a stream ended, whatever it said before."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while await stream.read() is not grpc.aio.EOF:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error_from_rpc(error)
+    raise AssertionError("it ended without an error")
+
+
+@pytest.fixture
+async def here(valkey: Valkey, tmp_path: Path) -> AsyncIterator[Place]:
+    place = Place(KnownTokens())
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            gate = Gate("default", place.tokens, now_s=lambda: place.now_s, peer_name=lambda _: "")
+            place.clouds.append(
+                await stack.enter_async_context(
+                    cloud_rpc(
+                        valkey.url,
+                        tmp_path,
+                        ScriptedEngine([*b"words"]),
+                        manifest=MANIFEST,
+                        tokenizer=tiny_tokenizer(),
+                        gate=gate,
+                    )
+                )
+            )
+        yield place
+
+
+async def opened(here: Place, token: str, device: str) -> pb.OpenSessionReply:
+    request = pb.OpenSessionRequest(session="trip", device=device, producer=device)
+    return await here.call(0, token, "OpenSession", request)  # type: ignore[no-any-return]
+
+
+async def test_a_revoked_device_gets_nothing_more_at_any_instance(here: Place) -> None:
+    phone, laptop = here.token("phone"), here.token("laptop")
+    epochs = {
+        name: (await opened(here, token, name)).epoch
+        for name, token in (("phone", phone), ("laptop", laptop))
+    }
+    lost = [await here.attach(at, phone, "phone") for at in (0, 1)]
+    kept = await here.attach(1, laptop, "laptop")
+    read = pb.ReadRequest(session="trip", device="phone")
+    await here.call(1, phone, "Read", read)
+
+    mine = here.token("laptop", rights=frozenset(Right) - {Right.ADMIN})
+    asked = pb.RevokeRequest(session="trip", revoked="phone")
+    with pytest.raises(PermissionDenied):
+        await here.call(0, mine, "Revoke", asked)
+    await here.call(0, laptop, "Revoke", asked)
+
+    assert [type(await end_of(stream)) for stream in lost] == [Revoked, Revoked]
+    for method, request in (
+        ("Read", read),
+        ("OpenSession", pb.OpenSessionRequest(session="trip", device="phone")),
+        ("Tails", pb.TailsRequest(device="phone", sessions=["trip"])),
+    ):
+        with pytest.raises(Revoked):
+            await here.call(1, phone, method, request)
+    # the log itself refuses, whatever an instance has heard of it
+    op = LogOp.of(Set(id="a", device="phone", name="a", value=b""))
+    log = here.clouds[1].log
+    for name, status in (("phone", Status.REVOKED), ("laptop", Status.OK)):
+        bears = Bearer(name, int((time.time() - 60) * 1000))
+        producer = Producer(name, epochs[name], 1, bears)
+        assert (await log.append(TRIP, producer, [op])).status is status
+    with pytest.raises(Revoked):
+        await log.check_device(TRIP, "phone", Bearer("phone", 1))
+    # the other device goes on, and so does this one with a token of later
+    async with asyncio.timeout(WAIT_S):
+        while (await kept.read()).WhichOneof("kind") != "entries":
+            pass
+    kept.cancel()
+    later = here.token("phone", age_s=-5)
+    await here.call(1, later, "Read", read)
+
+
+async def test_a_stream_ends_some_time_after_its_token_unless_that_is_renewed(here: Place) -> None:
+    ends_s = here.now_s + 100
+    short = [here.token(name, expires_s=ends_s) for name in ("phone", "laptop")]
+    await opened(here, short[0], "phone")
+    await opened(here, short[1], "laptop")
+    lost, kept = [
+        await here.attach(0, token, name)
+        for token, name in zip(short, ("phone", "laptop"), strict=True)
+    ]
+    narrow = here.token("laptop", expires_s=ends_s + 1000, sessions=("other",))
+    assert (await here.call(0, narrow, "Renew", pb.RenewRequest())).calls == 1  # its own
+    renewed = here.token("laptop", expires_s=ends_s + 1000)
+    assert (await here.call(0, renewed, "Renew", pb.RenewRequest())).calls == 2
+    here.now_s = ends_s + 1
+    with pytest.raises(Unauthenticated):
+        await here.call(0, short[0], "Read", pb.ReadRequest(session="trip", device="phone"))
+    here.now_s = ends_s + EXPIRY_GRACE_S + 1
+    ended = await end_of(lost)
+    assert type(ended) is Unauthenticated
+    op = encode_op(Set(id="b", device="laptop", name="b", value=b""))
+    reply = await here.call(
+        0,
+        renewed,
+        "OpenSession",
+        pb.OpenSessionRequest(session="trip", device="laptop", producer="q"),
+    )
+    append = pb.AppendRequest(
+        session="trip", device="laptop", producer="q", epoch=reply.epoch, first_seq=1, ops=[op]
+    )
+    await here.call(0, renewed, "Append", append)
+    async with asyncio.timeout(WAIT_S):
+        while (await kept.read()).WhichOneof("kind") != "entries":
+            pass
+    kept.cancel()
+
+
+async def test_streams_through_an_edge_end_as_well(valkey: Valkey, tmp_path: Path) -> None:
+    tokens = KnownTokens()
+    engine = ScriptedEngine([*b"words"])
+    gate = Gate("default", tokens, peer_name=lambda _: EDGE)
+    phone, laptop = (tokens.device("acme", name, issued_s=1.0) for name in ("phone", "laptop"))
+    async with (
+        cloud_rpc(
+            valkey.url, tmp_path, engine, manifest=MANIFEST, tokenizer=tiny_tokenizer(), gate=gate
+        ) as cloud,
+        edge_node(cloud.address, tokens=tokens) as edge,
+        device_of(edge, token=phone) as device,
+        device_of(edge, "laptop", laptop) as other,
+    ):
+        await device.open()
+        await other.open()
+        stream = device.stub.Attach(
+            pb.AttachRequest(session="trip", device="phone"), metadata=bearer(phone)
+        )
+        assert (await stream.read()).WhichOneof("kind") == "snapshot"
+        await other.call("Revoke", pb.RevokeRequest(session="trip", revoked="phone"))
+        assert type(await end_of(stream)) is Revoked
+        with pytest.raises(Revoked):
+            await device.run()
+        with pytest.raises(Revoked):
+            await device.open()
+        await other.run("t2", plan="text")

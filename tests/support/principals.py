@@ -1,0 +1,38 @@
+"""Callers for tests: who they are is what their token says, in plain words."""
+
+from __future__ import annotations
+
+from segue_contract.errors import Unauthenticated
+from segue_contract.identity.principal import ALL_SESSIONS, Kind, Principal, Right
+
+EDGE = "edge/here/one"
+
+
+class KnownTokens:
+    """As `TokenChecker`, of the principals that were put in."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Principal] = {}
+
+    def device(
+        self,
+        tenant: str,
+        name: str = "phone",
+        *,
+        sessions: tuple[str, ...] = ALL_SESSIONS,
+        rights: frozenset[Right] = frozenset(Right),
+        issued_s: float = 0.0,
+        expires_s: float = float("inf"),
+    ) -> str:
+        """A token of that device."""
+        token = f"token-{len(self._known)}"
+        self._known[token] = Principal(
+            Kind.DEVICE, tenant, name, sessions, rights, expires_s, issued_s, token
+        )
+        return token
+
+    def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:
+        found = self._known.get(token)
+        if found is None or now_s >= found.expires_s + late_s:
+            raise Unauthenticated("The token is not known, or ran out.")
+        return found
