@@ -25,6 +25,7 @@ from segue_contract.sync.ops import (
     TurnStarted,
     Usage,
     UserMessage,
+    encode_op,
     request_digest,
 )
 from segue_contract.transport.status import error_from_rpc
@@ -111,6 +112,21 @@ async def test_an_end_that_came_without_its_tokens_is_none(store: RedisStore) ->
     await log.append_turn(S, claim.hold("t1"), 3, [END], ends=True)
     (turn,) = (await SessionLog(store).state(S)).turns
     assert (turn.tokens, turn.reason) == ([], "")
+
+
+async def test_a_turn_that_an_instance_remembers_is_not_forgotten(store: RedisStore) -> None:
+    """It mends the log with what it has folded of it, which the store has no more."""
+    log = SessionLog(store)
+    claim = await log.begin_turn(S, "t1", opening("t1"), 60.0)
+    await log.append_turn(S, claim.hold("t1"), 1, [frame(0)])
+    assert (await log.state(S)).turns
+    await store.append_turn(S, claim.hold("t1"), 2, [encode_op(frame(1))])
+    await evict(store, "log")
+    await store.append_turn(S, claim.hold("t1"), 3, [encode_op(END)], ends=True)
+    (turn,) = (await log.state(S)).turns
+    assert (turn.prompt, turn.tokens, turn.reason) == ("Hello", [7], "")
+    assert (await log.begin_turn(S, "t1", opening("t1"), 60.0)).known
+    assert (await log.take_over(S, "t1", 60.0, quiet_s=60.0)).status is Status.OK
 
 
 async def test_what_is_known_of_turns_is_made_again_of_the_log(store: RedisStore) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -203,10 +203,10 @@ async def test_an_entry_that_comes_while_a_hole_is_mended_is_kept(
     await store._wire.call(("DEL", SessionKeys.of(S).log))
     late, mend = [op("c").data], store.mend
 
-    async def mend_late(session: SessionName, state: SessionState, headless: Iterable[str]) -> None:
+    async def mend_late(session: SessionName, state: SessionState) -> None:
         if late:
             await store.append(S, await producer(store, S, "q", 1), [late.pop()])
-        await mend(session, state, headless)
+        await mend(session, state)
 
     monkeypatch.setattr(store, "mend", mend_late)
     for _ in range(2):

@@ -164,7 +164,7 @@ async def test_every_verb_obeys_cluster_rules() -> None:
         await store.compact(S, SessionState(cursor=tail), 5, 0)
         assert await store.load_snapshot(S) is not None
         await another_life(store)
-        await store.mend(S, SessionState(cursor=tail), [])  # nothing is missing
+        await store.mend(S, SessionState(cursor=tail))  # nothing is missing
         there = (await store.open_session(S)).tail
         assert there.generation > tail.generation
         assert there.offset == 5

@@ -153,9 +153,10 @@ async def test_an_orphan_is_finished_though_nobody_asks(
 async def test_a_turn_that_waits_behind_an_orphan_comes_after_its_whole_reply(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
-        await dead.begin()
     async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as bench:
+        # No start comes between: an orphan waits only so long for somebody who can go on with it.
+        async with bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=SHORT) as dead:
+            await dead.begin()
         async with asyncio.timeout(WAIT_S):
             _, owner = await bench.manager.run(bench.request("t2"))
         assert owner is not None

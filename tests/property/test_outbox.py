@@ -143,3 +143,17 @@ def test_even_unconfirmed_heads_are_bounded() -> None:
     outbox.check_integrity()
     outbox.restart(1.0)
     outbox.check_integrity()
+
+
+def test_a_head_asked_for_while_the_same_is_on_its_way_is_sent_again() -> None:
+    """A confirmation of the first is none of the second, which would wait confirmed."""
+    outbox = Outbox()
+    outbox.add_head(KEYS[0], Cursor(1, 3), 0.0)
+    ((session, cursor),) = outbox.due_heads(0.0)
+    outbox.add_head(session, cursor, 1.0)
+    outbox.head_confirmed(session, cursor)
+    outbox.check_integrity()
+    assert outbox.due_heads(1.0) == [(session, cursor)]
+    outbox.head_confirmed(session, cursor)
+    outbox.check_integrity()
+    assert outbox.empty

@@ -120,8 +120,9 @@ class History:
             f"{session}: {place} after {last} {history.tail}",
         )
         history.tail = place[1]
+        # What came behind a hole may be gone as well once it is mended.
         world.require(
-            op.id not in history.ids,
+            op.id not in history.ids or history.holed,
             "One op is in the log twice.",
             f"{session} {op.id}: {history.ids.get(op.id)} and {place}",
         )
@@ -142,7 +143,9 @@ class History:
             "Two owners under one turn epoch.",
             f"{session} {op.turn} epoch {op.epoch}: {owner} and {client}",
         )
-        world.require(not turn.ended, "A turn goes on after its end.", f"{session} {op.id}")
+        world.require(
+            not turn.ended or history.holed, "A turn goes on after its end.", f"{session} {op.id}"
+        )
         if isinstance(op, TurnEnded):
             turn.ended = True
             return

@@ -35,18 +35,14 @@ from tests.bench.suites._fault_turn import (
     write_values,
 )
 
-# Two blocks of KV and more, that no cache has: the number comes first.
+# A block of KV and more, that no cache has: the number comes first.
 STORY = (
     "Number {number}. This is the logbook of a lighthouse keeper. In spring the fog came "
-    "early, and the horn was heard as far as the harbour. In summer the boats went out at "
-    "dawn and came back with the tide, and children waved from the pier. In autumn a storm "
-    "broke two panes of the lantern, and the keeper stood all night with a storm lamp in his "
-    "hand, until the last ship had passed the reef. In winter nobody came for nine weeks; he "
-    "read every book twice, and then he began to write one of his own about all that he had "
-    "seen from up there. Now tell me a long story about this keeper and the sea, year by "
-    "year, as he would have told it himself."
+    "early, and the horn was heard as far as the harbour. In autumn a storm broke two panes "
+    "of the lantern, and he stood all night with a lamp in his hand. Now tell me a long story "
+    "about this keeper and the sea, year by year, as he would have told it."
 )
-WAYS = (Way("ship"), Way("text"), Way("direct"), Way("ship"))
+WAYS = (Way("ship"), Way("text"), Way("direct"))
 REPLY_TOKENS = 1200  # more than a round takes; what is left is stopped
 SHORT = (32, 320)  # one reply of a round has so many: its end may fall beside a fault
 STRIKES = 3  # faults in a round
@@ -188,8 +184,8 @@ class Round:
         other = await laptop.session(self._names[index])
         background(self._followers[index].follow(other))
         background(write_values(session, self._values[index]))
-        last = index == len(self._readers) - 1
-        tokens = self._random.randint(*SHORT) if last else REPLY_TOKENS
+        short = index == self._number % len(self._readers)
+        tokens = self._random.randint(*SHORT) if short else REPLY_TOKENS
         prompt = STORY.format(number=f"{self._number}.{index}")
         return reader.read(session, prompt, tokens)
 

@@ -156,7 +156,8 @@ class Outbox:
 
     def head_confirmed(self, session: SessionName, cursor: Cursor) -> None:
         head = self._heads.get(session)
-        if head is not None and head.cursor == cursor:
+        # One that is due again is sent again: it was asked for since.
+        if head is not None and head.cursor == cursor and head.due_s is None:
             head.confirmed = True
             self._known[session] = None
             self._forget()

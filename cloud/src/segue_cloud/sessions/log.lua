@@ -34,7 +34,7 @@
 -- any remembered op is that of its run's first one plus the distance.
 --
 -- Commands used: TIME INFO EXISTS GETRANGE SET STRLEN DEL, HGET HMGET HSET HDEL HINCRBY, ZADD ZSCORE
--- ZCARD ZCOUNT ZRANGE ZRANGEBYSCORE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
+-- ZCARD ZCOUNT ZRANGE ZREM, XADD XRANGE XREVRANGE XTRIM, PUBLISH.
 
 local LOG, META, PRODUCERS, TURNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local DEVICES, SNAPSHOT = KEYS[5], KEYS[6]
@@ -231,8 +231,7 @@ local function last_entry()
   return last and place(last[1], '-') or {0, 0}
 end
 
--- The first and the last offset that are neither in the snapshot nor in the log; nil where all is
--- there.
+-- The first offset that is neither in the snapshot nor in the log; nil where all is there.
 local function hole(tail)
   local so = tonumber(redis.call('HGET', META, 'so') or '0')
   local folded = so > 0 and redis.call('EXISTS', SNAPSHOT) == 0
@@ -240,10 +239,9 @@ local function hole(tail)
   local entry = redis.call('XRANGE', LOG, '-', '+', 'COUNT', 1)[1]
   local first = entry and place(entry[1], '-')[2] or tail + 1
   local from = folded and 1 or so + 1
-  if first > from then return from, first - 1 end
+  if first > from then return from end
   local last = last_entry()[2]
-  if last < tail then return last + 1, tail end
-  return nil
+  return last < tail and last + 1 or nil
 end
 
 -- Which generations the entries that are left belong to, where meta forgot it. O(log), once.
@@ -716,22 +714,22 @@ local function unknow(turn, current)
   if current == turn then redis.call('HSET', META, 'cur', '', 'lease', 0, 'stop', '') end
 end
 
--- generation and offset of the tail, state of what is left up to there, "turn,..." that are not in
--- it for want of their beginning, "turn,..." in it without an end, the one of these that is the last
--- turn of all or "" -> {status}: the log goes on behind a hole, under another generation. Only a hole
--- that is found here again counts, and only a state that no entry came behind: it would be in
--- neither.
-function verbs.mend(generation, offset, state, headless, endless, last)
+-- generation and offset of the tail, state of what is left up to there, "turn,..." that are in it,
+-- those of them without an end, the last turn of all if it is one of these, or "" -> {status}: the
+-- log goes on behind a hole, under another generation. Only a hole that is found here again counts,
+-- and only a state that no entry came behind: it would be in neither.
+function verbs.mend(generation, offset, state, kept, endless, last)
   local known = meta('wb', 'cur')
   if not known then return {'missing'} end
-  local missing, upto = hole(known[2])
+  local missing = hole(known[2])
   if tonumber(generation) ~= known[1] or tonumber(offset) ~= known[2] or not missing then
     return {'stale'}
   end
-  for _, turn in ipairs(redis.call('ZRANGEBYSCORE', TURNS, int(missing), int(upto))) do
-    unknow(turn, known[4])
+  local has = {}
+  for turn in string.gmatch(kept, '[^,]+') do has[turn] = true end
+  for _, turn in ipairs(redis.call('ZRANGE', TURNS, 0, -1)) do
+    if not has[turn] then unknow(turn, known[4]) end
   end
-  for turn in string.gmatch(headless, '[^,]+') do unknow(turn, known[4]) end
   for turn in string.gmatch(endless, '[^,]+') do
     local ended, nonce = turn_flags(turn)
     if ended then redis.call('HSET', META, 'x:' .. turn, '0|' .. nonce) end

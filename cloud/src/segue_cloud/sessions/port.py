@@ -12,7 +12,7 @@ raised may be repeated with the same arguments: every write is idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -361,15 +361,12 @@ class Reading(Protocol):
         """Those that are not there because they were deleted lately."""
         ...
 
-    async def mend(
-        self, session: SessionName, state: SessionState, headless: Iterable[str]
-    ) -> None:
+    async def mend(self, session: SessionName, state: SessionState) -> None:
         """Entries are gone from the store: go on behind them, from `state` of what is left, under
         the next generation. Nothing is done where none is missing, or one came meanwhile.
 
-        A turn whose beginning is gone counts as never begun, as after a fail-over that lost it;
-        `headless` are those of which the log still has later entries. One that `state` has without
-        an end has none.
+        A turn that is not in `state` counts as never begun, as after a fail-over that lost it; one
+        that is there without an end has none.
         """
         ...
 

@@ -236,14 +236,12 @@ class LogReader:
         Of a turn whose beginning is gone nothing is left: nobody could tell what was asked. One
         that has its end and not all of its tokens is not over.
         """
-        headless: dict[str, None] = {}
         entries = page.entries
         while entries:
             for entry in entries:
                 at, op = entry.cursor, entry.value or decode_op(entry.op)
                 replica.load_cursor(Cursor(at.generation, at.offset - 1))
                 if isinstance(op, _LATER) and replica.turn(op.turn) is None:
-                    headless[op.turn] = None
                     replica.load_cursor(at)
                 else:
                     replica.apply_op(at.generation, at.offset, op)
@@ -252,7 +250,7 @@ class LogReader:
         turns = [_without_false_end(turn) for turn in replica.state.turns]
         left = msgspec.structs.replace(replica.state, turns=turns)
         log.error("entries_missing", session=session.session, tail=page.tail.offset)
-        await self._store.mend(session, left, headless)
+        await self._store.mend(session, left)
 
 
 def _without_false_end(turn: TurnState) -> TurnState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -330,14 +330,13 @@ class RedisStore:
             )
         )  # fmt: skip
 
-    async def mend(
-        self, session: SessionName, state: SessionState, headless: Iterable[str]
-    ) -> None:
+    async def mend(self, session: SessionName, state: SessionState) -> None:
+        kept = [turn.turn for turn in state.turns]
         endless = [turn.turn for turn in state.turns if not turn.ended]
         await self._wire.call(
             self._log(
                 session, "mend", state.cursor.generation, state.cursor.offset,
-                await encoded(state), ",".join(headless), ",".join(endless), running_turn(state),
+                await encoded(state), ",".join(kept), ",".join(endless), running_turn(state),
             )
         )  # fmt: skip
 
