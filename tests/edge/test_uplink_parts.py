@@ -180,7 +180,9 @@ async def listener() -> AsyncIterator[tuple[Listener, Cloud]]:
 
 async def test_control_messages_overtake_kv(listener: tuple[Listener, Cloud]) -> None:
     service, cloud = listener
-    async with TurnStream(cloud, dpb.TurnSpec(turn="t"), Pacer()) as stream:
+    async with TurnStream(
+        cloud, dpb.TurnSpec(session="trip", device="phone", turn="t"), Pacer()
+    ) as stream:
         sending = asyncio.create_task(stream.send_kv(bytes(40 * KV_PART_BYTES)))
         service.reading.set()
         await service.wait_for("kv")
@@ -197,7 +199,9 @@ async def test_a_broken_stream_fails_everybody_who_waits(
     listener: tuple[Listener, Cloud],
 ) -> None:
     service, cloud = listener
-    async with TurnStream(cloud, dpb.TurnSpec(turn="t"), Pacer()) as stream:
+    async with TurnStream(
+        cloud, dpb.TurnSpec(session="trip", device="phone", turn="t"), Pacer()
+    ) as stream:
         sending = asyncio.create_task(stream.send_kv(bytes(400 * KV_PART_BYTES)))
         replies = stream.replies()
         assert (await anext(replies)).opened.epoch == 1
@@ -226,7 +230,9 @@ async def test_a_slow_link_holds_back_the_encoder_not_the_prefill(
         sender = KvSender(RECIPE.digest, ids, pool, encode)
         for index in range(len(ids)):
             sender.offer(index, *block_of(tokens[:64]))  # never blocks
-        async with TurnStream(cloud, dpb.TurnSpec(turn="t"), Pacer()) as stream:
+        async with TurnStream(
+            cloud, dpb.TurnSpec(session="trip", device="phone", turn="t"), Pacer()
+        ) as stream:
             running = asyncio.create_task(sender.run(stream, 0))
             done, _ = await asyncio.wait({running}, timeout=0.5)
             assert not done
@@ -247,6 +253,8 @@ async def test_a_block_that_cannot_be_encoded_ends_the_sender(
         sender = KvSender(RECIPE.digest, ids, pool, encode_with(RECIPE.codec))
         sender.offer(0, k, v)
         sender.offer(1, k * float("nan"), v)
-        async with TurnStream(cloud, dpb.TurnSpec(turn="t"), Pacer()) as stream:
+        async with TurnStream(
+            cloud, dpb.TurnSpec(session="trip", device="phone", turn="t"), Pacer()
+        ) as stream:
             with pytest.raises(BadBlock):
                 await asyncio.wait_for(sender.run(stream, 0), 10)

@@ -137,7 +137,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             intake,
             self._engine,
             attached=attached,
-            takes_over=message.takeover,
+            # an edge that delivers what it served offline ends the turn itself
+            goes_on=message.takeover and message.shape != Shape.EDGE.value,
             limits=self._manager.limits,
         )
         opened = dpb.Opened(

@@ -28,7 +28,7 @@ class RunStream:
 
     Args:
         attached: the owner ran before this stream came; what the edge makes is not taken.
-        takes_over: the turn was begun elsewhere; the edge sends KV and makes no more tokens.
+        goes_on: a take-over in which the edge sends KV and makes no more tokens.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class RunStream:
         engine: Engine,
         *,
         attached: bool,
-        takes_over: bool = False,
+        goes_on: bool = False,
         limits: TurnLimits = TurnLimits(),
     ) -> None:
         self._owner = owner
         self._intake = intake
         self._engine = engine
         self._attached = attached
-        self._takes_over = takes_over
+        self._goes_on = goes_on
         self._limits = limits
         self._replies: asyncio.Queue[dpb.RunReply | None] = asyncio.Queue(TURN_EVENT_QUEUE)
 
@@ -175,9 +175,9 @@ class RunStream:
         await self._intake.complete.wait()
         # After a take-over nobody makes tokens meanwhile: the engine shall know of the turn now,
         # not after all who wait there and a round trip.
-        if self._takes_over:
+        if self._goes_on:
             self._owner.hand_over(self._owner.next_index)
-        while not self._takes_over and self._engine.stats().waiting > 0:
+        while not self._goes_on and self._engine.stats().waiting > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(READY_POLL_S):
                     await self._owner.ended.wait()

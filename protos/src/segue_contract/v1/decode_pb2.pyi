@@ -202,7 +202,9 @@ class TurnSpec(_message.Message):
     ship_blocks: _builtins.int
     """Blocks [0, ship_blocks) will come over this stream, but for those the cloud has."""
     takeover: _builtins.bool
-    """True: a further attempt after a broken stream or a dead instance; the epoch is raised."""
+    """True: a further attempt after a broken stream or a dead instance; the epoch is raised. With the
+    shape "edge" the edge ends the turn itself, else the cloud goes on once the KV is there.
+    """
     edge_cached_tokens: _builtins.int
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
