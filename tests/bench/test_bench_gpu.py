@@ -31,7 +31,7 @@ def test_its_smallest_form_fills_every_row(tmp_path: Path) -> None:
         [sys.executable, ROOT / "scripts" / "bench", "gpu", "--quick", "--json", file],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ def test_its_tiny_form_runs_every_step_on_the_cpu(tmp_path: Path) -> None:
         [sys.executable, ROOT / "scripts" / "card", "--quick", "--json", file],
         capture_output=True,
         text=True,
-        timeout=175,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ import pytest
 from segue.testing import local_stack
 from tests.support.servers import require_broker, require_valkey
 
-WAIT_S = 170.0
+WAIT_S = 280.0
 
 
 @pytest.mark.slow

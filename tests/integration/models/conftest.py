@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.tiny_source import write_hf_folder
 
-BUILD_TIMEOUT_S = 150
+BUILD_TIMEOUT_S = 280
 WINDOW = 40  # tokens, of the model that `built` gives
 
 

@@ -22,7 +22,7 @@ from segue_contract.model.manifest import read_manifest, verify, write_manifest
 from segue_edge.prefill.runtime import EdgeModel
 from tests.integration.models.conftest import Built, build_tiny
 
-TIMEOUT_S = 150
+TIMEOUT_S = 280
 
 
 def segue_model(home: Path, *arguments: str) -> tuple[int, str, str]:
