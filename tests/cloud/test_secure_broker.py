@@ -113,6 +113,18 @@ def test_what_devices_are_told_of_the_broker() -> None:
     assert public.told_mqtt_url(own) == "mqtts://device:pw@broker.example"
 
 
+@pytest.mark.parametrize("own", ["mqtt://127.0.0.1:1883", "mqtts://broker.example:8883"])
+def test_known_devices_are_told_of_a_broker_only_by_the_operators_word(
+    own: str, tmp_path: Path
+) -> None:
+    """Whoever reads the broker reads all tenants, unless it checks."""
+    keys = {"tenant_keys": tmp_path / "keys"}
+    assert load_settings(keys).told_mqtt_url(own) == ""
+    assert load_settings({**keys, "host": "0.0.0.0"}).told_mqtt_url(own) == ""
+    public = "mqtts://device:pw@broker.example"
+    assert load_settings({**keys, "public_mqtt_url": public}).told_mqtt_url(own) == public
+
+
 def test_the_clouds_login_comes_from_the_address_or_a_file(tmp_path: Path) -> None:
     login = load_settings({"mqtt_url": "mqtts://cloud:hunter2@h"}).broker_login
     assert (login.username, login.password) == ("cloud", "hunter2")

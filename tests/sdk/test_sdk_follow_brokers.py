@@ -6,12 +6,25 @@ import asyncio
 import os
 import signal
 import sys
+from typing import cast
 
+import pytest
+
+import segue
 from segue._inbox import Inbox, Link, Tail
-from segue_contract.errors import Unreachable
+from segue._nodes import Nodes
+from segue._tails import Tails, TailSink
+from segue_contract.errors import (
+    PermissionDenied,
+    Revoked,
+    SegueError,
+    Unauthenticated,
+    Unreachable,
+)
 from segue_contract.limits import ClientLimits
 from segue_contract.servers import Broker
 from segue_contract.sync.state import Cursor
+from segue_contract.v1 import agent_pb2 as pb
 from tests.support.fake_agent import FakeAgent, FakeLog
 from tests.support.followers import WAIT_S, Seen, following, op, publishing
 
@@ -97,6 +110,72 @@ async def test_a_cloud_that_cannot_publish_says_so(broker: Broker) -> None:
             log.append(op(1))
             await seen.until_offset(1)
             assert seen.lives[-1] == "grpc"
+
+
+class Sessions:
+    """`Tails` of several sessions, whose own follower each is; only some may be asked for."""
+
+    def __init__(self, error: SegueError, *refused: str) -> None:
+        self.error, self.refused = error, refused
+        self.lost: list[str] = []
+        self.told: list[str] = []
+
+    async def unary(self, method: str, request: pb.TailsRequest) -> pb.TailsReply:
+        if any(one in self.refused for one in request.sessions):
+            raise self.error
+        tails = [pb.Cursor(generation=1, offset=1) for _ in request.sessions]
+        return pb.TailsReply(tails=tails, publishing=True)
+
+    def sink(self, session: str) -> TailSink:
+        told, lost = self.told, self.lost
+
+        class Sink:
+            cursor = Cursor(1, 0)
+
+            def on_tail(self, tail: Tail) -> None:
+                told.append(session)
+
+            def on_lost(self) -> None:
+                lost.append(session)
+
+        return Sink()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (Revoked("This device was revoked."), ["b"]),
+        (PermissionDenied("Not of this token."), ["b"]),
+        (Unauthenticated("The token ran out."), ["a", "b", "c", "d", "e"]),
+        (Unreachable("Nobody answers."), []),
+    ],
+)
+async def test_a_refused_question_reaches_the_followers_that_it_concerns(
+    error: SegueError, lost: list[str]
+) -> None:
+    sessions = Sessions(error, "b")
+    tails = Tails(cast(Nodes, sessions), "phone", uniform=lambda _low, _high: 0.0)
+    for name in "abcde":
+        tails.add(name, sessions.sink(name))
+    await tails._ask(list("abcde"))
+    await tails.close()
+    assert sessions.lost == lost
+    assert set(sessions.told) == (set("abcde") - set(lost) if len(lost) == 1 else set())
+
+
+async def test_a_revoked_device_reads_no_further_over_mqtt(broker: Broker) -> None:
+    log = FakeLog("trip")
+    async with (
+        FakeAgent(log, mqtt_url=broker.url) as agent,
+        segue.Client([agent.address], device="laptop") as client,
+    ):
+        seen = Seen((await client.session("trip")).follow())
+        running = asyncio.ensure_future(seen.run())
+        await seen.until(lambda one: bool(one.items))
+        assert seen.follower.live == "mqtt"
+        agent.fail_once["Read"] = agent.tails_error = Revoked("This device was revoked.")
+        with pytest.raises(Revoked):
+            await asyncio.wait_for(running, WAIT_S)
 
 
 async def test_a_broker_that_hangs_holds_up_nobody(broker: Broker) -> None:

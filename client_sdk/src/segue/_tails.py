@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 from typing import Protocol
 
 from segue._inbox import Tail
 from segue._nodes import Nodes
-from segue_contract.errors import SegueError
+from segue_contract.errors import PermissionDenied, Revoked, SegueError, Unauthenticated
 from segue_contract.limits import MAX_TAILS, TAILS_INTERVAL_S
 from segue_contract.sync.state import Cursor
 from segue_contract.transport.together import end
@@ -31,8 +31,8 @@ class TailSink(Protocol):
 
     def on_tail(self, tail: Tail) -> None: ...
 
-    def on_deleted(self) -> None:
-        """The session was deleted."""
+    def on_lost(self) -> None:
+        """The session was deleted, or this device has no access any more: the log says which."""
         ...
 
 
@@ -78,14 +78,32 @@ class Tails:
         sinks = [[(sink, sink.cursor) for sink in self._sinks.get(one, ())] for one in sessions]
         try:
             reply: pb.TailsReply = await self._nodes.unary("Tails", request)
+        except (Unauthenticated, PermissionDenied) as error:
+            await self._refused(sessions, error)
+            return
         except SegueError:
             return  # no node answers: then MQTT is all there is, and the next question comes soon
-        for session in reply.deleted:
-            for sink in tuple(self._sinks.get(session, ())):
-                sink.on_deleted()
+        self._lose(reply.deleted)
         digests = reply.digests or [b""] * len(reply.tails)
         for asking, tail, digest in zip(sinks, reply.tails, digests, strict=False):
             if tail.generation:
                 at = Cursor(tail.generation, tail.offset)
                 for sink, known in asking:
                     sink.on_tail(Tail(at, reply.publishing, digest, known))
+
+    async def _refused(self, sessions: list[str], error: SegueError) -> None:
+        """Tell those whom it concerns, and no other. A token that is not taken concerns all; what
+        it does not cover, or what was revoked, is about one session, and the others are asked
+        for without it."""
+        whole = isinstance(error, Unauthenticated) and not isinstance(error, Revoked)
+        if whole or len(sessions) == 1:
+            self._lose(sessions)
+            return
+        half = len(sessions) // 2
+        await self._ask(sessions[:half])
+        await self._ask(sessions[half:])
+
+    def _lose(self, sessions: Iterable[str]) -> None:
+        for session in sessions:
+            for sink in tuple(self._sinks.get(session, ())):
+                sink.on_lost()

@@ -161,7 +161,7 @@ class Follower:
         if news or not self._view.matches(tail.cursor, tail.digest):
             self._inbox.put(tail)
 
-    def on_deleted(self) -> None:
+    def on_lost(self) -> None:
         self._inbox.put(Overflow())  # Read says it, with its error
 
     # -- the reader's side ------------------------------------------------------------------------

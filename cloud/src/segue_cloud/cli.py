@@ -52,7 +52,10 @@ def cloud(
     ] = None,
     public_mqtt_url: Annotated[
         str | None,
-        typer.Option(help="The broker as devices reach it, with a login of theirs. [--mqtt-url]"),
+        typer.Option(
+            help="The broker as devices reach it, with a login of theirs. Beside --tenant-keys: "
+            "your word that it checks who reads which topics; without, they follow over gRPC."
+        ),
     ] = None,
     mqtt_login: Annotated[
         Path | None, typer.Option(help="File of one line, user:password, for the broker.")

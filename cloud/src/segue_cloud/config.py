@@ -54,7 +54,8 @@ class CloudSettings(TlsSettings):
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
     redis_ca: Path | None = None  # None: as tls_ca
-    # what devices are told; empty: the broker's own address where they can reach it
+    # What devices are told, and the operator's word that this broker checks who reads what. Empty:
+    # its own address where they reach it and everybody may read everything, else none.
     public_mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_PUBLIC_MQTT_URL", "SEGUE_CLOUD_PUBLIC_MQTT_URL")
     )
@@ -98,8 +99,9 @@ class CloudSettings(TlsSettings):
 
     def told_mqtt_url(self, own: str) -> str:
         """What devices are told where this instance publishes through `own`; "": they follow over
-        gRPC, since a broker on this machine's loopback is none that others reach."""
-        if self.public_mqtt_url:
+        gRPC. A broker on this machine's loopback is none that others reach; and where callers are
+        known, the broker has to know them too, which only the operator can say."""
+        if self.public_mqtt_url or self.tenant_keys is not None:
             return self.public_mqtt_url
         reached = is_loopback(self.host) or not is_loopback(parse_mqtt_url(own).host)
         return own if reached else ""
