@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from segue_contract.model.home import is_built, model_home
 from segue_contract.servers import Broker, Valkey
@@ -30,6 +31,11 @@ structlog.configure(
         ),
     ]
 )
+
+# A busy machine is no failure. Where CI runs, hypothesis has a profile of its own: without chance.
+if "CI" not in os.environ:
+    settings.register_profile("here", deadline=None)
+    settings.load_profile("here")
 
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_BUILD_TIMEOUT_S = 900

@@ -3,6 +3,7 @@ valid then. A real server and log; certificates' names and tokens as the gate is
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from segue_contract.errors import (
     UnknownTurn,
     Unreachable,
 )
+from segue_contract.ids import SessionName
 from segue_contract.limits import OUTBOX_TOKEN_AGE_S
 from segue_contract.servers import Valkey
+from segue_contract.sync.state import find_turn
 from segue_contract.transport.gate import Gate, bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
@@ -55,7 +58,14 @@ class Place:
         return reply
 
     async def run(
-        self, token: str, edge: str, epoch: int, turn: str = "t1", device: str = "phone"
+        self,
+        token: str,
+        edge: str,
+        epoch: int,
+        turn: str = "t1",
+        device: str = "phone",
+        *,
+        takeover: bool = False,
     ) -> SegueError | None:
         """Why the stream was refused; None where the cloud answered for the turn. gRPC may hide a
         status that comes while a message is being written: then it is asked again."""
@@ -68,12 +78,17 @@ class Place:
             max_tokens=5,
             sampling=pb.Sampling(),
             shape="edge",
+            takeover=takeover,
         )
         for _ in range(20):
             error = await self._run(spec, said(token, edge))
             if not isinstance(error, Unreachable):
                 break
         return error
+
+    async def ended(self, turn: str = "t1") -> bool:
+        found = find_turn(await self.cloud.log.state(SessionName("acme", "trip")), turn)
+        return found is not None and found.ended
 
     async def _run(
         self, spec: dpb.TurnSpec, metadata: tuple[tuple[str, str], ...]
@@ -137,6 +152,20 @@ async def test_only_the_edge_that_began_a_turn_runs_it(here: Place) -> None:
     assert isinstance(await here.run(token, "", epoch), PermissionDenied)
     assert isinstance(await here.run(token, ONE, epoch + 1), StaleEpoch)
     assert await here.run(token, ONE, epoch) is None
+
+
+async def test_what_a_turn_became_is_told_to_another_edge_of_its_device(here: Place) -> None:
+    """One that served the same turn out of the log's reach learns what the log has."""
+    token = await opened(here)
+    epoch = (await here.begin(token, ONE)).epoch
+    assert isinstance(await here.run(token, OTHER, epoch, takeover=True), PermissionDenied)
+    assert await here.run(token, ONE, epoch) is None
+    async with asyncio.timeout(20):
+        while not await here.ended():  # noqa: ASYNC110 - the log says when
+            await asyncio.sleep(0.01)
+    assert await here.run(token, OTHER, epoch, takeover=True) is None
+    laptop = here.tokens.device("acme", "laptop", sessions=("elsewhere",))
+    assert isinstance(await here.run(laptop, OTHER, epoch, takeover=True), PermissionDenied)
 
 
 async def test_what_was_granted_is_served_after_the_token_ran_out(here: Place) -> None:

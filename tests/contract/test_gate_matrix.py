@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from segue_contract.errors import (
+    InvalidArgument,
     PermissionDenied,
     Revoked,
     SegueError,
@@ -27,6 +28,7 @@ from segue_contract.identity.keys import IssuerKey, KeySet
 from segue_contract.identity.principal import Kind, Right
 from segue_contract.identity.rights import RULES, Scope
 from segue_contract.identity.tokens import issue
+from segue_contract.limits import MAX_TAILS
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.gate import Gate, bearer, caller
 from segue_contract.transport.server import start_server
@@ -276,7 +278,7 @@ async def test_what_each_caller_may_do(who: Caller, tmp_path: Path) -> None:
                 place.seen.clear()
                 error = await place.ask(verb, request_of(verb, session), who.metadata)
                 wanted = expected(who, verb, session)
-                if (None if error is None else type(error)) is not wanted:
+                if not isinstance(error, wanted or type(None)):
                     wrong.append((verb, session, error, wanted))
                 if wanted is not None and place.seen:
                     wrong.append((verb, session, "reached its handler", place.seen[:]))
@@ -343,3 +345,13 @@ async def test_a_key_that_is_revoked_in_the_file_counts_no_more(tmp_path: Path) 
         error = await place.ask(verb, request_of(verb, SESSION), metadata)
         assert isinstance(error, Unauthenticated)
         assert not isinstance(error, Revoked)
+
+
+async def test_a_list_of_names_is_counted_before_each_is_looked_at(tmp_path: Path) -> None:
+    """Everybody else's calls wait meanwhile."""
+    async with serving(Gate("ours")) as place:
+        many = agent_pb2.TailsRequest(device="phone", sessions=["a"] * (MAX_TAILS + 1))
+        error = await place.ask("/segue.v1.Agent/Tails", many, ())
+        assert isinstance(error, InvalidArgument)
+        assert str(MAX_TAILS) in error.hint
+        assert not place.seen

@@ -270,17 +270,18 @@ async def test_off_loopback_only_with_both_and_the_error_names_what_is_missing(
     files = authority.issue("node", HERE)
     gate = Gate("default", KnownTokens())
     for more, missing, given in (
-        ({}, ("--tls-cert", "--tls-clients"), ()),
-        ({"tls": files}, ("--tls-clients",), ("--tls-cert",)),
-        ({"gate": gate}, ("--tls-cert",), ("--tls-clients",)),
+        ({}, ("--tls-cert", "--tenant-keys"), ()),
+        ({"tls": files}, ("--tenant-keys",), ("--tls-cert",)),
+        # any certificate of the authority would be everybody
+        ({"tls": files, "clients": "required"}, ("--tenant-keys",), ("--tls-cert",)),
+        ({"gate": gate}, ("--tls-cert",), ("--tenant-keys",)),
     ):
         with pytest.raises(NotLoopback) as caught:
             await start_server("0.0.0.0", 0, [], **more)  # type: ignore[arg-type]
         assert all(flag in caught.value.hint for flag in missing)
         assert not any(flag in caught.value.hint for flag in given)
-    for more in ({"tls": files, "clients": "required"}, {"tls": files, "gate": gate}):
-        running: RunningServer = await start_server("0.0.0.0", 0, [], **more)  # type: ignore[arg-type]
-        await running.stop(0)
+    running: RunningServer = await start_server("0.0.0.0", 0, [], tls=files, gate=gate)
+    await running.stop(0)
 
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "ca", "pair"])

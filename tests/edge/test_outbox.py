@@ -15,7 +15,10 @@ from segue_contract.errors import (
     ModelMismatch,
     Overloaded,
     QuotaExceeded,
+    Revoked,
     StaleEpoch,
+    Unauthenticated,
+    UnknownNode,
 )
 from segue_contract.ids import TurnName
 from segue_contract.limits import OUTBOX_REFUSED_KEPT, OUTBOX_TURNS
@@ -68,6 +71,36 @@ async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> Non
     assert found is not None
     assert isinstance(found.refused, QuotaExceeded)
     assert outbox.find(TurnName(TRIP, "t2")) is None
+
+
+@pytest.mark.parametrize("error", [Unauthenticated("An old token."), Revoked("Not any more.")])
+async def test_a_turn_whose_token_counts_no_more_holds_up_nobody(error: Unauthenticated) -> None:
+    """Its key was revoked, or it waited too long: its device is told, and later turns go on."""
+    delivered: list[str] = []
+
+    async def deliver(turn: OfflineTurn) -> None:
+        if turn.asked.turn == "t1":
+            raise error
+        delivered.append(turn.asked.turn)
+
+    outbox = Outbox(deliver)
+    await keep(outbox, said("t1"), said("t2"))
+    await outbox.settle(TRIP)
+    assert (delivered, len(outbox)) == (["t2"], 0)
+    found = outbox.find(TurnName(TRIP, "t1"))
+    assert found is not None
+    assert found.refused is error
+
+
+async def test_an_edge_without_its_certificate_keeps_what_it_has_to_deliver() -> None:
+    async def deliver(_: OfflineTurn) -> None:
+        raise UnknownNode("The edge shows no certificate.")
+
+    outbox = Outbox(deliver)
+    await keep(outbox, said("t1"))
+    with pytest.raises(Overloaded):
+        await outbox.settle(TRIP)
+    assert (len(outbox), len(outbox.refused)) == (1, 0)
 
 
 async def test_refused_turns_outlive_a_restart_and_are_bounded(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import segue
-from segue_contract.errors import PermissionDenied, Unauthenticated, Unreachable
+from segue_contract.errors import InvalidArgument, PermissionDenied, Unauthenticated, Unreachable
 from segue_contract.identity.keys import IssuerKey, KeySet
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
 from segue_contract.transport.gate import Gate
 from segue_contract.transport.tenant_keys import TenantKeys
+from segue_edge.config import read_config
 from segue_edge.node import EdgeNode
 from tests.support.certificates import Authority
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
@@ -84,6 +85,40 @@ async def test_a_turn_goes_all_the_way_in_the_tokens_tenant(here: Place, plan: s
         (logged,) = state.turns
         assert (logged.device, logged.edge, logged.prompt) == ("phone", NAME, "Hello")
         assert "".join(logged.pieces) == turn.text
+
+
+async def test_an_edge_that_knows_its_callers_uses_no_cloud_that_serves_everybody(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    """All tenants would be one there."""
+    keys = tmp_path / "tenants.json"
+    keys.write_text(KeySet([ACME.public(time.time())]).text())
+    engine = ScriptedEngine([*b"words"])
+    async with (
+        cloud_rpc(
+            valkey.url, tmp_path, engine, manifest=MANIFEST, tokenizer=tiny_tokenizer()
+        ) as cloud,
+        edge_node(cloud.address, tenant_keys=keys) as edge,
+        segue.Client(
+            edge.server.address,
+            device="phone",
+            token=segue.tokens.issue(
+                device="phone", sessions=["*"], rights=["read", "send"], api_key=ACME.text()
+            ),
+        ) as client,
+    ):
+        assert not edge.clouds.any_healthy
+        with pytest.raises(Unreachable):
+            await client.session("trip")
+        assert await cloud.log.keeping.list_sessions("default", 10) == ([], "")
+
+
+def test_an_edge_sends_tokens_off_this_machine_over_tls_alone(tmp_path: Path) -> None:
+    keys = tmp_path / "tenants.json"
+    with pytest.raises(InvalidArgument, match="clear text") as caught:
+        read_config(tenant_keys=keys, cloud=("10.0.0.5:7412",))
+    assert "--tls-ca" in caught.value.hint
+    assert read_config(tenant_keys=keys, cloud=("127.0.0.1:7412",)).tenant_keys == keys
 
 
 async def test_who_is_refused_and_how(here: Place) -> None:

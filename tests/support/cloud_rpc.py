@@ -93,7 +93,13 @@ async def cloud_rpc(
             log,
             publishing=lambda: publisher is None or publisher.publishing,
         )
-        facts = FactsSource(engine, manager.places, manifest, "cloud-1")
+        facts = FactsSource(
+            engine,
+            manager.places,
+            manifest,
+            "cloud-1",
+            authenticates=gate is not None and gate.authenticates,
+        )
         decode = DecodeService(manager, log, engine, manifest, facts)
         server = await start_server(
             "127.0.0.1",

@@ -107,7 +107,6 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     check_listener(
         settings.host,
         tls=settings.listener_tls,
-        clients=settings.tls_clients,
         authenticated=tokens is not None,
     )
     gate = Gate(settings.tenant, tokens)
@@ -164,7 +163,9 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         manifest.geometry.context,
     )
     agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
-    facts = FactsSource(engine, manager.places, manifest, instance)
+    facts = FactsSource(
+        engine, manager.places, manifest, instance, authenticates=gate.authenticates
+    )
     decode = DecodeService(manager, session_log, engine, manifest, facts)
     if tokens is not None:
         await stack.enter_async_context(following_revocations(session_log, gate))

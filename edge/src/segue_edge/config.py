@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from segue_contract.errors import InvalidArgument, SegueError
 from segue_contract.limits import MAX_TURNS_PER_EDGE
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home
 from segue_contract.transport.channel import check_target
+from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.settings import TlsSettings
 from segue_edge.planner.plan import parse_force
 
@@ -57,6 +58,16 @@ class EdgeConfig(TlsSettings):
     def _shape(cls, value: str) -> str:
         parse_force(value)
         return value
+
+    @model_validator(mode="after")
+    def _tokens_stay_private(self) -> Self:
+        far = [target for target in self.cloud if not is_loopback(target.rpartition(":")[0])]
+        if self.tenant_keys is not None and self.tls_ca is None and far:
+            raise InvalidArgument(
+                f"Devices' tokens would go to {far[0]} in clear text.",
+                hint="Give --tls-ca, whose certificates this edge believes.",
+            )
+        return self
 
     @property
     def model_directory(self) -> Path:

@@ -124,7 +124,6 @@ class EdgeNode:
         check_listener(
             config.host,
             tls=config.listener_tls,
-            clients=config.tls_clients,
             authenticated=self._tokens is not None,
         )
         try:
@@ -150,6 +149,7 @@ class EdgeNode:
             config.cloud,
             Pacer(config.link_bytes_per_s),
             config.channel_tls,
+            keyed=self._tokens is not None,
             home_of=self.histories.home,
         )
         self._stack.push_async_callback(clouds.close)

@@ -35,6 +35,7 @@ SegueError
 ├── KvError                    bytes of a KV stream that are no KV of ours
 │   ├── BadMagic · BadVersion · BadLength · BadChecksum · BadRecipe · BadBlock · Truncated
 ├── Unauthenticated            nobody knows who calls: no token or certificate, or a bad one
+│   ├── UnknownNode            the connection's certificate is missing, or not of the right node
 │   └── Revoked                the device's tokens for the session were made void
 ├── PermissionDenied           it is known who calls, and they may not do that
 ├── NotLoopback                a listener would leave this machine without authentication
@@ -319,6 +320,10 @@ class Unauthenticated(SegueError):
     """Never quotes a token. With a new token the same call may be made again."""
 
     grpc_code = "UNAUTHENTICATED"
+
+
+class UnknownNode(Unauthenticated):
+    """The certificate of the connection is missing, or not that of a node which may do this."""
 
 
 class Revoked(Unauthenticated):

@@ -112,7 +112,10 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         message = await _first(requests)
         sizes = self._manifest.geometry
         spec = owned_turn(message, caller().tenant, vocabulary=sizes.vocab, context=sizes.context)
-        await self._check_granted(spec)
+        # What the log has to its end is told to each edge whose device may read it.
+        ended = await self._ended_turn(spec) if message.takeover else None
+        if ended is None:
+            await self._check_granted(spec)
         if spec.ship_blocks and message.recipe not in self._recipes:
             raise BadRecipe(
                 "The edge's KV comes from a recipe that this model does not allow.",
@@ -122,7 +125,6 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             raise BadBlock("The block ids are not those of the prompt under this recipe.")
         have = self._engine.have_blocks(spec.blocks)
         announced = spec.blocks[: spec.ship_blocks] if spec.shape is Shape.SHIP else ()
-        ended = await self._ended_turn(spec) if message.takeover else None
         if ended is not None:
             for reply in self._replay(ended, have):
                 yield reply

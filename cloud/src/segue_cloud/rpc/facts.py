@@ -9,7 +9,16 @@ from segue_contract.v1 import decode_pb2 as dpb
 
 
 class FactsSource:
-    def __init__(self, engine: Engine, places: Places, manifest: Manifest, instance: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        places: Places,
+        manifest: Manifest,
+        instance: str,
+        *,
+        authenticates: bool = False,
+    ) -> None:
+        self._authenticates = authenticates
         self._engine = engine
         self._places = places
         self._instance = instance
@@ -31,4 +40,5 @@ class FactsSource:
             held_turns=self._places.held,
             places=self._places.most,
             total_pages=stats.pages_total,
+            authenticates=self._authenticates,
         )

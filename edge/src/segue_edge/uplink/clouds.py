@@ -53,6 +53,7 @@ class Cloud:
         view: estimates for the planner.
         expected_weights: the digest of this edge's model; "" before it is loaded.
         alone: no other one is configured.
+        keyed: this edge's callers show tokens, and the cloud has to check them as well.
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
@@ -70,6 +71,7 @@ class Cloud:
         self.weights_digest = ""
         self.expected_weights = ""
         self.alone = True
+        self.keyed = False
         self.backlog_bytes = 0
         self._taken = 0  # of `_places`, when it said so last
         self._places = 0
@@ -102,12 +104,19 @@ class Cloud:
         """What the cloud says of itself, with every Begin, Opened and Probe.
 
         Raises:
-            Unreachable: it serves other weights, so that token ids mean something else there.
+            Unreachable: it serves other weights, so that token ids mean something else there; or
+                it does not know its callers, and this edge does.
         """
         self.instance = facts.instance
         self.weights_digest = facts.weights_digest
         if self.serves_others:
             raise self.refuse_weights()
+        if self.keyed and not facts.authenticates:
+            raise self._refuse(
+                f"The cloud at {self.target} serves whoever comes: it would take the tenants of "
+                "this edge's callers for one.",
+                "Start it with --tenant-keys, too.",
+            )
         self.healthy = not facts.stalled
         self.recipes = frozenset(facts.recipes)
         self._places = facts.places
@@ -127,11 +136,13 @@ class Cloud:
 
     def refuse_weights(self) -> Unreachable:
         """Other weights are found: no turn goes there until a probe finds the right ones."""
-        error = Unreachable(
+        return self._refuse(
             f"The cloud at {self.target} serves other weights than this edge's model.",
-            hint="Give both the same --model.",
-            cloud=self.target,
+            "Give both the same --model.",
         )
+
+    def _refuse(self, why: str, hint: str) -> Unreachable:
+        error = Unreachable(why, hint=hint, cloud=self.target)
         if self.healthy:
             log.error("cloud_refused", cloud=self.target, error=str(error))
         self.healthy = False
@@ -278,6 +289,7 @@ class CloudSet:
     """All configured clouds. `start` probes them at a pace from then on; `close` stops that.
 
     Args:
+        keyed: callers show tokens, so that only clouds which check them are used.
         home_of: where a session's KV lies.
     """
 
@@ -287,11 +299,12 @@ class CloudSet:
         pacer: Pacer,
         tls: TlsFiles | None = None,
         *,
+        keyed: bool = False,
         home_of: Callable[[SessionName], Home] = lambda _: Home(),
     ) -> None:
         self.clouds = {target: Cloud(target, tls) for target in targets}
         for cloud in self.clouds.values():
-            cloud.alone = len(self.clouds) == 1
+            cloud.alone, cloud.keyed = len(self.clouds) == 1, keyed
         self.pacer = pacer
         self._home_of = home_of
         self._prober: asyncio.Task[None] | None = None

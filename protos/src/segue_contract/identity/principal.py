@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from segue_contract.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from segue_contract.errors import InvalidArgument, PermissionDenied, UnknownNode
 from segue_contract.ids import check_id
 
 ALL_SESSIONS = ("*",)
@@ -107,7 +107,7 @@ def of_certificate(name: str) -> Principal:
         name: "edge/<site>/<name>", "cloud/<name>" or "operator/<name>".
 
     Raises:
-        Unauthenticated: another form, or a part that cannot be a name.
+        UnknownNode: another form, or a part that cannot be a name.
     """
     kind, *parts = name.split("/")
     wanted = {"edge": 2, "cloud": 1, "operator": 1}.get(kind)
@@ -117,7 +117,7 @@ def of_certificate(name: str) -> Principal:
         for part in parts:
             check_id(part, "node")
     except InvalidArgument as error:
-        raise Unauthenticated(
+        raise UnknownNode(
             "The certificate names neither an edge, a cloud nor an operator.",
             hint="Issue one whose SAN is edge/<site>/<name>, cloud/<name> or operator/<name>.",
         ) from error

@@ -18,11 +18,19 @@ from typing import Any, Protocol, cast
 
 import grpc
 
-from segue_contract.errors import Internal, PermissionDenied, Revoked, SegueError, Unauthenticated
+from segue_contract.errors import (
+    Internal,
+    InvalidArgument,
+    PermissionDenied,
+    Revoked,
+    SegueError,
+    Unauthenticated,
+    UnknownNode,
+)
 from segue_contract.identity.principal import Kind, Principal, local, of_certificate
 from segue_contract.identity.rights import RULES, Scope, check
 from segue_contract.ids import SessionName, check_id
-from segue_contract.limits import EXPIRY_GRACE_S, GATE_LOOK_S, OUTBOX_TOKEN_AGE_S
+from segue_contract.limits import EXPIRY_GRACE_S, GATE_LOOK_S, MAX_TAILS, OUTBOX_TOKEN_AGE_S
 from segue_contract.transport.tls import peer_name
 
 AUTHORIZATION = "authorization"
@@ -349,7 +357,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         node = of_certificate(name) if name else None
         if not token:
             if node is None and verb.startswith(_OF_EDGES):
-                raise Unauthenticated(
+                raise UnknownNode(
                     "The edge shows no certificate.",
                     hint="Give it --tls-cert, --tls-key and --tls-ca, and this node --node-port.",
                 )
@@ -365,7 +373,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if node is None:
             return principal, token
         if node.kind is not Kind.EDGE:
-            raise Unauthenticated(
+            raise UnknownNode(
                 "A token came over a connection of another node than an edge.",
                 hint="Only edges speak for devices.",
             )
@@ -384,6 +392,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Returns the request. Raises PermissionDenied, Unauthenticated, InvalidArgument."""
         rule = RULES[call.verb]
         sessions, device = _named_in(request)
+        if len(sessions) > MAX_TAILS:  # before each is looked at: everybody waits meanwhile
+            raise InvalidArgument(
+                f"The request names {len(sessions)} sessions.",
+                hint=f"Name {MAX_TAILS} or fewer at once.",
+            )
         if rule.per_session:
             for session in sessions:
                 check(call.principal, call.verb, check_id(session, "session"))

@@ -21,7 +21,7 @@ from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.status import ErrorInterceptor
 from segue_contract.transport.tls import Clients, TlsFiles, server_credentials
 
-AUTHENTICATION_FLAGS = "--tenant-keys FILE (or --tls-clients required with --tls-ca FILE)"
+AUTHENTICATION_FLAGS = "--tenant-keys FILE"
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
@@ -41,15 +41,13 @@ def check_listener(
     host: str,
     *,
     tls: TlsFiles | None = None,
-    clients: Clients = "none",
     authenticated: bool = False,
 ) -> str:
     """Return `host` if one may listen there: only this machine reaches it, or TLS and
     authentication guard it.
 
     Args:
-        clients: whether client certificates are asked for; required ones authenticate callers.
-        authenticated: callers are known by other means.
+        authenticated: callers are known. A certificate alone says which node speaks, not for whom.
 
     Raises:
         NotLoopback: says which of the two is missing.
@@ -60,7 +58,7 @@ def check_listener(
     if tls is None:
         missing.append("encryption")
         flags.append("--tls-cert FILE and --tls-key FILE")
-    if not authenticated and (tls is None or clients != "required"):
+    if not authenticated:
         missing.append("authentication")
         flags.append(AUTHENTICATION_FLAGS)
     if missing:
@@ -125,7 +123,7 @@ async def start_server(
         Internal: the address cannot be listened on for another reason.
     """
     gate = gate or Gate(DEFAULT_TENANT)
-    check_listener(host, tls=tls, clients=clients, authenticated=gate.authenticates)
+    check_listener(host, tls=tls, authenticated=gate.authenticates)
     for asked in (port, node_port or 0):
         if not 0 <= asked <= 65535:
             raise InvalidArgument(

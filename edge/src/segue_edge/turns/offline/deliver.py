@@ -14,6 +14,7 @@ from segue_contract.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     SessionBusy,
     SessionDeleted,
     UnknownDevice,
@@ -101,7 +102,12 @@ class Delivery:
             reply = await self._begin(cloud, offline)
         async with asyncio.timeout(RPC_TIMEOUT_S):
             if reply.joined:
-                return await self._take_over(cloud, offline)
+                try:
+                    return await self._take_over(cloud, offline)
+                except PermissionDenied as error:
+                    raise SessionBusy(
+                        "Another edge runs the turn.", hint="It is read once it has ended."
+                    ) from error
             return await self._send(cloud, offline, reply.epoch)
 
     async def _begin(self, cloud: Cloud, offline: OfflineTurn) -> dpb.BeginReply:

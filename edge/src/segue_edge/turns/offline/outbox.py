@@ -17,11 +17,12 @@ from segue_contract.errors import (
     Overloaded,
     PermissionDenied,
     QuotaExceeded,
-    Revoked,
     SegueError,
     SessionDeleted,
     TurnCancelled,
     TurnConflict,
+    Unauthenticated,
+    UnknownNode,
 )
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
@@ -46,10 +47,10 @@ _FOR_GOOD = (
     InvalidArgument,
     PermissionDenied,
     QuotaExceeded,
-    Revoked,
     SessionDeleted,
     TurnCancelled,
     TurnConflict,
+    Unauthenticated,  # of the token that was valid then: its key was revoked, or it is too old
 )
 
 
@@ -225,6 +226,9 @@ class Outbox:
         name = turn.asked.turn
         try:
             await self._deliver(turn)
+        except UnknownNode as error:  # what this edge lacks; an operator can mend it
+            log.error("outbox_waits", turn=name, error=str(error))
+            raise _waiting() from error
         except _FOR_GOOD as error:
             log.error("offline_turn_refused", turn=name, error=str(error))
             return error
