@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import traceback
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -29,6 +32,8 @@ from segue_contract.transport.mqtt import (
 from segue_contract.transport.server import start_server
 from segue_contract.transport.status import ERROR_KEY, error_from_rpc
 from segue_contract.urls import without_password
+from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import agent_pb2_grpc
 from tests.support.slow_proxy import SlowProxy
 
 
@@ -92,6 +97,39 @@ async def test_a_far_server_is_reached() -> None:
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
     finally:
         await running.stop(0)
+
+
+class Broken(agent_pb2_grpc.AgentServicer):
+    """Of another call that was cancelled a handler knows by a CancelledError."""
+
+    async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
+        raise asyncio.CancelledError
+
+    async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[Any]:
+        yield pb.AttachEvent()
+        raise asyncio.CancelledError
+
+
+async def test_every_call_ends_with_a_status() -> None:
+    server = await start_server(
+        "127.0.0.1",
+        0,
+        [("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(Broken(), s))],
+    )
+    channel = open_channel(server.address)
+    agent: Any = agent_pb2_grpc.AgentStub(channel)
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await agent.Read(pb.ReadRequest(session="trip"), timeout=5)
+        assert type(error_from_rpc(caught.value)) is Unreachable
+        assert "cancelled" in str(caught.value.details())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in agent.Attach(pb.AttachRequest(session="trip"), timeout=5):
+                pass
+        assert type(error_from_rpc(caught.value)) is Unreachable
+    finally:
+        await channel.close()
+        await server.stop(0)
 
 
 async def test_other_hosts_are_refused() -> None:

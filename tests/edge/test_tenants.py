@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from segue_contract.errors import PermissionDenied, Unauthenticated
+from segue_contract.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from segue_contract.identity.principal import Right
 from segue_contract.ids import SessionName
 from segue_contract.servers import Valkey
@@ -140,6 +140,23 @@ async def test_whoever_may_only_read_makes_no_session_and_stops_nothing(here: Pl
             await device.call("StopTurn", pb.StopTurnRequest(session="trip", device="phone"))
         with pytest.raises(PermissionDenied):
             await device.run()
+
+
+async def test_an_import_that_is_refused_is_told_so(here: Place) -> None:
+    async def parts() -> AsyncIterator[pb.ImportPart]:
+        yield pb.ImportPart(session="home", data=b"")
+        await asyncio.Event().wait()  # the device has more to say
+
+    async def nothing() -> AsyncIterator[pb.ImportPart]:
+        return
+        yield
+
+    narrow = here.tokens.device("acme", sessions=("work-*",))
+    async with device_of(here.edge, token=narrow) as device:
+        with pytest.raises(PermissionDenied):
+            await device.call("ImportSession", parts())
+    with pytest.raises(InvalidArgument):
+        await here.phones["acme"].call("ImportSession", nothing())
 
 
 async def test_an_outbox_of_before_is_read(tmp_path: Path) -> None:

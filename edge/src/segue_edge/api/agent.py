@@ -187,10 +187,14 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def ImportSession(
         self, request_iterator: AsyncIterator[pb.ImportPart], context: Any
     ) -> pb.ImportSessionReply:
+        # The gate judges the stream by its first part. Were that refused while a call reads the
+        # parts, gRPC would cancel the call and drop the reason.
+        parts = aiter(request_iterator)
+        first = await anext(parts, None)
         cloud = self._clouds.best(named(_ANY))
         await cloud.reach()
         call = cloud.agent.ImportSession(
-            request_iterator, timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
+            _joined(first, parts), timeout=EXPORT_TIMEOUT_S, metadata=bearer(caller_token())
         )
         try:
             reply: pb.ImportSessionReply = await call
@@ -300,3 +304,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 raise error_from_rpc(error) from error
 
         return await at_some_cloud(self._clouds, named(session), call)
+
+
+async def _joined(
+    first: pb.ImportPart | None, rest: AsyncIterator[pb.ImportPart]
+) -> AsyncIterator[pb.ImportPart]:
+    if first is not None:
+        yield first
+    async for part in rest:
+        yield part

@@ -161,12 +161,25 @@ async def _fail(context: Any, method: str, error: Exception) -> NoReturn:
     await abort(context, known)
 
 
+def _stopped(error: asyncio.CancelledError) -> Unreachable:
+    """A call that this one made was cancelled, by its other side or by gRPC: for a handler's own
+    CancelledError gRPC sends no status at all, and the caller would wait for its deadline.
+
+    Raises:
+        CancelledError: this call itself was cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise error
+    return Unreachable("What the node asked another one for was cancelled.", hint="Try again.")
+
+
 def _guard_unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any:
     async def call(request: Any, context: Any) -> Any:
         try:
             return await inner(request, context)
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError as error:
+            await _fail(context, method, _stopped(error))
         except Exception as error:
             await _fail(context, method, error)
 
@@ -179,8 +192,8 @@ def _guard_stream(inner: Callable[[Any, Any], AsyncIterator[Any]], method: str) 
         try:
             async for item in stream:
                 yield item
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError as error:
+            await _fail(context, method, _stopped(error))
         except Exception as error:
             await _fail(context, method, error)
         finally:
