@@ -77,6 +77,27 @@ async def test_it_is_renewed_before_the_stream_ends(kept_for_s: float) -> None:
     assert clock.now_s < under_s + EXPIRY_GRACE_S
 
 
+async def test_whatever_the_apps_function_raises_it_is_asked_again() -> None:
+    clock = Clock()
+    asked = renewals = 0
+
+    def token() -> str:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            raise [KeyError, RuntimeError, ValueError, OSError][asked // 2 % 4]("no back end")
+        return clock.token()
+
+    async def renew() -> None:
+        nonlocal renewals
+        renewals += 1
+        if renewals == 1:
+            raise KeyError("as the call asks for the token")
+
+    await until_cancelled(keep_renewed(token, renew, now_s=lambda: clock.now_s, sleep=clock.sleep))
+    assert renewals > 2
+
+
 async def test_a_token_that_stays_the_same_is_not_sent_again() -> None:
     clock = Clock()
     given = clock.token()

@@ -238,3 +238,28 @@ async def test_a_reader_that_sleeps_is_helped_by_the_log(broker: Broker) -> None
                     break
         assert offsets == list(range(1, 102))
         assert agent.reads > 1
+
+
+async def test_a_token_function_that_fails_ends_the_follower_with_what_it_raised() -> None:
+    failing = False
+
+    def token() -> str:
+        if failing:
+            raise KeyError("no back end")
+        return "a.b.c"
+
+    log = FakeLog("trip")
+    async with (
+        FakeAgent(log) as agent,
+        segue.Client([agent.address], device="laptop", token=token) as client,
+    ):
+        seen = Seen((await client.session("trip")).follow())
+        running = asyncio.ensure_future(seen.run())
+        await seen.until(lambda one: bool(one.items))
+        log.append(op(1))
+        await seen.until_offset(1)
+        failing = True
+        await agent.kill()
+        await agent.start()
+        with pytest.raises(KeyError):
+            await asyncio.wait_for(running, WAIT_S)

@@ -17,7 +17,6 @@ from segue._tails import Tails, TailSink
 from segue_contract.errors import (
     PermissionDenied,
     Revoked,
-    SegueError,
     Unauthenticated,
     Unreachable,
 )
@@ -115,7 +114,7 @@ async def test_a_cloud_that_cannot_publish_says_so(broker: Broker) -> None:
 class Sessions:
     """`Tails` of several sessions, whose own follower each is; only some may be asked for."""
 
-    def __init__(self, error: SegueError, *refused: str) -> None:
+    def __init__(self, error: Exception, *refused: str) -> None:
         self.error, self.refused = error, refused
         self.lost: list[str] = []
         self.told: list[str] = []
@@ -148,10 +147,11 @@ class Sessions:
         (PermissionDenied("Not of this token."), ["b"]),
         (Unauthenticated("The token ran out."), ["a", "b", "c", "d", "e"]),
         (Unreachable("Nobody answers."), []),
+        (KeyError("The app's token function failed."), []),
     ],
 )
 async def test_a_refused_question_reaches_the_followers_that_it_concerns(
-    error: SegueError, lost: list[str]
+    error: Exception, lost: list[str]
 ) -> None:
     sessions = Sessions(error, "b")
     tails = Tails(cast(Nodes, sessions), "phone", uniform=lambda _low, _high: 0.0)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from segue_contract.errors import UNREADABLE, SegueError
+from segue_contract.errors import UNREADABLE
 from segue_contract.limits import RENEW_LEAD_S, RENEW_PAUSE_S
 
 Sleep = Callable[[float], Awaitable[object]]
@@ -41,10 +41,11 @@ async def keep_renewed(
     """Ask `token` again some time before it runs out, and `renew` with what it gives then. Runs
     until it is cancelled, or the token has no end.
 
-    `token` may give the same one for as long as it likes: it is asked again every few seconds. What
-    it raises, and what `renew` does, every other call of the client says, too.
+    `token` may give the same one for as long as it likes: it is asked again every few seconds, also
+    after it, or `renew`, failed in whatever way: every other call of the client says that, too.
     """
-    ends_s = expires_s(token())
+    while (ends_s := _first_end_s(token)) is None:
+        await sleep(RENEW_PAUSE_S)
     while ends_s < float("inf"):
         left_s = ends_s - now_s()
         await sleep(max(RENEW_PAUSE_S, left_s - min(RENEW_LEAD_S, left_s / 2)))
@@ -53,5 +54,12 @@ async def keep_renewed(
             if fresh_s > ends_s:
                 await renew()
                 ends_s = fresh_s
-        except (SegueError, OSError):
+        except Exception:  # the app's function asks its back end, in its own way
             continue
+
+
+def _first_end_s(token: Callable[[], str]) -> float | None:
+    try:
+        return expires_s(token())
+    except Exception:
+        return None

@@ -81,8 +81,10 @@ class Tails:
         except (Unauthenticated, PermissionDenied) as error:
             await self._refused(sessions, error)
             return
-        except SegueError:
-            return  # no node answers: then MQTT is all there is, and the next question comes soon
+        except Exception:
+            # No node answers, or the app has no token now: then MQTT is all there is, and the next
+            # question comes soon.
+            return
         self._lose(reply.deleted)
         digests = reply.digests or [b""] * len(reply.tails)
         for asking, tail, digest in zip(sinks, reply.tails, digests, strict=False):

@@ -40,9 +40,10 @@ class Client:
             where one fails, the next one goes on.
         device: this device's name, the same each time; "": a fresh one.
         limits: other bounds than the usual ones.
-        token: shown with each call; a function is asked each time (event loop's thread), and
-            streams that go on are renewed with what it gives. None: SEGUE_TOKEN, "": none. It
-            leaves this machine over TLS only.
+        token: shown with each call; a function is asked each time, on the event loop's thread
+            (everything of the client stands still while it blocks: let it give what the app
+            fetched before), and streams that go on are renewed with what it gives. None:
+            SEGUE_TOKEN, "": none. It leaves this machine over TLS only.
         tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
             ones: TLS is on. None: SEGUE_CA, "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,

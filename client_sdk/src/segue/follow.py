@@ -390,6 +390,8 @@ class Follower:
             if being_cancelled():
                 raise
             error = typed(caught)
+        except Exception as caught:  # of the app's token function: its reader is told
+            error = caught
         if node is not None and is_link_loss(error):
             silent = call is not None and call.silent
             await (self._nodes.silent if silent else self._nodes.failed)(node)
