@@ -47,8 +47,12 @@ def test_bytes_that_changed_are_noticed_and_kept_for_a_person(tmp_path: Path) ->
     data = bytearray(journal(path, "t3"))
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+    damaged = tmp_path / "outbox.damaged"
+    damaged.write_bytes(b"of an earlier time, for everybody")
+    damaged.chmod(0o644)
     assert names_in(path) == ["t1"]
-    assert (tmp_path / "outbox.damaged").read_bytes() == data
+    assert damaged.read_bytes() == data
+    assert damaged.stat().st_mode & 0o777 == 0o600
 
 
 @given(st.binary(max_size=200))

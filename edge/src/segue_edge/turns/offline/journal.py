@@ -144,7 +144,8 @@ class Journal:
         if problem:
             kept = self.path.with_name(f"{self.path.name}.damaged")
             log.error("outbox_damaged", file=str(self.path), kept=str(kept), problem=problem)
-            kept.write_bytes(data)
+            with _private(kept) as file:
+                file.write(data)
 
     def _parse(self, data: bytes) -> str:
         """Take the records in; says what was wrong with the first that could not be read."""
@@ -181,10 +182,7 @@ class Journal:
     def _rewrite(self) -> BinaryIO:
         """A new file with what is alive, in place of the old one at once or not at all."""
         fresh = self.path.with_name(f"{self.path.name}.new")
-        # what was said, and the tokens it was said with, are for this user alone
-        fresh.unlink(missing_ok=True)
-        fresh.touch(mode=0o600, exist_ok=False)
-        file = fresh.open("wb")
+        file = _private(fresh)
         file.write(_HEADER.pack(_MAGIC, _VERSION))
         self._size = _HEADER.size
         for number, turn in self._live.items():
@@ -198,3 +196,11 @@ class Journal:
         finally:
             os.close(directory)
         return file
+
+
+def _private(path: Path) -> BinaryIO:
+    """A new file in place of any there: what was said, and the tokens it was said with, are for
+    this user alone. Raises OSError."""
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600, exist_ok=False)
+    return path.open("wb")
