@@ -9,13 +9,23 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
-from segue_cloud.sessions.port import Bearer, LogOp, Producer, Status
-from segue_contract.errors import PermissionDenied, Revoked, SegueError, Unauthenticated
+from segue_cloud.log.session_log import SessionLog
+from segue_cloud.rpc.revoking import following_revocations
+from segue_cloud.sessions.keys import REVOKED_KEY
+from segue_cloud.sessions.port import Bearer, LogOp, Producer, Revocation, Status
+from segue_cloud.sessions.store import RedisStore
+from segue_contract.errors import (
+    PermissionDenied,
+    Revoked,
+    SegueError,
+    StoreUnavailable,
+    Unauthenticated,
+)
 from segue_contract.identity.principal import Right
 from segue_contract.ids import SessionName
 from segue_contract.limits import EXPIRY_GRACE_S
@@ -139,6 +149,43 @@ async def test_a_revoked_device_gets_nothing_more_at_any_instance(here: Place) -
     kept.cancel()
     later = here.token("phone", age_s=-5)
     await here.call(1, later, "Read", read)
+
+
+async def test_revocations_are_heard_of_after_any_error() -> None:
+    heard = asyncio.Event()
+    told = [Revocation(TRIP, "phone", 1000)]
+    outcomes: list[Any] = [
+        [],
+        ValueError("?"),
+        StoreUnavailable("It is away."),
+        KeyError("?"),
+        told,
+    ]
+
+    class Log:
+        async def revocations(self, since_ms: int) -> list[Revocation]:
+            outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome  # type: ignore[no-any-return]
+
+    class Told(Gate):
+        def revoke(self, tenant: str, session: str, device: str, before_s: float) -> None:
+            assert (tenant, session, device, before_s) == ("acme", "trip", "phone", 1.0)
+            heard.set()
+
+    async with following_revocations(cast(SessionLog, Log()), Told("default"), every_s=0.0):
+        await asyncio.wait_for(heard.wait(), WAIT_S)
+
+
+async def test_what_another_version_wrote_hides_no_revocation(here: Place, valkey: Valkey) -> None:
+    await opened(here, here.token("phone"), "phone")
+    store = await RedisStore.connect(valkey.url)
+    now_ms = (await store.revoke(TRIP, "phone")).before_ms
+    for member in (b"\xff", b"{}", b'["acme","trip"]'):
+        await store._wire.call(("ZADD", REVOKED_KEY, now_ms, member))
+    assert [one.device for one in await store.revocations(now_ms)] == ["phone"]
+    await store.close()
 
 
 async def test_a_stream_ends_some_time_after_its_token_unless_that_is_renewed(here: Place) -> None:

@@ -18,7 +18,9 @@ from segue_contract.transport.gate import Gate, caller
 
 log = structlog.get_logger("segue.revoking")
 
-_OVERLAP_MS = 10_000  # another instance may write what is a little older than what was read
+# Another instance may write what is older than what was read: its write was repeated, or the store
+# that took over has an earlier clock.
+_OVERLAP_MS = 60_000
 
 
 def caller_bearer() -> Bearer | None:
@@ -54,8 +56,9 @@ async def following_revocations(
             await asyncio.sleep(every_s)
             try:
                 since_ms = await _look(session_log, gate, since_ms)
-            except SegueError as error:
-                log.warning("revocations_unread", error=str(error))
+            except Exception as error:  # nothing more would be revoked here
+                known = isinstance(error, SegueError)
+                log.warning("revocations_unread", error=str(error), exc_info=not known)
             gate.forget_revoked(now_s() - kept_s)
 
     task = asyncio.create_task(follow(since_ms), name="revocations")

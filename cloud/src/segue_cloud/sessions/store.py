@@ -34,6 +34,7 @@ from segue_cloud.sessions.scripts import Command
 from segue_cloud.sessions.slices import decoded, encoded
 from segue_cloud.sessions.wire import Sleep, Wire
 from segue_contract.errors import (
+    UNREADABLE,
     Internal,
     InvalidArgument,
     Revoked,
@@ -230,7 +231,10 @@ class RedisStore:
         )
         told = []
         for member, at_ms in zip(found[::2], found[1::2], strict=True):
-            tenant, session, device = msgspec.json.decode(member, type=tuple[str, str, str])
+            try:
+                tenant, session, device = msgspec.json.decode(member, type=tuple[str, str, str])
+            except UNREADABLE:
+                continue  # not of this version; it keeps nobody from hearing of the others
             told.append(Revocation(SessionName(tenant, session), device, int(at_ms)))
         return told
 
