@@ -10,7 +10,9 @@ import pytest
 
 import segue
 from segue._access import read_access
+from segue._nodes import Nodes
 from segue.errors import InvalidArgument, Unreachable
+from segue_contract.v1 import agent_pb2 as pb
 from tests.support.certificates import Authority, replace
 from tests.support.fake_agent import FakeAgent, FakeLog
 
@@ -69,6 +71,35 @@ async def test_a_client_that_runs_takes_a_new_authority(
         replace(authority.file, later.file.read_bytes())
         await node.start()
         assert (await client.session("trip")).name == "trip"
+
+
+async def test_certificates_that_are_half_replaced_are_read_again(
+    node: FakeAgent, authority: Authority
+) -> None:
+    good = authority.file.read_bytes()
+    nodes = Nodes([node.address], access=read_access({}, tls_ca=authority.file))
+    request = pb.OpenSessionRequest(session="trip", device="phone")
+    try:
+        await nodes.unary("OpenSession", request)
+        (one,) = nodes.order()
+        await node.kill()
+        with pytest.raises(Unreachable):
+            await nodes.unary("OpenSession", request)
+        await node.start()
+        replace(authority.file, b"no PEM")
+        with pytest.raises(Unreachable, match="certificate"):
+            await nodes.unary("OpenSession", request)
+        await nodes.silent(one)
+        reviving = one.reviving
+        assert reviving is not None
+        await asyncio.wait({reviving}, timeout=0.1)
+        assert not reviving.done()
+        replace(authority.file, good)
+        await reviving
+        assert one.reviving is None
+        await nodes.unary("OpenSession", request)
+    finally:
+        await nodes.close()
 
 
 def test_a_token_is_not_sent_in_the_open() -> None:

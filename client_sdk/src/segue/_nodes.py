@@ -150,6 +150,7 @@ class Nodes:
         self._access = access
         self._clock = clock
         self._closed = False
+        self._files_were_good = False
         self.tries = 0  # attempts of unary calls so far
 
     def order(self) -> list[Node]:
@@ -183,17 +184,19 @@ class Nodes:
         """The `Agent` stub of a connected node.
 
         Raises:
-            Unreachable: it refuses, or does not answer within `CONNECT_TIMEOUT_S`.
+            Unreachable: it refuses, or does not answer within `CONNECT_TIMEOUT_S`; or certificates
+                that were good cannot be used now.
+            InvalidArgument: they never could.
         """
         if self._closed:
             raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
         if node.channel is not None and self._outdated(node):
             await self._disconnect(node)
-        if node.channel is None:
-            node.files = self._access.stamp()
-            node.channel = self._access.channel(node.address)
-            node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
         try:
+            if node.channel is None:
+                node.files = self._access.stamp()
+                node.channel = self._channel(node.address)
+                node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await _connected(node.channel)
         except (TimeoutError, Unreachable) as error:
@@ -208,6 +211,22 @@ class Nodes:
                 address=node.address,
             ) from error
         return node.stub
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        """Certificates are replaced file by file: what does not fit together may, a moment later.
+
+        Raises:
+            InvalidArgument: the files cannot be used, and never could.
+            Unreachable: they could.
+        """
+        try:
+            channel = self._access.channel(address)
+        except InvalidArgument as error:
+            if not self._files_were_good:
+                raise
+            raise Unreachable(error.message, hint=error.hint or "Try again.") from error
+        self._files_were_good = True
+        return channel
 
     def _outdated(self, node: Node) -> bool:
         """Its connection is lost, and the certificates were replaced since it was opened."""
@@ -241,18 +260,26 @@ class Nodes:
                 await channel.close(None)
 
     async def _revive(self, node: Node) -> None:
-        """Until it answers: a new connection is ready only once the other side spoke."""
+        """Until it answers."""
         while True:
-            channel = self._access.channel(node.address)
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await _connected(channel)
-            except (TimeoutError, Unreachable):
-                await asyncio.sleep(RETRY_PAUSE_MAX_S)
-            else:
+            if await self._answers(node.address):
                 node.reviving = None
                 return
-            finally:
+            await asyncio.sleep(RETRY_PAUSE_MAX_S)
+
+    async def _answers(self, address: str) -> bool:
+        """A new connection is ready only once the other side spoke. Whatever fails is a no."""
+        channel = None
+        try:
+            channel = self._channel(address)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await _connected(channel)
+        except Exception:  # also what the app's token function raises
+            return False
+        else:
+            return True
+        finally:
+            if channel is not None:
                 with contextlib.suppress(Exception):
                     await channel.close(None)
 
