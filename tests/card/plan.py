@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TOTAL_LIMIT_S = 360.0  # of all steps: a borrowed card is there for minutes
+CPU_PATIENCE = 3  # times as long where there is none
 
 
 @dataclass(frozen=True)
