@@ -258,6 +258,8 @@ class Round:
         return Strike(kind, busiest, now(), running, owned[busiest], served[busiest.name])
 
     def _note_faults(self, ended: float) -> None:
+        if not self._strikes:  # the time was over before the first
+            return
         until = [*(one.at for one in self._strikes[1:]), ended]
         for one, end in zip(self._strikes, until, strict=True):
             lags = [
