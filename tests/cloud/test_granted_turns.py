@@ -24,7 +24,8 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import OUTBOX_TOKEN_AGE_S
 from segue_contract.servers import Valkey
 from segue_contract.sync.state import find_turn
-from segue_contract.transport.gate import Gate, bearer
+from segue_contract.transport.bearer import bearer
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import decode_pb2 as dpb

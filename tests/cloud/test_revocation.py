@@ -31,7 +31,8 @@ from segue_contract.ids import SessionName
 from segue_contract.limits import EXPIRY_GRACE_S
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Set, encode_op
-from segue_contract.transport.gate import Gate, bearer
+from segue_contract.transport.bearer import bearer
+from segue_contract.transport.gate import Gate
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc

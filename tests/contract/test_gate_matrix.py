@@ -29,8 +29,9 @@ from segue_contract.identity.principal import Kind, Right
 from segue_contract.identity.rights import RULES, Scope
 from segue_contract.identity.tokens import issue
 from segue_contract.limits import MAX_TAILS
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.channel import open_channel
-from segue_contract.transport.gate import Gate, bearer, caller
+from segue_contract.transport.gate import Gate, caller
 from segue_contract.transport.server import start_server
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.transport.tenant_keys import TenantKeys

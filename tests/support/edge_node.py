@@ -12,8 +12,9 @@ import grpc
 from segue_contract.ids import DEFAULT_TENANT, SessionName
 from segue_contract.limits import EdgeTurnLimits
 from segue_contract.plan import PlanReport, decode_plan
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.channel import open_channel
-from segue_contract.transport.gate import Tokens, bearer
+from segue_contract.transport.gate import Tokens
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc

@@ -23,6 +23,7 @@ from segue_contract.ids import check_id, new_id
 from segue_contract.limits import MAX_COUNT, MAX_SESSIONS_LISTED, ClientLimits
 from segue_contract.sync.export import Export
 from segue_contract.sync.state import Cursor
+from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ class Client:
     async def close(self) -> None:
         """Leave. Turns that run go on; followed sessions end."""
         if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.gather(self._renewing, return_exceptions=True)
+            await end(self._renewing)
         for follower in list(self._followers):
             await follower.aclose()
         await self._tails.close()

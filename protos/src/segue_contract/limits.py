@@ -203,6 +203,8 @@ MAX_TOKEN_SESSIONS: Final = 32  # names or beginnings of names: of the longest o
 MAX_TOKEN_LIFETIME_S: Final = 3600.0  # so long a stolen token is good, where nobody revokes it
 TOKEN_LIFETIME_S: Final = 600.0  # where the issuer says nothing: 5 to 15 minutes are usual
 CLOCK_SKEW_S: Final = 30.0  # an issuer's clock may be ahead of ours by so much
+# What was revoked so long ago concerns no token any more.
+REVOKED_KEPT_S: Final = MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S
 TOKEN_CACHE: Final = 8192  # tokens that were checked: one for each device of an instance
 MAX_TENANT_KEYS: Final = 10_000  # some 2 MiB of file, and read at once
 MAX_KEY_FILE_BYTES: Final = 4 * MIB

@@ -17,7 +17,6 @@ from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.rpc.revoking import caller_bearer, tell
 from segue_cloud.sessions.port import LogOp, Producer, Status
-from segue_cloud.sessions.store import revoked
 from segue_cloud.turns.manager import Begun, TurnManager
 from segue_contract.checks import check_tails
 from segue_contract.errors import (
@@ -29,7 +28,7 @@ from segue_contract.errors import (
     UnknownSession,
     UnknownTurn,
 )
-from segue_contract.identity.rights import check_op, may_create
+from segue_contract.identity.rights import access_revoked, check_op, may_create
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import (
     MAX_APPEND_OPS,
@@ -240,7 +239,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         )
         result = await self._log.append(session, producer, ops)
         if result.status is Status.REVOKED:
-            raise revoked(session)
+            raise access_revoked(session.session)
         if result.status is Status.STALE:
             raise StaleEpoch(
                 f"Device {device} writes under epoch {request.epoch}; "

@@ -13,8 +13,9 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.port import Bearer, Revocation
 from segue_contract.errors import SegueError
 from segue_contract.identity.principal import Kind
-from segue_contract.limits import CLOCK_SKEW_S, GATE_LOOK_S, MAX_TOKEN_LIFETIME_S
+from segue_contract.limits import GATE_LOOK_S, REVOKED_KEPT_S
 from segue_contract.transport.gate import Gate, caller
+from segue_contract.transport.together import end
 
 log = structlog.get_logger("segue.revoking")
 
@@ -48,8 +49,7 @@ async def following_revocations(
     Raises:
         StoreUnavailable: what was revoked before cannot be read.
     """
-    kept_s = MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S
-    since_ms = await _look(session_log, gate, int((now_s() - kept_s) * 1000))
+    since_ms = await _look(session_log, gate, int((now_s() - REVOKED_KEPT_S) * 1000))
 
     async def follow(since_ms: int) -> None:
         while True:
@@ -59,14 +59,13 @@ async def following_revocations(
             except Exception as error:  # nothing more would be revoked here
                 known = isinstance(error, SegueError)
                 log.warning("revocations_unread", error=str(error), exc_info=not known)
-            gate.forget_revoked(now_s() - kept_s)
+            gate.forget_revoked(now_s() - REVOKED_KEPT_S)
 
     task = asyncio.create_task(follow(since_ms), name="revocations")
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end(task)
 
 
 async def _look(session_log: SessionLog, gate: Gate, since_ms: int) -> int:

@@ -37,22 +37,21 @@ from segue_contract.errors import (
     UNREADABLE,
     Internal,
     InvalidArgument,
-    Revoked,
     SessionDeleted,
     StoreUnavailable,
     UnknownDevice,
     UnknownSession,
 )
+from segue_contract.identity.rights import access_revoked
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
-    CLOCK_SKEW_S,
     MAX_COUNT,
     MAX_SESSION_DEVICES,
-    MAX_TOKEN_LIFETIME_S,
     MAX_TURNS_WAITING_PER_SESSION,
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
     READ_PAGE_BYTES,
+    REVOKED_KEPT_S,
     WAITING_LEASE_S,
     SessionQuotas,
     StoreLimits,
@@ -65,22 +64,12 @@ from segue_contract.sync.state import (
 log = structlog.get_logger("segue.sessions")
 
 _LOG = scripts.load("log.lua")
-# Tokens of before have run out by then.
-_REVOKED_KEPT_MS = int(1000 * (MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S))
 SCRIPTS = (_LOG, ACTIVE, RUNNING, KEEP, BROKER)
 
 
 def unknown_session(session: SessionName) -> UnknownSession:
     return UnknownSession(
         f"There is no session {session.session!r}.", hint="Open it first.", session=session.session
-    )
-
-
-def revoked(session: SessionName) -> Revoked:
-    return Revoked(
-        "This device's access to the session was revoked.",
-        hint="Ask whoever issues the tokens for a new one.",
-        session=session.session,
     )
 
 
@@ -192,7 +181,7 @@ class RedisStore:
         if status == b"missing":
             raise await self._missing(session)
         if status == b"revoked":
-            raise revoked(session)
+            raise access_revoked(session.session)
         return OpenedSession(Cursor(generation, tail), bool(created), epoch)
 
     async def check_device(
@@ -203,7 +192,7 @@ class RedisStore:
         if status == b"missing":
             raise await self._missing(session)
         if status == b"revoked":
-            raise revoked(session)
+            raise access_revoked(session.session)
         if status == b"unknown":
             raise UnknownDevice(
                 f"The device {device!r} never joined the session {session!r}.",
@@ -220,7 +209,7 @@ class RedisStore:
         member = msgspec.json.encode((session.tenant, session.session, device))
         await self._wire.call(
             ("ZADD", REVOKED_KEY, before_ms, member),
-            ("ZREMRANGEBYSCORE", REVOKED_KEY, "-inf", before_ms - _REVOKED_KEPT_MS),
+            ("ZREMRANGEBYSCORE", REVOKED_KEY, "-inf", before_ms - int(1000 * REVOKED_KEPT_S)),
         )
         return Revocation(session, device, before_ms)
 

@@ -13,14 +13,8 @@ from segue_contract.checks import check_tails
 from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
-from segue_contract.transport.gate import (
-    bearer,
-    caller,
-    caller_token,
-    gate_here,
-    named,
-    renew_calls,
-)
+from segue_contract.transport.bearer import bearer
+from segue_contract.transport.gate import caller, caller_token, gate_here, named, renew_calls
 from segue_contract.transport.heartbeat import Listening, beating
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import to_wire

@@ -17,7 +17,7 @@ import grpc
 
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import KV_PART_BYTES, MAX_NEW_TOKENS, TURN_HEARTBEAT_S, TURN_SILENCE_S
-from segue_contract.transport.gate import bearer
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.transport.together import end

@@ -8,7 +8,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from segue_contract.errors import PermissionDenied
+from segue_contract.errors import PermissionDenied, Revoked
 from segue_contract.identity.principal import Kind, Principal
 from segue_contract.identity.principal import Right as Right
 from segue_contract.sync import ops
@@ -154,6 +154,15 @@ def check_session(principal: Principal, session: str) -> None:
             hint="Ask for a token that names this session, or the beginning of its name and *.",
             session=session,
         )
+
+
+def access_revoked(session: str) -> Revoked:
+    """What is said to a device whose tokens for that session were made void."""
+    return Revoked(
+        "This device's access to the session was revoked.",
+        hint="Ask whoever issues the tokens for a new one.",
+        session=session,
+    )
 
 
 def may_create(principal: Principal) -> bool:

@@ -14,6 +14,7 @@ from segue_contract.limits import (
     PING_INTERVAL_S,
     PING_TIMEOUT_S,
 )
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.tls import TlsFiles, channel_credentials
 
@@ -117,8 +118,8 @@ class _WithToken(grpc.aio.Channel):
 
     def _bearing(self, method: Any) -> Any:
         def call(*args: Any, metadata: Any = (), **kwargs: Any) -> Any:
-            header = ("authorization", f"Bearer {_written(self._token())}")
-            return method(*args, metadata=(*(metadata or ()), header), **kwargs)
+            header = bearer(_written(self._token())) or ()
+            return method(*args, metadata=(*(metadata or ()), *header), **kwargs)
 
         return call
 

@@ -28,13 +28,13 @@ from segue_contract.errors import (
     UnknownNode,
 )
 from segue_contract.identity.principal import Kind, Principal, local, of_certificate
-from segue_contract.identity.rights import RULES, Scope, check
+from segue_contract.identity.rights import RULES, Scope, access_revoked, check
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPIRY_GRACE_S, GATE_LOOK_S, MAX_TAILS, OUTBOX_TOKEN_AGE_S
+from segue_contract.transport.bearer import token_in
+from segue_contract.transport.handlers import around
 from segue_contract.transport.tls import peer_name
 
-AUTHORIZATION = "authorization"
-_BEARER = "Bearer "
 _OF_EDGES = "/segue.v1.Decode/"
 
 # Begun with a right that is not asked for again: what the cloud owes a turn that was granted is
@@ -92,11 +92,6 @@ def gate_here() -> Gate:
     if gate is None:
         raise Internal("This was not called through a gate.")
     return gate
-
-
-def bearer(token: str) -> tuple[tuple[str, str], ...] | None:
-    """Metadata of a call that is made with a token; None without one."""
-    return ((AUTHORIZATION, _BEARER + token),) if token else None
 
 
 @contextlib.contextmanager
@@ -232,11 +227,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         for session in sessions:
             before_s = self._void_before.get((principal.tenant, session, principal.name), 0.0)
             if principal.issued_s < before_s:
-                raise Revoked(
-                    "This device's access to the session was revoked.",
-                    hint="Ask whoever issues the tokens for a new one.",
-                    session=session,
-                )
+                raise access_revoked(session)
 
     def _look(self) -> None:
         """End what has run out. One timer, at rest while no caller's time is limited."""
@@ -270,28 +261,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None:
             return cast("grpc.RpcMethodHandler[Any, Any]", handler)
         verb = str(handler_call_details.method)
-        common = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        wrapped: Any
-        if handler.unary_unary:
-            wrapped = grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, verb, self._check_request), **common
-            )
-        elif handler.unary_stream:
-            wrapped = grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, verb, self._check_request), **common
-            )
-        elif handler.stream_unary:
-            wrapped = grpc.stream_unary_rpc_method_handler(
-                self._unary(handler.stream_unary, verb, self._first_checked), **common
-            )
-        else:
-            wrapped = grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, verb, self._first_checked), **common
-            )
-        return cast("grpc.RpcMethodHandler[Any, Any]", wrapped)
+        read = self._first_checked if handler.request_streaming else self._check_request
+        return around(
+            handler,
+            lambda inner: self._unary(inner, verb, read),
+            lambda inner: self._stream(inner, verb, read),
+        )
 
     def _unary(self, inner: Callable[[Any, Any], Awaitable[Any]], verb: str, read: _Read) -> Any:
         async def serve(request: Any, context: Any) -> Any:
@@ -352,7 +327,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Raises Unauthenticated."""
         if self._tokens is None:
             return self._local, ""  # a token that nobody checks names no tenant
-        token = _token_of(context)
+        token = token_in(context.invocation_metadata() or ())
         name = self._peer_name(context)
         node = of_certificate(name) if name else None
         if not token:
@@ -432,14 +407,6 @@ def expired() -> Unauthenticated:
     return Unauthenticated(
         "The session token ran out.", hint="Renew it before: `Client(token=...)` with a callable."
     )
-
-
-def _token_of(context: Any) -> str:
-    metadata = cast("Iterable[tuple[str, str | bytes]]", context.invocation_metadata() or ())
-    for key, value in metadata:
-        if key == AUTHORIZATION and isinstance(value, str) and value.startswith(_BEARER):
-            return value[len(_BEARER) :]
-    return ""
 
 
 def _named_in(request: Any) -> tuple[Sequence[str], str]:

@@ -21,6 +21,7 @@ from segue_contract.errors import (
     Unreachable,
     shorten,
 )
+from segue_contract.transport.handlers import around
 from segue_contract.transport.tls_reasons import explain
 
 # What gRPC says of a peer that ends a connection before it was one: it does not say why.
@@ -122,30 +123,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = str(handler_call_details.method)
         if handler is None:
             return cast("grpc.RpcMethodHandler[Any, Any]", handler)
-        common = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        wrapped: Any
-        if handler.unary_unary:
-            wrapped = grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method), **common
-            )
-        elif handler.unary_stream:
-            wrapped = grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, method), **common
-            )
-        elif handler.stream_unary:
-            wrapped = grpc.stream_unary_rpc_method_handler(
-                _guard_unary(handler.stream_unary, method), **common
-            )
-        elif handler.stream_stream:
-            wrapped = grpc.stream_stream_rpc_method_handler(
-                _guard_stream(handler.stream_stream, method), **common
-            )
-        else:
-            wrapped = handler
-        return cast("grpc.RpcMethodHandler[Any, Any]", wrapped)
+        return around(
+            handler,
+            lambda inner: _guard_unary(inner, method),
+            lambda inner: _guard_stream(inner, method),
+        )
 
 
 async def _fail(context: Any, method: str, error: Exception) -> NoReturn:

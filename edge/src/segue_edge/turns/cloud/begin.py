@@ -20,7 +20,7 @@ from segue_contract.errors import (
 from segue_contract.limits import BEGIN_TIMEOUT_S
 from segue_contract.sync.context import choose_context, seen, tokens_at_most
 from segue_contract.sync.state import TurnState, decode_turns
-from segue_contract.transport.gate import bearer
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.asked import Asked

@@ -9,7 +9,7 @@ import grpc
 
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.limits import RPC_TIMEOUT_S, TURN_SILENCE_S, TURN_TIMEOUT_S
-from segue_contract.transport.gate import bearer
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.heartbeat import Listening
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.wire import from_reply, from_wire

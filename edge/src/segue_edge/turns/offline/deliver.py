@@ -25,7 +25,7 @@ from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import decode_turns
-from segue_contract.transport.gate import bearer
+from segue_contract.transport.bearer import bearer
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.turn.events import Durable, Ended, Frame, MadeBy
 from segue_contract.turn.merge import Merger
