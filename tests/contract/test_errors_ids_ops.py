@@ -340,3 +340,13 @@ def test_equal_questions_have_one_digest_however_their_numbers_were_made() -> No
         ),
     ]
     assert len({plain, *others}) == 1 + len(others)
+
+
+def test_a_refusal_says_when_to_come_back_where_it_is_known() -> None:
+    rate = errors.QuotaExceeded("Too fast.", what="ops_per_s", limit=50, retry_after_s=0.25)
+    told = errors.SegueError.from_bytes(rate.to_bytes())
+    assert isinstance(told, errors.QuotaExceeded)
+    assert told.retry_after_s == 0.25
+    assert errors.QuotaExceeded("The session is full.", what="bytes").retry_after_s is None
+    for wrong in (-1, float("inf"), float("nan"), True, "soon"):
+        assert errors.Overloaded("Full.", retry_after_s=wrong).retry_after_s is None

@@ -19,7 +19,7 @@ SegueError
 ├── SequenceGap                `expected` is the sequence number the log waits for
 ├── OutcomeUnknown             an append may be in the log or not: read before repeating it
 ├── CursorAhead                the log ends before the place that was asked for
-├── QuotaExceeded              the session holds as much as it may
+├── QuotaExceeded              a session or tenant has as much as it may; `retry_after_s`: of a rate
 ├── SessionNotEmpty            an import needs a new name, or a session without entries
 ├── BadExport                  the file is no whole export of a session; nothing was written
 ├── StoreUnavailable           no answer of the store in time; a write may have been applied
@@ -96,6 +96,17 @@ class SegueError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which the same call has a chance; None: nobody said.
+
+        Made from `fields`, which a peer may have sent.
+        """
+        wait_s = self.fields.get("retry_after_s")
+        if isinstance(wait_s, bool) or not isinstance(wait_s, int | float):
+            return None
+        return float(wait_s) if 0 <= wait_s < float("inf") else None
 
     def to_bytes(self) -> bytes:
         """MessagePack of {code, message, hint, fields}; `from_bytes` reads it back.
@@ -194,7 +205,7 @@ class TurnCancelled(SegueError):
 
 
 class Overloaded(SegueError):
-    """`fields["retry_after_s"]`: seconds after which a retry has a chance."""
+    """`retry_after_s`, where it is known: when a retry has a chance."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     retryable = True
@@ -225,8 +236,12 @@ class CursorAhead(SegueError):
 
 
 class QuotaExceeded(SegueError):
-    """Unlike Overloaded it does not pass by itself. `fields["what"]` (bytes, values, docs or
-    kept_ops) and `fields["limit"]`: which bound, and how much it allows."""
+    """`fields["what"]` and `fields["limit"]`: which bound, and how much it allows. What a session
+    may hold is bytes, values, docs or kept_ops.
+
+    One of a rate carries `retry_after_s` and passes by itself; where that is None, something has to
+    be given up first. Other nodes count alike, so none of them is tried instead.
+    """
 
     grpc_code = "RESOURCE_EXHAUSTED"
 
