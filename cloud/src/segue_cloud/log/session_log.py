@@ -253,6 +253,7 @@ class SessionLog:
         *,
         digest: str = "",
         abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
         """As the store's; also ends the turn of an owner that let its lease run out.
 
@@ -262,7 +263,14 @@ class SessionLog:
         encoded = [LogOp.of(op) for op in ops]
         data = [op.data for op in encoded]
         claim = await self._store.begin_turn(
-            session, turn, data, lease_s, title=_title(ops), digest=digest, abandon_s=abandon_s
+            session,
+            turn,
+            data,
+            lease_s,
+            title=_title(ops),
+            digest=digest,
+            abandon_s=abandon_s,
+            bearer=bearer,
         )
         self._check_quota(session, claim.status)
         if claim.status is Status.OK and claim.appended:
@@ -275,9 +283,18 @@ class SessionLog:
         return claim
 
     async def wait_turn(
-        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        digest: str,
+        mode: str,
+        *,
+        abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
-        return await self._store.wait_turn(session, turn, digest, mode, abandon_s=abandon_s)
+        return await self._store.wait_turn(
+            session, turn, digest, mode, abandon_s=abandon_s, bearer=bearer
+        )
 
     async def take_over(
         self,

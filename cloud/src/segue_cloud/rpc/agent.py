@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from segue_cloud.log.session_log import SessionLog
@@ -125,8 +125,9 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 f"The cloud alone cannot serve the plan shape {request.plan[:40]!r}.",
                 hint="Connect to an edge node, or leave the plan to the node.",
             )
-        asked = turn_request(request, caller().tenant)
-        await self._log.check_device(asked.session, asked.device, caller_bearer())
+        bearer = caller_bearer()
+        asked = replace(turn_request(request, caller().tenant), bearer=bearer)
+        await self._log.check_device(asked.session, asked.device, bearer)
         if request.must_exist:
             await self._check_known(asked.session, asked.turn)
         begun, owner = await self._manager.run(asked)

@@ -60,14 +60,16 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
-        asked = replace(turn_request(request.turn, caller().tenant), edge=caller().via)
+        bearer = caller_bearer()
+        asked = turn_request(request.turn, caller().tenant)
+        asked = replace(asked, edge=caller().via, bearer=bearer)
         if caller_is_late() and not request.offline:
             raise expired()
         if request.offline:
             follows = check_id(request.follows, "turn") if request.follows else ""
             asked = replace(asked, offline=True, follows=follows)
         self._check_weights(request.weights_digest)
-        await self._log.check_device(asked.session, asked.device, caller_bearer())
+        await self._log.check_device(asked.session, asked.device, bearer)
         begun = await self._manager.begin(asked, expect_open=True)
         state = await self._log.state(asked.session)
         finished = [turn for turn in state.turns if turn.ended and turn.turn != asked.turn]

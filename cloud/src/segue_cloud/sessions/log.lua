@@ -293,8 +293,15 @@ local function written_before(generation)
   redis.call('HSET', META, 'gen', int(generation))
 end
 
+-- Whether a token, "<valid since, ms>|<its device>" ("": there is none), was revoked.
+local function void(bearer)
+  local issued, device = string.match(bearer, '^(%d+)|(.*)$')
+  if not issued then return false end
+  return tonumber(issued) < tonumber(redis.call('HGET', META, 'rv:' .. device) or '0')
+end
+
 -- What there is to say of a turn before it begins, as begin; nil where it may begin now.
-local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
+local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops, bearer)
   local generation, tail, current = known[1], known[2], known[3]
   local before = redis.call('HGET', META, 'd:' .. turn)
   if before and digest ~= '' and before ~= digest then
@@ -310,6 +317,7 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
     return {'ok', parse(known[5]), generation, begun, 1, ended and 1 or 0, '', 0, 0}
   end
   if before then return {'ok', 0, generation, 0, 1, 1, '', 0, 0} end  -- it ended long ago
+  if void(bearer) then return {'revoked', 0, generation, tail, 0, 0, '', 0, 0} end
   if redis.call('HGET', META, 'bare') then -- nobody can say yet that it never began
     return {'busy', 0, generation, tail, 0, 0, '', 0, 0}
   end
@@ -329,22 +337,15 @@ local function judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, ops)
   return nil
 end
 
--- Whether the device's token, valid since `issued` (ms, "": it has none), was revoked.
-local function void(device, issued)
-  if not issued or issued == '' then return false end
-  return tonumber(issued) < tonumber(redis.call('HGET', META, 'rv:' .. device) or '0')
-end
-
 local verbs = {}
 
 -- must_exist, device, devices bound, producer, producers bound, generation that the caller knows,
--- since when the device's token is valid
--- -> {status, generation, tail, created, the producer's epoch}
+-- its token -> {status, generation, tail, created, the producer's epoch}
 -- A session made anew after the store lost everything is another life: its generation is no
 -- earlier one's, also where the clock went back.
-function verbs.open(must_exist, device, devices_bound, producer, producers_bound, after, issued)
+function verbs.open(must_exist, device, devices_bound, producer, producers_bound, after, bearer)
   local known, created = meta(), 0
-  if known and void(device, issued) then return {'revoked', 0, 0, 0, 0} end
+  if known and void(bearer) then return {'revoked', 0, 0, 0, 0} end
   local now = now_ms()
   if not known then
     local last = last_entry()
@@ -379,10 +380,11 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
   return {hole(known[2]) and 'hole' or 'ok', known[1], known[2], created, epoch}
 end
 
--- device, since when its token is valid -> {"ok", "unknown", "revoked" or "missing"}; one that is in use counts as one opened just now
-function verbs.use(device, issued)
+-- device, its token -> {"ok", "unknown", "revoked" or "missing"}; one that is in use counts as one
+-- opened just now
+function verbs.use(device, bearer)
   if redis.call('EXISTS', META) == 0 then return {'missing'} end
-  if void(device, issued) then return {'revoked'} end
+  if void(bearer) then return {'revoked'} end
   if not redis.call('ZSCORE', DEVICES, device) then return {'unknown'} end
   -- A store that takes no writes for now (full, a replica) still answers.
   redis.pcall('ZADD', DEVICES, int(now_ms()), device)
@@ -423,8 +425,8 @@ local function quota(slots, n, bounds)
 end
 
 -- producer, epoch, first seq, turn, nonce, generation, ends, lease ms, runs bound, producers
--- bound, session's bytes bound, quota slots, their bounds ("values:docs:kept ops"), the device
--- whose token it is and since when that is valid ("ms|device"; "": none), ops...
+-- bound, session's bytes bound, quota slots, their bounds ("values:docs:kept ops"), the token that
+-- it is appended with (see `void`), ops...
 -- -> {status, generation, first offset, tail, current epoch, expected seq, stop?, appended,
 --     entries since the snapshot, bytes since it, first offset that may be lost}
 function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease_ms, runs_bound,
@@ -444,8 +446,7 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   end
   local ended, owner = false, nonce
   if turn ~= '' then ended, owner = turn_flags(turn) end
-  local issued, device = string.match(bearer, '^(%d+)|(.*)$')
-  if issued and void(device, issued) then return answer('revoked', 0, 0, 0) end
+  if void(bearer) then return answer('revoked', 0, 0, 0) end
   -- Epochs are given: by `open` to a producer, by `begin` and `take` to a turn.
   if has < 0 or epoch ~= has or nonce ~= owner then return answer('stale', 0, 0, 0) end
   believed = tonumber(believed)
@@ -491,17 +492,17 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
 end
 
 -- turn, lease ms, turns bound, title, nonce, digest, wait ms, abandon ms (how long after its lease
--- an owner's turn is left to others), session's bytes bound, ops...
+-- an owner's turn is left to others), session's bytes bound, the token that it is asked with, ops...
 -- -> {status, epoch, generation, offset of the last opening op, known, ended, holder, appended,
 --     what is left of the holder's lease, ms}
 -- The nonce tells a repeated call, whose reply was lost, from another one's turn.
-function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms, room)
-  local OPS = 11
+function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, abandon_ms, room, bearer)
+  local OPS = 12
   local known = meta('cur', 'lease', 't:' .. turn, 'title', 'e:' .. turn)
   if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
   local generation, tail, current = known[1], known[2], known[3]
   local now = now_ms()
-  local said = judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, #ARGV - OPS + 1)
+  local said = judge(known, turn, digest, nonce, wait_ms, abandon_ms, now, #ARGV - OPS + 1, bearer)
   if said then return said end
   if session_bytes() + size_of(OPS, #ARGV) > tonumber(room) then
     return {'no_room', 0, generation, tail, 0, 0, '', 0, 0}
@@ -528,12 +529,13 @@ function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, aband
 end
 
 -- turn, digest, mode ("look", "join" the turns that wait, "leave" them), wait ms, bound of those
--- that wait, abandon ms -> as begin; "ok" and not known: it may begin now
-function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms)
+-- that wait, abandon ms, the token that it is asked with -> as begin; "ok" and not known: it may
+-- begin now
+function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms, bearer)
   local known = meta('cur', 'lease', 't:' .. turn)
   if not known then return {'missing', 0, 0, 0, 0, 0, '', 0, 0} end
   local now = now_ms()
-  local said = judge(known, turn, digest, '', wait_ms, abandon_ms, now, 0)
+  local said = judge(known, turn, digest, '', wait_ms, abandon_ms, now, 0, bearer)
     or {'ok', 0, known[1], known[2], 0, 0, '', 0, 0}
   local list = waiting(now, wait_ms)
   local place, count = place_of(list, turn)

@@ -263,6 +263,7 @@ class Turns(Protocol):
         title: str = "",
         digest: str = "",
         abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
         """Claim the session for `turn` and append its first ops (user_message, turn_started).
 
@@ -271,12 +272,20 @@ class Turns(Protocol):
         `title` names a session that has no title yet. `digest` says what was asked for: the same
         id with another one is CONFLICT, for as long as the session lives. A turn whose owner let
         its lease run out is left to those who could go on with it for `abandon_s`. Others that
-        wait come first; CANCELLED where the turn was stopped while it waited.
+        wait come first; CANCELLED where the turn was stopped while it waited, REVOKED where the
+        token is void that it is asked with.
         """
         ...
 
     async def wait_turn(
-        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        digest: str,
+        mode: str,
+        *,
+        abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
         """Where `turn` stands before it begins; OK and not known: it may begin now.
 

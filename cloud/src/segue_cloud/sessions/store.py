@@ -73,10 +73,6 @@ def unknown_session(session: SessionName) -> UnknownSession:
     )
 
 
-def _issued(bearer: Bearer | None) -> str:
-    return "" if bearer is None else str(bearer.issued_ms)
-
-
 def _bearer(bearer: Bearer | None) -> str:
     return "" if bearer is None else f"{bearer.issued_ms}|{bearer.device}"
 
@@ -175,7 +171,7 @@ class RedisStore:
             index.append(self._index(session, "NX"))
         verb = self._log(
             session, "open", int(must_exist), device, MAX_SESSION_DEVICES, producer,
-            PRODUCER_MEMORY, after_generation, _issued(bearer),
+            PRODUCER_MEMORY, after_generation, _bearer(bearer),
         )  # fmt: skip
         status, generation, tail, created, epoch = (await self._wire.call(*index, verb))[-1]
         if status == b"missing":
@@ -188,7 +184,7 @@ class RedisStore:
         self, session: SessionName, device: str, bearer: Bearer | None = None
     ) -> None:
         """As the port says."""
-        ((status,),) = await self._wire.call(self._log(session, "use", device, _issued(bearer)))
+        ((status,),) = await self._wire.call(self._log(session, "use", device, _bearer(bearer)))
         if status == b"missing":
             raise await self._missing(session)
         if status == b"revoked":
@@ -266,22 +262,31 @@ class RedisStore:
         title: str = "",
         digest: str = "",
         abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
         rows.check_ops(ops, least=0)
         nonce = self._nonce()
         verb = self._log(
             session, "begin", turn, int(lease_s * 1000), self._limits.turn_ids, title, nonce,
-            digest, int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes, *ops,
+            digest, int(WAITING_LEASE_S * 1000), int(abandon_s * 1000), self.quotas.bytes,
+            _bearer(bearer), *ops,
         )  # fmt: skip
         row = await self._write(session, verb, listed=True, waits=True)
         return rows.claim(row[:-1], nonce)
 
     async def wait_turn(
-        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        digest: str,
+        mode: str,
+        *,
+        abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim:
         verb = self._log(
             session, "wait", turn, digest, mode, int(WAITING_LEASE_S * 1000),
-            MAX_TURNS_WAITING_PER_SESSION, int(abandon_s * 1000),
+            MAX_TURNS_WAITING_PER_SESSION, int(abandon_s * 1000), _bearer(bearer),
         )  # fmt: skip
         return rows.claim((await self._wire.call(verb))[0], "")
 

@@ -28,6 +28,7 @@ from segue_contract.errors import (
     TurnConflict,
     UnknownSession,
 )
+from segue_contract.identity.rights import access_revoked
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     MAX_TURNS_WAITING_PER_SESSION,
@@ -90,6 +91,7 @@ class SessionClaims:
             SessionBusy, Overloaded, DeadlineExceeded, StoreUnavailable.
             TurnConflict: the id was used for something else.
             TurnCancelled: it was stopped while it waited.
+            Revoked: its device was revoked meanwhile.
         """
         claim = await self._try(request)
         if claim.status is Status.OK:
@@ -114,9 +116,7 @@ class SessionClaims:
         """Begin the turn if its session is free and there is room: OK or BUSY."""
         name, digest = request.name, request.digest
         if not self._places.take(name):
-            claim = await self._deps.log.wait_turn(
-                request.session, request.turn, digest, "look", abandon_s=ORPHAN_PATIENCE_S
-            )
+            claim = await self._stand(request, "look")
             if _checked(claim, request).status is Status.OK and not claim.known:
                 raise self._overloaded()
             return claim
@@ -131,6 +131,7 @@ class SessionClaims:
                 self._deps.limits.lease_s,
                 digest=digest,
                 abandon_s=ORPHAN_PATIENCE_S,
+                bearer=request.bearer,
             )
             begun = claim.status is Status.OK and not claim.known
             return _checked(replace(claim, opening=opening) if begun else claim, request)
@@ -158,9 +159,7 @@ class SessionClaims:
             woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(session, set()).add(woken)
             try:
-                claim = await self._deps.log.wait_turn(
-                    session, request.turn, request.digest, "join", abandon_s=ORPHAN_PATIENCE_S
-                )
+                claim = await self._stand(request, "join")
                 if _checked(claim, request).status is Status.OK:
                     if claim.known:
                         return claim
@@ -188,6 +187,17 @@ class SessionClaims:
             hint="Stop the running turn, or ask again.",
         )
 
+    async def _stand(self, request: TurnRequest, mode: str) -> TurnClaim:
+        """Where the turn stands before it begins; `mode` as `wait_turn`."""
+        return await self._deps.log.wait_turn(
+            request.session,
+            request.turn,
+            request.digest,
+            mode,
+            abandon_s=ORPHAN_PATIENCE_S,
+            bearer=request.bearer,
+        )
+
     async def _show_waiting(self, request: TurnRequest) -> bool:
         """Show the message to the session's other devices; False where the log took it not."""
         said = TurnWaiting(
@@ -211,9 +221,7 @@ class SessionClaims:
     async def _leave(self, request: TurnRequest) -> None:
         """Give the place in the session up; where the store is away it is lost by itself."""
         try:
-            await self._deps.log.wait_turn(
-                request.session, request.turn, request.digest, "leave", abandon_s=ORPHAN_PATIENCE_S
-            )
+            await self._stand(request, "leave")
         except SegueError:
             return
 
@@ -234,6 +242,8 @@ def _checked(claim: TurnClaim, request: TurnRequest) -> TurnClaim:
                 hint="Nothing of it is in the log; ask again under another id.",
                 turn=request.turn,
             )
+        case Status.REVOKED:
+            raise access_revoked(session)
         case Status.FULL:
             raise Overloaded(
                 f"{MAX_TURNS_WAITING_PER_SESSION} turns already wait for this session.",

@@ -128,7 +128,7 @@ class TurnManager:
 
         Raises:
             Overloaded, SessionBusy, DeadlineExceeded, StoreUnavailable, TurnConflict,
-            TurnCancelled.
+            TurnCancelled, Revoked.
         """
         self._check_serving()
         under_way = self._beginning.get(request.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from segue_cloud.sessions.port import Bearer
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.sync.ops import Op, Sampling, TurnStarted, UserMessage, request_digest
 from segue_contract.sync.state import TurnState
@@ -24,6 +25,7 @@ class TurnRequest:
     offline: bool = False  # served already, out of reach of the log
     edge: str = ""  # to which it is granted, by its certificate's name
     follows: str = ""  # and then: the last turn that its node knew
+    bearer: Bearer | None = None  # the token that it was asked with
 
     @property
     def name(self) -> TurnName:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from segue_cloud.sessions.port import AppendResult, TurnClaim, TurnHold
+from segue_cloud.sessions.port import AppendResult, Bearer, TurnClaim, TurnHold
 from segue_contract.ids import SessionName
 from segue_contract.sync.ops import Op, TurnWaiting, TurnWithdrawn
 from segue_contract.sync.state import SessionState
@@ -21,10 +21,18 @@ class TurnLog(Protocol):
         *,
         digest: str = "",
         abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim: ...
 
     async def wait_turn(
-        self, session: SessionName, turn: str, digest: str, mode: str, *, abandon_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        digest: str,
+        mode: str,
+        *,
+        abandon_s: float = 0.0,
+        bearer: Bearer | None = None,
     ) -> TurnClaim: ...
 
     async def end_abandoned(self, session: SessionName, turn: str) -> None: ...
