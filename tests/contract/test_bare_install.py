@@ -1,4 +1,4 @@
-"""The SDK alone, in an empty environment: it imports, and brings nothing heavy."""
+"""The SDK and its command, in an empty environment: they bring nothing heavy."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_bare_segue_in_an_empty_environment(tmp_path: Path) -> None:
+def test_segue_in_an_empty_environment(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q"]
-    installed = run(*pip, "--disable-pip-version-check", "-c", ROOT / "constraints.txt", ROOT)
+    installed = run(
+        *pip, "--disable-pip-version-check", "-c", ROOT / "constraints.txt", f"{ROOT}[cli]"
+    )
     assert installed.returncode == 0, installed.stderr
     imported = run(python, "-I", "-c", PROGRAM)
     assert imported.returncode == 0, imported.stderr

@@ -10,11 +10,17 @@ import pytest
 
 import segue
 from segue._access import read_access
+from segue._contexts import Contexts
 from segue._nodes import Nodes
+from segue._settings import Settings, find_settings
 from segue.errors import InvalidArgument, Unreachable
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.certificates import Authority, replace
 from tests.support.fake_agent import FakeAgent, FakeLog
+
+
+def _settings(env: dict[str, str]) -> Settings:
+    return find_settings(env, Contexts)
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ async def test_certificates_that_are_half_replaced_are_read_again(
     node: FakeAgent, authority: Authority
 ) -> None:
     good = authority.file.read_bytes()
-    nodes = Nodes([node.address], access=read_access({}, tls_ca=authority.file))
+    nodes = Nodes([node.address], access=read_access(_settings({}), tls_ca=authority.file))
     request = pb.OpenSessionRequest(session="trip", device="phone")
     try:
         await nodes.unary("OpenSession", request)
@@ -111,15 +117,15 @@ def test_a_token_is_not_sent_in_the_open() -> None:
 
 def test_arguments_come_before_the_environment() -> None:
     env = {"SEGUE_TOKEN": "of-env", "SEGUE_CA": "env.crt"}
-    access = read_access(env)
+    access = read_access(_settings(env))
     assert access.tls is not None
     assert access.tls.ca == Path("env.crt")
     assert access.token is not None
     assert access.token() == "of-env"
-    access = read_access(env, token=lambda: "given", tls_ca="")
+    access = read_access(_settings(env), token=lambda: "given", tls_ca="")
     assert access.tls is None
     assert access.token is not None
     assert access.token() == "given"
-    assert read_access(env, token="").token is None
+    assert read_access(_settings(env), token="").token is None
     with pytest.raises(InvalidArgument, match="its key"):
-        read_access({}, tls_cert="a.crt")
+        read_access(_settings({}), tls_cert="a.crt")

@@ -1,13 +1,16 @@
-"""How a client shows who it is, and whom it believes: arguments, else the environment."""
+"""How a client shows who it is, and whom it believes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from segue._settings import Settings
+from segue._token_command import TokenCommand
 from segue_contract.errors import InvalidArgument
 from segue_contract.transport.channel import Token, check_stays_here, check_target, open_channel
 from segue_contract.transport.tls import TlsFiles
@@ -15,10 +18,20 @@ from segue_contract.transport.tls import TlsFiles
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """`tls` None: without. `token` None: none is sent."""
+    """`tls` None: without. `token` None: none is sent; with `renews` it may give another one."""
 
     tls: TlsFiles | None = None
     token: Token | None = None
+    renews: bool = False
+
+    async def prepare(self) -> None:
+        """Have a token before the first call, where a command gives it.
+
+        Raises:
+            Unauthenticated: it gives none.
+        """
+        if isinstance(self.token, TokenCommand):
+            await asyncio.to_thread(self.token.refresh)
 
     def check(self, target: str) -> str:
         """Return `target`. Raises InvalidArgument where no channel may be opened to it."""
@@ -37,28 +50,29 @@ class Access:
 
 
 def read_access(
-    env: Mapping[str, str],
+    settings: Settings,
     *,
     token: str | Callable[[], str] | None = None,
     tls_ca: str | Path | None = None,
     tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None,
 ) -> Access:
-    """Arguments of None are taken from SEGUE_TOKEN, SEGUE_CA, SEGUE_CERT and SEGUE_KEY; "" means
-    none.
+    """Arguments of None are taken from `settings`; "" means none.
 
     Raises:
         InvalidArgument: a certificate is given without TLS, or without its key.
     """
-    ca = _path(env.get("SEGUE_CA", "") if tls_ca is None else tls_ca)
-    certificate = _path(env.get("SEGUE_CERT", "") if tls_cert is None else tls_cert)
-    key = _path(env.get("SEGUE_KEY", "") if tls_key is None else tls_key)
+    ca = _path(settings.ca.value if tls_ca is None else tls_ca)
+    certificate = _path(settings.cert.value if tls_cert is None else tls_cert)
+    key = _path(settings.key.value if tls_key is None else tls_key)
     if (certificate is None) != (key is None):
         raise InvalidArgument(
             "A certificate goes with its key, and one of the two is not given.",
             hint="Give both: tls_cert= and tls_key=, or SEGUE_CERT and SEGUE_KEY.",
         )
-    given = env.get("SEGUE_TOKEN", "") if token is None else token
+    given = settings.token.value if token is None else token
+    if token is None and not given and settings.token_command.value:
+        given = TokenCommand(settings.token_command.value)
     if not given:
         teller: Token | None = None
     elif callable(given):
@@ -67,7 +81,7 @@ def read_access(
         text = given
         teller = lambda: text  # noqa: E731
     tls = TlsFiles(certificate, key, ca) if ca is not None else None
-    return Access(tls, teller)
+    return Access(tls, teller, renews=callable(given))
 
 
 def _path(given: str | Path) -> Path | None:

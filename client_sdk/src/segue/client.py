@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from segue._access import read_access
+from segue._config_file import config_path, read_contexts
 from segue._nodes import Nodes
 from segue._renewing import keep_renewed
+from segue._settings import find_settings
 from segue._tails import Tails
 from segue._transfer import export_session, import_session
 from segue.errors import InvalidArgument
@@ -38,26 +40,31 @@ class Client:
 
     Args:
         address: "host:port" of an edge node or of the cloud, or several in order of preference:
-            where one fails, the next one goes on.
+            where one fails, the next one goes on. None: SEGUE_URL, else what `segue login` keeps,
+            else the edge of this machine.
         device: this device's name, the same each time; "": a fresh one.
         limits: other bounds than the usual ones.
         token: shown with each call; a function is asked each time, on the event loop's thread
             (everything of the client stands still while it blocks: let it give what the app
             fetched before), and streams that go on are renewed with what it gives. None:
-            SEGUE_TOKEN, "": none. It leaves this machine over TLS only.
+            SEGUE_TOKEN, else what `segue login` keeps for this address. "": none. It leaves this
+            machine over TLS only.
         tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
-            ones: TLS is on. None: SEGUE_CA, "": off.
+            ones: TLS is on. None: SEGUE_CA, else alike. "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
             SEGUE_KEY. Files are read for each new connection.
 
     Raises:
-        InvalidArgument: an address or the name cannot be one, a file is missing its partner, or
-            the token would travel unencrypted.
+        InvalidArgument: an address or the name cannot be one, a file is missing its partner, the
+            token would travel unencrypted, or the file of `segue login` cannot be used.
+
+    Attributes:
+        device, addresses: what it uses.
     """
 
     def __init__(
         self,
-        address: str | Sequence[str],
+        address: str | Sequence[str] | None = None,
         *,
         device: str = "",
         limits: ClientLimits = ClientLimits(),
@@ -67,17 +74,20 @@ class Client:
         tls_key: str | Path | None = None,
     ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
+        settings = find_settings(
+            os.environ, lambda: read_contexts(config_path(os.environ)), address=address
+        )
         self._access = read_access(
-            os.environ, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
+            settings, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
         )
-        self._nodes = Nodes(
-            [address] if isinstance(address, str) else list(address), access=self._access
-        )
+        if address is None:
+            address = settings.addresses
+        self.addresses = (address,) if isinstance(address, str) else tuple(address)
+        self._nodes = Nodes(self.addresses, access=self._access)
         self._limits = limits
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
-        self._renews = token if callable(token) else None
         self._renewing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Client:
@@ -87,12 +97,13 @@ class Client:
             Unreachable: no address answers.
         """
         try:
+            await self._access.prepare()
             await self._nodes.connect()
         except BaseException:
             await self._nodes.close()
             raise
-        if self._renews is not None:
-            work = keep_renewed(self._renews, self._renew)
+        if self._access.renews and self._access.token is not None:
+            work = keep_renewed(self._access.token, self._renew)
             self._renewing = asyncio.create_task(work, name="token")
         return self
 

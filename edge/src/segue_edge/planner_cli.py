@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +40,10 @@ def explain(
     kv_bytes: Annotated[float, typer.Option(help="KV bytes per token on the wire.")] = 12200,
     offline: Annotated[bool, typer.Option(help="The cloud is out of reach.")] = False,
     force: Annotated[str, typer.Option(help="auto, edge, ship or text.")] = "auto",
+    output: Annotated[
+        Literal["text", "json"],
+        typer.Option("--output", "-o", help="Print for people or for programs."),
+    ] = "text",
 ) -> None:
     """Print the decision and what every shape would cost. The defaults are SmolLM2 on two cores."""
     try:
@@ -63,6 +68,9 @@ def explain(
     except SegueError as error:
         typer.echo(f"segue plan explain: {error}", err=True)
         raise typer.Exit(1) from error
+    if output == "json":
+        typer.echo(msgspec.json.encode({"inputs": inputs, "plan": chosen}))
+        return
     _print(inputs, chosen)
 
 

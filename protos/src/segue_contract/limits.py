@@ -191,6 +191,9 @@ TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of runnin
 
 # -- client -----------------------------------------------------------------------------------
 MAX_ADDRESSES: Final = 16  # nodes that one client knows, in order of preference
+MAX_CONTEXTS: Final = 256  # of `segue login`
+MAX_CONFIG_BYTES: Final = 1 * MIB  # their file: each with a token of MAX_TOKEN_BYTES at the most
+TOKEN_COMMAND_TIMEOUT_S: Final = 30.0  # a command that prints a token may ask a back end for it
 ADDRESS_RETRY_S: Final = 5.0  # a node that failed is tried last for this long
 RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY_PAUSE_MAX_S
 RETRY_PAUSE_MAX_S: Final = 1.0

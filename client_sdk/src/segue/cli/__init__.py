@@ -6,11 +6,12 @@ with only the SDK installed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from segue_contract.errors import MissingExtra, SegueError
 
 GROUP = "segue.commands"  # entry points of other packages
 EXIT_ERROR = 1
+COMPLETE = "_SEGUE_COMPLETE"  # how a shell's completion asks
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ COMMANDS = (
     Command("session", _TALK, "Delete, export, import or expire sessions.",
             "segue.cli.sessions:keep_app"),
     Command("log", _TALK, "Print or follow a session's log.", "segue.cli.sessions:log_app"),
+    Command("login", _TALK, "Keep a node's address, and a token for it.",
+            "segue.cli.login:app"),
+    Command("context", _TALK, "List, choose and remove what login keeps.",
+            "segue.cli.login:context_app"),
+    Command("config", _TALK, "Show which settings apply, and where they come from.",
+            "segue.cli.login:config_app"),
     Command("demo", _RUN, "Play a reply that moves from phone to laptop, and measure it.",
             "segue.cli.demo:app", "embedded"),
     Command("up", _RUN, "Run edge, cloud, store and broker here until Ctrl-C.",
@@ -121,7 +129,6 @@ def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
     app = typer.Typer(
         name="segue",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -143,14 +150,25 @@ def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
     return app
 
 
+def _show_completion(root: Any, env: Mapping[str, str]) -> None:
+    """Where a shell asks what may come next, the command that it is about stands for itself."""
+    if COMPLETE not in env:
+        return
+    words = (env.get("COMP_WORDS") or env.get("_TYPER_COMPLETE_ARGS", "")).split()
+    command = next((one for one in COMMANDS if one.name in words[1:2]), None)
+    if command is not None:
+        with contextlib.suppress(MissingExtra):
+            root.commands[command.name] = typer.main.get_command(load(command))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 an error of ours, 2 wrong usage, 130 Ctrl-C."""
     # gRPC writes each failed handshake to the terminal; ours says it in its errors
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        typer.main.get_command(build_app()).main(
-            args=None if args is None else list(args), prog_name="segue"
-        )
+        root = typer.main.get_command(build_app())
+        _show_completion(root, os.environ)
+        root.main(args=None if args is None else list(args), prog_name="segue")
     except SegueError as error:
         print_error(error)
         sys.exit(EXIT_ERROR)

@@ -12,15 +12,14 @@ import typer
 
 from segue.cli.runner import run
 
-DEFAULT_ADDRESS = "127.0.0.1:7411"
-
 app = typer.Typer(add_completion=False)
 
 AddressOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
-        "--address", "-a", envvar="SEGUE_ADDRESS", metavar="HOST:PORT",
-        help="An edge node or the cloud; again for others to go to where one fails.",
+        "--address", "-a", metavar="HOST:PORT",
+        help="An edge node or the cloud; again for others to go to where one fails. "
+        "By default SEGUE_URL, else as `segue login` said, else this machine's edge.",
     ),
 ]  # fmt: skip
 DeviceOption = Annotated[
@@ -38,7 +37,7 @@ def default_device() -> str:
 def chat(
     session: Annotated[str, typer.Option("--session", "-s", help="Opened, or created.")] = "main",
     device: DeviceOption = "",
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of likely tokens.")] = 1.0,
@@ -59,7 +58,7 @@ def chat(
 
 
 async def talk(
-    addresses: list[str], session_name: str, device: str, options: dict[str, Any]
+    addresses: list[str] | None, session_name: str, device: str, options: dict[str, Any]
 ) -> None:
     """Chat until the user leaves; without a terminal, until standard input ends."""
     import segue
@@ -73,7 +72,7 @@ async def talk(
 
             terminal = TerminalScreen()
             room = Room(session, terminal, options)
-            await terminal.run(room, f"{session.role} {session.instance} at {addresses[0]}")
+            await terminal.run(room, f"{session.role} {session.instance} at {client.addresses[0]}")
             return
         from segue.cli._chat_plain import PlainScreen, plain
 

@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from segue._access import Access, read_access
+from segue._config_file import config_path, read_contexts
+from segue._settings import DEFAULT_URL, find_settings
 from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
 from segue.local.inspect import Check, State, fast, found, installed
@@ -29,11 +31,12 @@ from segue.local.probes import (
 from segue_contract.errors import SegueError
 from segue_contract.store_url import with_tls_files
 from segue_contract.transport.mqtt import canonical_mqtt_url
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.urls import without_password
 
 app = typer.Typer(add_completion=False)
 
-DEFAULT_EDGE, DEFAULT_CLOUD = "127.0.0.1:7411", "127.0.0.1:7412"
+DEFAULT_EDGE, DEFAULT_CLOUD = DEFAULT_URL, "127.0.0.1:7412"
 SOON = timedelta(days=14)  # a certificate's end
 # Above these a person begins to notice, or a budget of 50 ms between devices is at risk.
 SLOW_NODE_S, SLOW_STORE_S, SLOW_BROKER_S = 0.050, 0.010, 0.020
@@ -50,7 +53,7 @@ _TITLES = {
 @app.command()
 def doctor(
     edge: Annotated[
-        str, typer.Option(envvar="SEGUE_ADDRESS", help="An edge node, host:port.")
+        str, typer.Option(envvar="SEGUE_URL", help="Edge nodes, host:port,host:port.")
     ] = "",
     cloud: Annotated[
         str, typer.Option(envvar="SEGUE_EDGE_CLOUD", help="Clouds, host:port,host:port.")
@@ -58,21 +61,22 @@ def doctor(
     redis_url: Annotated[str, typer.Option(envvar="SEGUE_REDIS_URL", help="A store.")] = "",
     mqtt_url: Annotated[str, typer.Option(envvar="SEGUE_MQTT_URL", help="A broker.")] = "",
     tls_ca: Annotated[
-        str, typer.Option(envvar="SEGUE_CA", help="Authorities to believe, PEM: TLS on.")
-    ] = "",
-    tls_cert: Annotated[str, typer.Option(envvar="SEGUE_CERT", help="Our certificate.")] = "",
-    tls_key: Annotated[str, typer.Option(envvar="SEGUE_KEY", help="Its key.")] = "",
+        str | None, typer.Option(help="Authorities to believe, PEM: TLS on. Or SEGUE_CA.")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="Our certificate. Or SEGUE_CERT.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its key. Or SEGUE_KEY.")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Say what is installed, found, reachable, and too slow, and what to do about it."""
-    access = read_access(
-        {},
-        token=os.environ.get("SEGUE_TOKEN", ""),
-        tls_ca=tls_ca,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
+    settings = find_settings(
+        os.environ, lambda: read_contexts(config_path(os.environ)), address=edge or None
     )
-    redis_url = with_tls_files(redis_url, ca=tls_ca, certificate=tls_cert, key=tls_key)
+    if settings.context.value:
+        edge = settings.url.value
+    access = read_access(settings, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+    files = access.tls or TlsFiles()
+    ca, certificate, key = (str(file or "") for file in (files.ca, files.certificate, files.key))
+    redis_url = with_tls_files(redis_url, ca=ca, certificate=certificate, key=key)
     reached = run(_reachable(edge, cloud, redis_url, mqtt_url, access))
     checks = [*installed(), *found(), *reached, *fast()]
     bad = [check for check in checks if check.state is State.BAD]
@@ -90,7 +94,10 @@ async def _reachable(
     """Probe what was named; the usual addresses of nodes also without being asked."""
     node = functools.partial(probe_node, access=access)
     probes: list[Coroutine[Any, Any, Check | None]] = [
-        _probe("edge", edge or DEFAULT_EDGE, bool(edge), node, SLOW_NODE_S),
+        *(
+            _probe("edge", where, bool(edge), node, SLOW_NODE_S)
+            for where in _addresses(edge) or [DEFAULT_EDGE]
+        ),
         *(
             _probe("cloud", where, bool(cloud), node, SLOW_NODE_S)
             for where in _addresses(cloud) or [DEFAULT_CLOUD]
@@ -104,7 +111,7 @@ async def _reachable(
     if redis_url and mqtt_url:
         probes.append(same_broker(redis_url, mqtt_url))
     if access.tls is not None:
-        named = [*([edge] if edge else []), *_addresses(cloud)]
+        named = [*_addresses(edge), *_addresses(cloud)]
         probes += [_certificate(where, access) for where in named]
     return [check for check in await asyncio.gather(*probes) if check is not None]
 

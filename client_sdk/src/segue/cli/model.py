@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 
 from segue.cli import model_build
-from segue.cli.console import Output, OutputOption
+from segue.cli.console import Output, OutputOption, print_json
 from segue.cli.model_quality import quality_table
 from segue_contract.errors import InvalidArgument, ModelError
 from segue_contract.model.home import DEFAULT_MODEL, is_built, model_directory, model_home
 
-app = typer.Typer(help="Build, list and verify models.", no_args_is_help=True)
+app = typer.Typer(help="Build, list and verify models.", no_args_is_help=True, add_completion=False)
 _console = Console(stderr=True)
 _LOSS_HELP = "Share of next tokens that a recipe may change."
 
@@ -71,11 +71,14 @@ def build(
 
 
 @app.command("list")
-def list_models() -> None:
+def list_models(output: OutputOption = Output.TEXT) -> None:
     """List the models built on this machine."""
-    table = Table("name", "made from", "layers", "context", "edge", "size", box=None)
     found: list[dict[str, object]] = []
     model_build.run_step(["segue_contract.model", "list"], lambda _done, _what: None, found.append)
+    if output is Output.JSON:
+        print_json(found)
+        return
+    table = Table("name", "made from", "layers", "context", "edge", "size", box=None)
     for entry in found:
         if "broken" in entry:
             table.add_row(str(entry["name"]), f"[red]{entry['broken']}[/]")

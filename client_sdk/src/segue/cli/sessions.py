@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from segue.cli.chat import DEFAULT_ADDRESS, AddressOption, DeviceOption, default_device
+from segue.cli.chat import AddressOption, DeviceOption, default_device
 from segue.cli.console import Output, OutputOption, out, print_json
 from segue.cli.runner import run
 from segue.errors import SegueError
@@ -32,7 +32,7 @@ keep_app = typer.Typer(
 
 @app.command()
 def sessions(
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=0, help="So many at most; 0: all.")
@@ -42,7 +42,7 @@ def sessions(
     run(_sessions(address, output, limit))
 
 
-async def _sessions(addresses: list[str], output: Output, limit: int) -> None:
+async def _sessions(addresses: list[str] | None, output: Output, limit: int) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -94,7 +94,7 @@ _DAY_S = 86400.0
 def delete(
     names: Annotated[list[str], typer.Argument(help="Sessions.", metavar="NAME...")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Delete sessions with all they hold, for all devices."""
@@ -103,7 +103,7 @@ def delete(
     run(_delete(names, address, output))
 
 
-async def _delete(names: list[str], addresses: list[str], output: Output) -> None:
+async def _delete(names: list[str], addresses: list[str] | None, output: Output) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -119,14 +119,14 @@ async def _delete(names: list[str], addresses: list[str], output: Output) -> Non
 def revoke(
     session: Annotated[str, typer.Argument(help="Its name.")],
     device: Annotated[str, typer.Argument(help="The device that shall have no access any more.")],
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Make a device's tokens for a session void; its streams end within two seconds."""
     run(_revoke(session, device, address, output))
 
 
-async def _revoke(session: str, device: str, addresses: list[str], output: Output) -> None:
+async def _revoke(session: str, device: str, addresses: list[str] | None, output: Output) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -140,14 +140,14 @@ async def _revoke(session: str, device: str, addresses: list[str], output: Outpu
 @keep_app.command()
 def expire(
     days: Annotated[float, typer.Option("--idle", min=0.0001, help="Days without any use.")],
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Delete all sessions that no device wrote to, opened or used for some days."""
     run(_expire(days, address, output))
 
 
-async def _expire(days: float, addresses: list[str], output: Output) -> None:
+async def _expire(days: float, addresses: list[str] | None, output: Output) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -162,7 +162,7 @@ async def _expire(days: float, addresses: list[str], output: Output) -> None:
 def export_(
     session: Annotated[str, typer.Argument(help="Its name.")],
     file: Annotated[Path | None, typer.Argument(help="By default NAME.segue.")] = None,
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Write a session into one file, checksummed."""
@@ -179,7 +179,7 @@ def export_(
         out().print(f"{session} is in {where}: {facts['turns']} turns, {facts['bytes']} bytes.")
 
 
-async def _export(session: str, file: Path, addresses: list[str]) -> Export:
+async def _export(session: str, file: Path, addresses: list[str] | None) -> Export:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -190,14 +190,14 @@ async def _export(session: str, file: Path, addresses: list[str]) -> Export:
 def import_(
     file: Annotated[Path, typer.Argument(help="Of `segue session export`.")],
     session: Annotated[str, typer.Argument(help="By default its old name.")] = "",
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Make a session of an exported file; its name must be new, or the session empty."""
     run(_import(file, session, address, output))
 
 
-async def _import(file: Path, session: str, addresses: list[str], output: Output) -> None:
+async def _import(file: Path, session: str, addresses: list[str] | None, output: Output) -> None:
     import segue
 
     async with segue.Client(addresses, device=default_device()) as client:
@@ -218,7 +218,7 @@ async def _import(file: Path, session: str, addresses: list[str], output: Output
 @log_app.command()
 def log(
     session: Annotated[str, typer.Argument(help="Its name.")],
-    address: AddressOption = [DEFAULT_ADDRESS],  # noqa: B006
+    address: AddressOption = None,
     device: DeviceOption = "",
     from_offset: Annotated[int, typer.Option("--from", help="Begin after this offset.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
@@ -229,7 +229,12 @@ def log(
 
 
 async def _log(
-    name: str, addresses: list[str], device: str, from_offset: int, follow: bool, output: Output
+    name: str,
+    addresses: list[str] | None,
+    device: str,
+    from_offset: int,
+    follow: bool,
+    output: Output,
 ) -> None:
     import segue
 
