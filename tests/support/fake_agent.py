@@ -156,6 +156,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.page = page
         self.port = 0
         self.fail_once: dict[str, SegueError] = {}
+        self.fail_times: dict[str, list[SegueError]] = {}
+        self.held: asyncio.Event | None = None  # lists wait for it
         self.runs: list[pb.RunTurnRequest] = []
         self.stops: list[pb.StopTurnRequest] = []
         self.dismissed: asyncio.Queue[str] = asyncio.Queue()
@@ -209,6 +211,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.calls += 1
         if method in self.fail_once:
             raise self.fail_once.pop(method)
+        if self.fail_times.get(method):
+            raise self.fail_times[method].pop(0)
 
     async def OpenSession(self, request: pb.OpenSessionRequest, _: Any) -> pb.OpenSessionReply:
         self._called("OpenSession")
@@ -346,6 +350,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
 
     async def ListSessions(self, request: pb.ListSessionsRequest, _: Any) -> pb.ListSessionsReply:
         self._called("ListSessions")
+        if self.held is not None:
+            await self.held.wait()
         info = pb.SessionInfo(
             session=self.log.session, tail=self.log.cursor(), updated_ms=1_700_000_000_000,
             title="Plan a day", turns=2,

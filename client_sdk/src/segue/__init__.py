@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from segue.events import Started as Started
     from segue.events import Timing as Timing
     from segue.follow import Follower as Follower
+    from segue.options import Timeout as Timeout
     from segue.session import Session as Session
     from segue.turn import Turn as Turn
 
@@ -42,6 +43,7 @@ _HOME = {
     "Turn": "turn",
     "Follower": "follow",
     "SegueError": "errors",
+    "Timeout": "options",
     "Started": "events",
     "Frame": "events",
     "Durable": "events",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from typing import Any
 import grpc
 
 from segue._access import Access
+from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, typed
+from segue.options import Options, passed
 from segue_contract.errors import (
-    EngineGone,
     InvalidArgument,
-    Overloaded,
     SegueError,
     Unreachable,
 )
@@ -30,26 +31,16 @@ from segue_contract.limits import (
     CONNECT_TIMEOUT_S,
     MAX_ADDRESSES,
     RETRY_PAUSE_MAX_S,
-    RETRY_PAUSE_S,
     RPC_TIMEOUT_S,
 )
 from segue_contract.transport.heartbeat import answered
-from segue_contract.transport.status import ERROR_KEY, concerns_tls, error_from_rpc
+from segue_contract.transport.status import concerns_tls, error_from_rpc
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 _HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-
-_LOST_CODES = frozenset(
-    {
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.INTERNAL,  # how gRPC reports a stream that was reset
-        grpc.StatusCode.UNKNOWN,
-    }
-)
 
 
 @dataclass(slots=True)
@@ -69,65 +60,12 @@ class Node:
     files: tuple[object, ...] = ()  # the certificates as its channel was opened with them
 
 
-def is_link_loss(error: BaseException) -> bool:
-    """Whether the call failed on its way, so that another node may serve it.
+@dataclass(slots=True)
+class _Shared:
+    """What all `Nodes` with the same channels know."""
 
-    A typed error of the node itself is none, except where it says that it cannot reach the cloud.
-    """
-    if isinstance(error, Unreachable):
-        return True
-    if isinstance(error, asyncio.CancelledError):
-        return True
-    if not isinstance(error, grpc.aio.AioRpcError):
-        return False
-    metadata: Any = error.trailing_metadata() or ()
-    if any(key == ERROR_KEY for key, _ in metadata):
-        return isinstance(error_from_rpc(error), Unreachable)
-    return error.code() in _LOST_CODES
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the node has no room for now, or no engine any more; another one may."""
-    return isinstance(error, Overloaded | EngineGone)
-
-
-def typed(error: BaseException) -> SegueError:
-    """A failed call as an error of the tree."""
-    if isinstance(error, SegueError):
-        return error
-    if isinstance(error, grpc.aio.AioRpcError) and not is_link_loss(error):
-        return error_from_rpc(error)
-    detail = ""
-    if isinstance(error, grpc.aio.AioRpcError):
-        found = error_from_rpc(error)
-        if isinstance(found, Unreachable):
-            return found
-        detail = f" ({error.details()})"
-    return Unreachable(
-        f"The connection broke{detail}.",
-        hint="Check that the node is running (`segue doctor`).",
-    )
-
-
-def being_cancelled() -> bool:
-    """Whether the running task itself was cancelled.
-
-    grpc.aio raises CancelledError also where the server (not we) cancelled the call.
-    """
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def pauses() -> Callable[[], float]:
-    """Doubling pauses, from `RETRY_PAUSE_S` to `RETRY_PAUSE_MAX_S`."""
-    pause = RETRY_PAUSE_S / 2
-
-    def next_pause() -> float:
-        nonlocal pause
-        pause = min(pause * 2, RETRY_PAUSE_MAX_S)
-        return pause
-
-    return next_pause
+    closed: bool = False
+    files_were_good: bool = False
 
 
 class Nodes:
@@ -138,6 +76,7 @@ class Nodes:
         addresses: Sequence[str],
         *,
         access: Access = Access(),
+        options: Options = Options(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not addresses:
@@ -149,9 +88,15 @@ class Nodes:
         self._nodes = [Node(access.check(address)) for address in dict.fromkeys(addresses)]
         self._access = access
         self._clock = clock
-        self._closed = False
-        self._files_were_good = False
+        self._shared = _Shared()
+        self.options = options
         self.tries = 0  # attempts of unary calls so far
+
+    def with_options(self, options: Options) -> Nodes:
+        """The same channels under other options."""
+        twin = copy.copy(self)
+        twin.options = options
+        return twin
 
     def order(self) -> list[Node]:
         """By preference; those without room come later, the first to have some before the others.
@@ -184,24 +129,33 @@ class Nodes:
         """The `Agent` stub of a connected node.
 
         Raises:
-            Unreachable: it refuses, or does not answer within `CONNECT_TIMEOUT_S`; or certificates
-                that were good cannot be used now.
+            Unreachable: it refuses, or does not answer in time; or certificates that were good
+                cannot be used now.
             InvalidArgument: they never could.
         """
-        if self._closed:
+        if self._shared.closed:
             raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
         if node.channel is not None and self._outdated(node):
             await self._disconnect(node)
+        connect_s = self.options.timeout.connect or CONNECT_TIMEOUT_S
         try:
             if node.channel is None:
                 node.files = self._access.stamp()
                 node.channel = self._channel(node.address)
                 node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(connect_s):
                 await _connected(node.channel)
         except (TimeoutError, Unreachable) as error:
             await self.failed(node)
-            if isinstance(error, Unreachable) and error.hint:
+            if isinstance(error, TimeoutError):
+                raise Unreachable(
+                    f"Nothing answered at {node.address} within {connect_s:g} s.",
+                    hint="Check the address, and the network between (`segue doctor`).",
+                    address=node.address,
+                    timeout="connect",
+                    limit_s=connect_s,
+                ) from error
+            if error.hint:
                 raise Unreachable(
                     f"{node.address}: {error.message}", hint=error.hint, address=node.address
                 ) from error
@@ -222,10 +176,10 @@ class Nodes:
         try:
             channel = self._access.channel(address)
         except InvalidArgument as error:
-            if not self._files_were_good:
+            if not self._shared.files_were_good:
                 raise
             raise Unreachable(error.message, hint=error.hint or "Try again.") from error
-        self._files_were_good = True
+        self._shared.files_were_good = True
         return channel
 
     def _outdated(self, node: Node) -> bool:
@@ -249,7 +203,7 @@ class Nodes:
         """It says nothing, though its connection may stand: others come first until it answers."""
         node.failed_at = self._clock()
         await self._disconnect(node)
-        if node.reviving is None and not self._closed:
+        if node.reviving is None and not self._shared.closed:
             name = f"revive {node.address}"
             node.reviving = asyncio.create_task(self._revive(node), name=name)
 
@@ -324,35 +278,77 @@ class Nodes:
             raise failure from error
 
     async def unary(self, method: str, request: Any, *, patience_s: float = 0.0) -> Any:
-        """One call at the first node that answers and has room; repeated for `patience_s` while
-        none does, at the pace that refusals ask for.
+        """One call at the first node that answers and has room; repeated at the pace that refusals
+        ask for, as often as `options` say, or for `patience_s` where they say nothing.
 
         Raises:
+            DeadlineExceeded: it took longer than `options` allow.
             SegueError: what the node answered, or Unreachable.
         """
-        give_up = self._clock() + patience_s
+        total_s = self.options.timeout.total
+        if total_s is None:
+            return await self._unary(method, request, patience_s)
+        try:
+            async with asyncio.timeout(total_s):
+                return await self._unary(method, request, patience_s)
+        except TimeoutError as error:
+            raise passed(
+                "total",
+                total_s,
+                f"{method} was not answered",
+                "It may have been done. Try again, or with more time: with_options(timeout=...).",
+            ) from error
+
+    async def _unary(self, method: str, request: Any, patience_s: float) -> Any:
+        began = self._clock()
         next_pause = pauses()
+        retries = 0
         while True:
-            refusal: SegueError | None = None
-            lost: SegueError | None = None
-            for node in self.order():
-                try:
-                    async with self.calling(node):
-                        stub = await self.stub(node)
-                        self.tries += 1
-                        return await self._ask(node, getattr(stub, method), request)
-                except Unreachable as error:
-                    lost = error
-                except SegueError as error:
-                    if not is_refusal(error):
-                        raise
-                    refusal = refusal or error
-            reason = refusal or lost
-            assert reason is not None
-            pause = max(next_pause(), self.full_s)
-            if self._clock() + pause >= give_up:
-                raise reason
+            try:
+                return await self._first_with_room(method, request)
+            except SegueError as error:
+                asked_s = error.retry_after_s or 0.0
+                pause = max(next_pause(), self.full_s, asked_s if not is_refusal(error) else 0.0)
+                if not self._repeats(error, retries, pause, began, patience_s):
+                    raise
+            retries += 1
             await asyncio.sleep(pause)
+
+    def _repeats(
+        self, error: SegueError, retries: int, pause: float, began: float, patience_s: float
+    ) -> bool:
+        """Whether a call is made again, a pause after `error`."""
+        if self.options.max_retries is None:
+            elsewhere = is_refusal(error) or isinstance(error, Unreachable)
+            return elsewhere and self._clock() + pause < began + patience_s
+        total_s = self.options.timeout.total
+        fits = total_s is None or self._clock() + pause < began + total_s
+        return fits and self.options.may_repeat(error, retries)
+
+    async def _first_with_room(self, method: str, request: Any) -> Any:
+        """One round over the nodes.
+
+        Raises:
+            SegueError: what a node answered; where none took the call the first refusal, else
+                Unreachable.
+        """
+        refusal: SegueError | None = None
+        lost: SegueError | None = None
+        for node in self.order():
+            try:
+                async with self.calling(node):
+                    stub = await self.stub(node)
+                    self.tries += 1
+                    return await self._ask(node, getattr(stub, method), request)
+            except Unreachable as error:
+                lost = error
+            except SegueError as error:
+                if not is_refusal(error):
+                    raise
+                refusal = refusal or error
+        reason = refusal or lost
+        assert reason is not None
+        raise reason
 
     async def _ask(self, node: Node, method: Any, request: Any) -> Any:
         """One call; where another node could serve it, a silent one is not waited for.
@@ -361,7 +357,7 @@ class Nodes:
             Unreachable: the node says nothing at all.
             AioRpcError: what became of the call.
         """
-        call = method(request, timeout=RPC_TIMEOUT_S)
+        call = method(request, timeout=self.options.timeout.total or RPC_TIMEOUT_S)
         if len(self._nodes) == 1:
             return await call
         channel = node.channel
@@ -377,7 +373,7 @@ class Nodes:
             raise
 
     async def close(self) -> None:
-        self._closed = True
+        self._shared.closed = True
         for node in self._nodes:
             if node.reviving is not None:
                 await end(node.reviving)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,6 +21,7 @@ from segue._transfer import export_session, import_session
 from segue.errors import InvalidArgument
 from segue.events import Imported, SessionInfo
 from segue.follow import Follower, Where
+from segue.options import Options, Timeout
 from segue.session import Session
 from segue_contract.ids import check_id, new_id
 from segue_contract.limits import MAX_COUNT, MAX_SESSIONS_LISTED, ClientLimits
@@ -53,6 +55,10 @@ class Client:
             ones: TLS is on. None: SEGUE_CA, else alike. "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
             SEGUE_KEY. Files are read for each new connection.
+        timeout: of all calls; a number is the `total` of a `Timeout`.
+        max_retries: how often a call is repeated after all addresses were tried: where none can
+            be reached or has room, or the error says when to come back (`retry_after_s`), which is
+            then waited for. None: for 2.5 s in calls of an open session, else not.
 
     Raises:
         InvalidArgument: an address or the name cannot be one, a file is missing its partner, the
@@ -72,6 +78,8 @@ class Client:
         tls_ca: str | Path | None = None,
         tls_cert: str | Path | None = None,
         tls_key: str | Path | None = None,
+        timeout: Timeout | float | None = None,
+        max_retries: int | None = None,
     ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
         settings = find_settings(
@@ -83,12 +91,28 @@ class Client:
         if address is None:
             address = settings.addresses
         self.addresses = (address,) if isinstance(address, str) else tuple(address)
-        self._nodes = Nodes(self.addresses, access=self._access)
+        options = Options().changed(timeout, max_retries)
+        self._nodes = Nodes(self.addresses, access=self._access, options=options)
+        self._is_copy = False
         self._limits = limits
         self._brokers: dict[str, Broker] = {}
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._renewing: asyncio.Task[None] | None = None
+
+    def with_options(
+        self, *, timeout: Timeout | float | None = None, max_retries: int | None = None
+    ) -> Client:
+        """This client with other options: a copy that shares its connections, and lives no longer.
+
+            await client.with_options(timeout=2.0, max_retries=3).sessions()
+
+        None leaves what this client has.
+        """
+        twin = copy.copy(self)
+        twin._nodes = self._nodes.with_options(self._nodes.options.changed(timeout, max_retries))
+        twin._is_copy = True
+        return twin
 
     async def __aenter__(self) -> Client:
         """Connect.
@@ -96,6 +120,8 @@ class Client:
         Raises:
             Unreachable: no address answers.
         """
+        if self._is_copy:
+            return self
         try:
             await self._access.prepare()
             await self._nodes.connect()
@@ -116,7 +142,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Leave. Turns that run go on; followed sessions end."""
+        """Leave. Turns that run go on; followed sessions end. Of a copy: nothing happens."""
+        if self._is_copy:
+            return
         if self._renewing is not None:
             await end(self._renewing)
         for follower in list(self._followers):

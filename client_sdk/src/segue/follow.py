@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from segue._failures import being_cancelled, is_link_loss, pauses, typed
 from segue._inbox import (
     Batch,
     Closed,
@@ -30,7 +31,7 @@ from segue._inbox import (
     Tail,
 )
 from segue._log import LogView
-from segue._nodes import Nodes, being_cancelled, is_link_loss, pauses, typed
+from segue._nodes import Nodes
 from segue._reading import FollowItem, join_again, raw_entries, read_log
 from segue._tails import Tails
 from segue._ways import Ways

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -24,6 +26,7 @@ from segue.errors import (
 )
 from segue.events import Entry, OfflineTurn, Snapshot
 from segue.follow import Follower, Where
+from segue.options import Timeout
 from segue.turn import Turn
 from segue_contract.checks import check_plan, check_run, check_text
 from segue_contract.ids import SessionName, check_id, new_id
@@ -42,6 +45,16 @@ _OpT = TypeVar("_OpT", bound=Op)
 _WHEN_BUSY = {"wait": pb.WHEN_BUSY_WAIT, "refuse": pb.WHEN_BUSY_REFUSE}
 # A call on an open session bears a node's restart for this long before it says Unreachable.
 _PATIENCE_S = RPC_TIMEOUT_S / 4
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Who appends: this object, not the device. Two of one device never share numbers."""
+
+    producer: str
+    epoch: int  # 0: the session has to be opened again first
+    seq: int = 1
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Session:
@@ -78,11 +91,15 @@ class Session:
         self._mqtt_url = opened.mqtt_url
         self._follow = follow
         self._limits = limits
-        # Who appends is this object, not the device: two of one device never share numbers.
-        self._producer = producer
-        self._epoch = opened.epoch  # 0: the session has to be opened again first
-        self._seq = 1
-        self._appending = asyncio.Lock()
+        self._writer = _Writer(producer, opened.epoch)
+
+    def with_options(
+        self, *, timeout: Timeout | float | None = None, max_retries: int | None = None
+    ) -> Session:
+        """This session with other options, as `Client.with_options`."""
+        twin = copy.copy(self)
+        twin._nodes = self._nodes.with_options(self._nodes.options.changed(timeout, max_retries))
+        return twin
 
     # -- turns ------------------------------------------------------------------------------------
     def run(
@@ -99,6 +116,8 @@ class Session:
         plan: str = "",
         when_busy: str = "wait",
         turn: str = "",
+        timeout: Timeout | float | None = None,
+        max_retries: int | None = None,
     ) -> Turn:
         """One turn, for `async with session.run("...") as turn`.
 
@@ -114,6 +133,8 @@ class Session:
             plan: forces who computes what ("edge", "ship", "text"); "" leaves it to the planner.
             when_busy: "wait" for the session's running turn, or "refuse" with SessionBusy.
             turn: an id of your own; a known one joins that turn instead of running again.
+            timeout, max_retries: for this turn, else the session's. A turn is asked for again as
+                long as it was not accepted; what is lost afterwards is always joined again.
 
         Raises:
             EmptyPrompt, PromptTooLong, BadSampling, InvalidArgument: before anything is sent.
@@ -139,7 +160,8 @@ class Session:
             when_busy=_WHEN_BUSY[when_busy],
             plan=check_plan(plan),
         )
-        return Turn(self._nodes, request, self.stop, limits=self._limits)
+        nodes = self._nodes.with_options(self._nodes.options.changed(timeout, max_retries))
+        return Turn(nodes, request, self.stop, limits=self._limits)
 
     async def stop(self, turn: str = "") -> bool:
         """Cancel the running turn (or `turn`), whoever started it.
@@ -231,7 +253,7 @@ class Session:
                 f"{len(ops)} ops have {size} bytes; {MAX_APPEND_BYTES} can be appended at once.",
                 hint="Append them in smaller batches.",
             )
-        async with self._appending:
+        async with self._writer.lock:
             return await self._append(data)
 
     async def set(self, name: str, value: bytes | str) -> Cursor:
@@ -259,18 +281,19 @@ class Session:
     async def _append(self, data: list[bytes]) -> Cursor:
         """One batch. Numbers whose fate is not known are never used again: opening the session
         anew gives the next epoch, and the log refuses what may still come of the last one."""
+        writer = self._writer
         for again in (True, False):
-            if not self._epoch:
+            if not writer.epoch:
                 await self._reopen()
             request = pb.AppendRequest(
                 session=self.name,
                 device=self.device,
-                producer=self._producer,
-                epoch=self._epoch,
-                first_seq=self._seq,
+                producer=writer.producer,
+                epoch=writer.epoch,
+                first_seq=writer.seq,
                 ops=data,
             )
-            epoch, self._epoch = self._epoch, 0  # until the answer is here
+            epoch, writer.epoch = writer.epoch, 0  # until the answer is here
             tries = self._nodes.tries
             try:
                 reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
@@ -285,20 +308,21 @@ class Session:
                 if not again or isinstance(error, UnknownSession):
                     raise
                 continue
-            self._epoch, self._seq = epoch, self._seq + len(data)
+            writer.epoch, writer.seq = epoch, writer.seq + len(data)
             return Cursor(reply.first.generation, reply.first.offset)
         raise AssertionError("unreachable")
 
     async def _reopen(self) -> None:
+        writer = self._writer
         request = pb.OpenSessionRequest(
             session=self.name,
             device=self.device,
             must_exist=True,
-            producer=self._producer,
+            producer=writer.producer,
             known_generation=self.tail.generation,
         )
         opened = await self._nodes.unary("OpenSession", request, patience_s=_PATIENCE_S)
-        self._epoch, self._seq = opened.epoch, 1
+        writer.epoch, writer.seq = opened.epoch, 1
 
 
 def _offline_turn(wire: pb.OfflineTurn) -> OfflineTurn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,22 +11,17 @@ from types import TracebackType
 
 import grpc
 
-from segue._nodes import (
-    Node,
-    Nodes,
-    being_cancelled,
-    is_link_loss,
-    is_refusal,
-    pauses,
-    typed,
-)
+from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, typed
+from segue._nodes import Node, Nodes
 from segue._reading import join_again
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
+from segue.options import passed
 from segue_contract.errors import (
     InvalidArgument,
     NotFound,
     SegueError,
+    SessionBusy,
     TurnFailed,
     UnknownDevice,
     Unreachable,
@@ -82,6 +78,7 @@ class Turn:
         self._joined = False
         self._lost = False  # the node that served the turn died or fell silent
         self._offline_end: Ended | None = None  # while its settling is awaited
+        self._retries = 0  # of asking for it, before it was accepted
 
     # -- what is known ----------------------------------------------------------------------------
     @property
@@ -115,13 +112,14 @@ class Turn:
             SessionBusy: another turn runs, and `when_busy` is "refuse".
             Overloaded, PromptTooLong, UnknownModel, ...: what the node refused it for.
             Unreachable: no node could be reached.
+            DeadlineExceeded: it took longer than `timeout` allows.
         """
         if self._entered:
             raise InvalidArgument("A turn runs once.", hint="Call session.run again.")
         self._entered = True
         self._begun_at = self._clock()
         try:
-            await self._receive()
+            await self._receive_in_time()
         except BaseException:
             self._drop()
             raise
@@ -139,7 +137,11 @@ class Turn:
         return self
 
     async def __anext__(self) -> TurnEvent:
-        """The next event; the last one is `Ended`."""
+        """The next event; the last one is `Ended`.
+
+        Raises:
+            DeadlineExceeded: a `timeout` has passed. The turn runs on, and so may the iteration.
+        """
         if not self._entered:
             raise InvalidArgument(
                 "The turn was not started.", hint="Write `async with session.run(...) as turn`."
@@ -147,7 +149,7 @@ class Turn:
         while not self._ready:
             if self._view.ended is not None:
                 raise StopAsyncIteration
-            await self._receive()
+            await self._receive_in_time()
         return self._ready.popleft()
 
     async def settled(self) -> AsyncIterator[TurnEvent]:
@@ -197,6 +199,41 @@ class Turn:
     async def stop(self) -> bool:
         """Cancel this turn, for everyone. False: it was not running (any more)."""
         return await self._stop(self.id)
+
+    # -- its time ---------------------------------------------------------------------------------
+    def _next_deadline(self) -> tuple[float, str, float] | None:
+        """When the next timeout passes (by our clock), which one, and its seconds."""
+        limits = self._nodes.options.timeout
+        known = self._view.merger.next_index
+        found = [
+            (since + limit_s, name, limit_s)
+            for since, name, limit_s in (
+                (self._begun_at, "total", limits.total),
+                (self._begun_at, "first_token", None if known else limits.first_token),
+                # what its reader did meanwhile is none of the reply's
+                (self._clock(), "idle", limits.idle if known else None),
+            )
+            if limit_s is not None
+        ]
+        return min(found, default=None)
+
+    async def _receive_in_time(self) -> None:
+        deadline = self._next_deadline()
+        if deadline is None:
+            await self._receive()
+            return
+        at, name, limit_s = deadline
+        try:
+            async with asyncio.timeout(max(0.0, at - self._clock())):
+                await self._receive()
+        except TimeoutError as error:
+            what = {"total": "had not ended", "first_token": "had no token", "idle": "went not on"}
+            raise passed(
+                name,
+                limit_s,
+                f"The turn {self.id} {what[name]}",
+                "It runs on: iterate on, or join it with run(turn=...); stop() ends it.",
+            ) from error
 
     # -- the stream -------------------------------------------------------------------------------
     async def _receive(self) -> None:
@@ -273,10 +310,32 @@ class Turn:
         if self._lost_since is None:
             self._lost_since = now
         pause = max(self._next_pause(), self._nodes.full_s)
+        if not accepted and self._nodes.options.max_retries is not None:
+            if self._node is not None:
+                self._refused.add(self._node.address)
+            if self._node is None or self._all_refused:
+                await self._ask_again(failure, pause)
+            return
         bound_s = self._limits.resume_timeout_s if accepted else RPC_TIMEOUT_S / 4
         if now + pause - self._lost_since > bound_s:
             raise self._give_up(failure) from error
         await asyncio.sleep(pause)
+
+    @property
+    def _all_refused(self) -> bool:
+        return all(node.address in self._refused for node in self._nodes.order())
+
+    async def _ask_again(self, failure: SegueError, pause_s: float) -> None:
+        """Pause, as often as the options allow and in their time; else raise `failure`."""
+        options = self._nodes.options
+        left_s = self._begun_at + (options.timeout.total or math.inf) - self._clock()
+        if isinstance(failure, SessionBusy) or pause_s >= left_s:
+            raise failure
+        if not options.may_repeat(failure, self._retries):
+            raise failure
+        self._retries += 1
+        self._refused.clear()
+        await asyncio.sleep(pause_s)
 
     async def _try_next_or_raise(self, failure: SegueError) -> None:
         """Where one node has no room, or no engine any more, another may have one; each is asked
@@ -286,11 +345,16 @@ class Turn:
             await join_again(self._nodes, self._request.session, self._request.device)
             return
         if not is_refusal(failure) or self._node is None:
-            raise failure
+            if self._view.started:
+                raise failure
+            await self._ask_again(failure, max(self._next_pause(), failure.retry_after_s or 0.0))
+            return
         self._refused.add(self._node.address)
         self._nodes.refused(self._node, failure)
-        if all(node.address in self._refused for node in self._nodes.order()):
-            raise failure
+        if self._all_refused:
+            if self._view.started:
+                raise failure
+            await self._ask_again(failure, max(self._next_pause(), self._nodes.full_s))
 
     def _give_up(self, failure: SegueError) -> SegueError:
         if not self._view.started:

@@ -197,6 +197,8 @@ TOKEN_COMMAND_TIMEOUT_S: Final = 30.0  # a command that prints a token may ask a
 ADDRESS_RETRY_S: Final = 5.0  # a node that failed is tried last for this long
 RETRY_PAUSE_S: Final = 0.05  # first pause between attempts; doubles up to RETRY_PAUSE_MAX_S
 RETRY_PAUSE_MAX_S: Final = 1.0
+MAX_RETRIES: Final = 100  # that an app asks for: beyond it somebody should look
+RETRY_AFTER_MAX_S: Final = 60.0  # a node that asks for more patience is not waited for
 FOLLOW_TIMEOUT_S: Final = 120.0  # a follower gives up after this long without any node
 SUBSCRIBE_TIMEOUT_S: Final = 1.0  # then the gRPC stream carries the live view meanwhile
 
