@@ -17,13 +17,16 @@ from segue_cloud.sessions.keys import REVOKED_KEY
 from segue_cloud.sessions.port import Bearer, LogOp, Producer, Revocation, Status
 from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import (
+    InvalidArgument,
     PermissionDenied,
     Revoked,
     StoreUnavailable,
     Unauthenticated,
+    UnknownSession,
 )
 from segue_contract.identity.principal import Right
-from segue_contract.limits import EXPIRY_GRACE_S
+from segue_contract.ids import SessionName
+from segue_contract.limits import CLOCK_SKEW_S, EXPIRY_GRACE_S
 from segue_contract.servers import Valkey
 from segue_contract.sync.ops import Set, encode_op
 from segue_contract.transport.bearer import bearer
@@ -82,8 +85,72 @@ async def test_a_revoked_device_gets_nothing_more_at_any_instance(here: Place) -
         while (await kept.read()).WhichOneof("kind") != "entries":
             pass
     kept.cancel()
-    later = here.token("phone", age_s=-5)
+    later = here.token("phone", age_s=-CLOCK_SKEW_S - 5)
     await here.call(1, later, "Read", read)
+
+
+async def test_a_token_of_an_issuer_whose_clock_is_ahead_is_void_as_well(here: Place) -> None:
+    """Such a token is taken, up to half a minute before its time; it outlived a revocation."""
+    laptop, ahead = here.token("laptop"), here.token("phone", age_s=-25)
+    await opened(here, ahead, "phone")
+    await opened(here, laptop, "laptop")
+    stream = await here.attach(1, ahead, "phone")
+    await here.call(0, laptop, "Revoke", pb.RevokeRequest(session="trip", revoked="phone"))
+    assert type(await end_of(stream)) is Revoked
+    bears = Bearer("phone", int((time.time() + 25) * 1000))
+    with pytest.raises(Revoked):
+        await here.clouds[0].log.check_device(TRIP, "phone", bears)
+
+
+async def test_a_device_is_revoked_for_all_sessions_that_begin_so(here: Place) -> None:
+    phone = here.token("phone", sessions=("tr*", "other"))
+    laptop = here.token("laptop")
+    for session in ("trip", "trap", "other"):
+        for token, device in ((phone, "phone"), (laptop, "laptop")):
+            request = pb.OpenSessionRequest(session=session, device=device)
+            await here.call(0, token, "OpenSession", request)
+    stream = await here.attach(1, phone, "phone")
+    some = here.token("laptop", sessions=("tri*", "trap"))
+    with pytest.raises(PermissionDenied):
+        await here.call(0, some, "Revoke", pb.RevokeRequest(session="tr*", revoked="phone"))
+    for bad in ("", "*tr", "t*r", "tr**"):
+        with pytest.raises((InvalidArgument, PermissionDenied)):
+            await here.call(0, laptop, "Revoke", pb.RevokeRequest(session=bad, revoked="phone"))
+    await here.call(0, laptop, "Revoke", pb.RevokeRequest(session="tr*", revoked="phone"))
+
+    assert type(await end_of(stream)) is Revoked
+    bears = Bearer("phone", int((time.time() - 60) * 1000))
+    log = here.clouds[1].log
+    for session in ("trip", "trap"):
+        with pytest.raises(Revoked):
+            await log.check_device(SessionName("acme", session), "phone", bears)
+    await log.check_device(SessionName("acme", "other"), "phone", bears)
+    # nor does it make such sessions: here no gate is asked
+    new = SessionName("acme", "tree")
+    with pytest.raises(Revoked):
+        await log.open_session(new, device="phone", bearer=bears)
+    with pytest.raises(UnknownSession):
+        await log.open_session(new, must_exist=True)
+    later = Bearer("phone", int((time.time() + CLOCK_SKEW_S + 5) * 1000))
+    assert (await log.open_session(new, device="phone", bearer=later)).created
+    assert (await log.open_session(SessionName("b", "tree"), device="phone", bearer=bears)).created
+    assert (await here.call(0, phone, "Read", pb.ReadRequest(session="other", device="phone"))).tail
+
+
+async def test_a_session_that_was_made_as_the_device_was_revoked_is_void_for_it(
+    valkey: Valkey,
+) -> None:
+    """The revocation looked for sessions before this one was there."""
+    store = await RedisStore.connect(valkey.url)
+    await store.revoke(SessionName("acme", "*"), "phone")
+    await store.open_session(TRIP, device="phone")
+    bears = Bearer("phone", int((time.time() - 60) * 1000))
+    await store.check_device(TRIP, "phone", bears)
+    with pytest.raises(Revoked):
+        await store._revoked.check_made(TRIP, bears)
+    with pytest.raises(Revoked):
+        await store.check_device(TRIP, "phone", bears)
+    await store.close()
 
 
 async def test_revocations_are_heard_of_after_any_error() -> None:

@@ -219,7 +219,7 @@ def expected(who: Caller, verb: str, session: str) -> type[SegueError] | None:
         allowed = allowed and bool(who.tenant)
     if rule.rights:
         allowed = allowed and bool(who.tenant) and bool(rule.rights & who.rights)
-    if rule.scope is Scope.SESSION:
+    if rule.per_session:
         allowed = allowed and (who.sessions == ("*",) or session in who.sessions)
     if rule.scope is Scope.TENANT:
         allowed = allowed and who.sessions == ("*",)

@@ -133,7 +133,13 @@ def test_a_session_that_the_caller_may_not_see_is_denied(verb: str) -> None:
     check(caller, verb)
     check(caller, verb, "trip")
     check(caller, verb, "user-7.notes")
-    for other in ("trips", "tri", "user-7", "user-71", "", "*", "user-7.*", "Trip"):
+    if RULES[verb].scope is Scope.PATTERN:
+        check(caller, verb, "user-7.*")
+        check(caller, verb, "user-7.a*")
+    else:
+        with pytest.raises(PermissionDenied):
+            check(caller, verb, "user-7.*")
+    for other in ("trips", "tri", "user-7", "user-71", "", "*", "user-*", "trip*", "Trip"):
         with pytest.raises(PermissionDenied):
             check(caller, verb, other)
 

@@ -13,6 +13,7 @@ class KnownTokens:
 
     def __init__(self) -> None:
         self._known: dict[str, Principal] = {}
+        self.changed = 0
 
     def device(
         self,
@@ -30,6 +31,17 @@ class KnownTokens:
             Kind.DEVICE, tenant, name, sessions, rights, expires_s, issued_s, token
         )
         return token
+
+    def knows(self, token: str) -> bool:
+        return token in self._known
+
+    def changes(self) -> int:
+        return self.changed
+
+    def forget(self, token: str) -> None:
+        """As if its key were revoked."""
+        del self._known[token]
+        self.changed += 1
 
     def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:
         found = self._known.get(token)

@@ -23,6 +23,7 @@ from segue.events import Imported, SessionInfo
 from segue.follow import Follower, Where
 from segue.options import Options, Timeout
 from segue.session import Session
+from segue_contract.identity.principal import check_session_pattern
 from segue_contract.ids import check_id, new_id
 from segue_contract.limits import MAX_COUNT, MAX_SESSIONS_LISTED, ClientLimits
 from segue_contract.sync.export import Export
@@ -227,7 +228,11 @@ class Client:
 
     async def revoke(self, session: str, device: str) -> float:
         """Make void what tokens a device has for a session now; its streams end. Tokens that are
-        issued for it later count. Needs the right "admin".
+        issued for it half a minute later count. Needs the right "admin".
+
+        Args:
+            session: its name; or the beginning of names and "*": for all such sessions, also those
+                that the device would make. "*": the device as a whole.
 
         Returns:
             Unix seconds, before which its tokens are void.
@@ -236,7 +241,7 @@ class Client:
             PermissionDenied, UnknownSession.
         """
         request = pb.RevokeRequest(
-            session=check_id(session, "session"), revoked=check_id(device, "device")
+            session=check_session_pattern(session), revoked=check_id(device, "device")
         )
         reply: pb.RevokeReply = await self._nodes.unary("Revoke", request)
         return float(reply.before_ms) / 1000

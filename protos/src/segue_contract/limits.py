@@ -211,6 +211,17 @@ CLOCK_SKEW_S: Final = 30.0  # an issuer's clock may be ahead of ours by so much
 # What was revoked so long ago concerns no token any more.
 REVOKED_KEPT_S: Final = MAX_TOKEN_LIFETIME_S + 2 * CLOCK_SKEW_S
 TOKEN_CACHE: Final = 8192  # tokens that were checked: one for each device of an instance
+MAX_WATERMARKS: Final = 65_536  # revocations of the last hour that a node knows: 20 MiB
+WATERMARKS_TOLD: Final = 1024  # with one probe: less than 400 KiB where names are longest
+REVOKED_PAGE: Final = 512  # sessions that are marked with one round trip: 10 ms of the store's time
+REVOKED_LOOK_S: Final = 0.5  # an edge asks for them at this pace: it knows within 2 s
+# A check of a signature takes 0.2 ms: an address has BURST of them for bad tokens, then so many a
+# second, and a whole address book of devices behind it still gets in.
+BAD_TOKENS_BURST: Final = 64
+BAD_TOKENS_PER_S: Final = 4.0
+BAD_TOKEN_PEERS: Final = 4096  # addresses that are counted
+BAD_TOKENS_KEPT: Final = 4096  # tokens that were refused, by hash
+BAD_TOKEN_KEPT_S: Final = 5.0  # a key may be added meanwhile, or its time may come
 MAX_TENANT_KEYS: Final = 10_000  # some 2 MiB of file, and read at once
 MAX_KEY_FILE_BYTES: Final = 4 * MIB
 

@@ -117,12 +117,14 @@ async def _delete(names: list[str], addresses: list[str] | None, output: Output)
 
 @keep_app.command()
 def revoke(
-    session: Annotated[str, typer.Argument(help="Its name.")],
+    session: Annotated[
+        str, typer.Argument(help="Its name; or the beginning of names and *, for all of them.")
+    ],
     device: Annotated[str, typer.Argument(help="The device that shall have no access any more.")],
     address: AddressOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make a device's tokens for a session void; its streams end within two seconds."""
+    """Make a device's tokens for sessions void; its streams end within two seconds."""
     run(_revoke(session, device, address, output))
 
 
@@ -134,7 +136,10 @@ async def _revoke(session: str, device: str, addresses: list[str] | None, output
     if output is Output.JSON:
         print_json({"session": session, "device": device, "void_before_s": before_s})
     else:
-        out().print(f"{device}'s tokens for {session} are void; those issued from now on count.")
+        out().print(
+            f"{device}'s tokens for {session} are void. "
+            "Those that are issued half a minute later count again."
+        )
 
 
 @keep_app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from segue.cli.console import Output, OutputOption, err, out, print_json
 from segue.cli.sessions import age
 from segue_contract.errors import InvalidArgument
 from segue_contract.identity.keys import API_KEY_VARIABLE, IssuerKey, KeySet, PublicKey
+from segue_contract.limits import CLOCK_SKEW_S
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Add, list and revoke tenants' API keys."
@@ -86,8 +88,12 @@ def revoke(
     """Revoke a key: no token that it signed, or will sign, is taken any more."""
     now = time.time()
     if tokens:
-        _change(keys, lambda known: known.revoked_before(kid, now))
-        out().print(f"The tokens of {kid} so far are void.")
+        # An issuer whose clock is ahead has signed tokens of the next half minute already.
+        _change(keys, lambda known: known.revoked_before(kid, now + CLOCK_SKEW_S))
+        out().print(
+            f"The tokens of {kid} so far are void. "
+            "Those that are issued half a minute later count again."
+        )
     else:
         _change(keys, lambda known: known.revoked(kid, round(now)))
         out().print(f"{kid} is revoked.")
@@ -128,6 +134,7 @@ def _change(path: Path, change: Callable[[KeySet], KeySet], *, create: bool = Fa
             text = change(known).text()
             fresh = path.with_name(f".{path.name}.new")
             with fresh.open("w", encoding="utf-8") as file:
+                _as_before(path, file.fileno())
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -136,6 +143,18 @@ def _change(path: Path, change: Callable[[KeySet], KeySet], *, create: bool = Fa
         raise InvalidArgument(
             f"{path} cannot be written: {error.strerror}.", hint="Name another file with --keys."
         ) from error
+
+
+def _as_before(path: Path, fresh: int) -> None:
+    """Mode and owner of the file that is replaced: who could read it can, and nobody else."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return
+    mine = os.fstat(fresh)
+    if (found.st_uid, found.st_gid) != (mine.st_uid, mine.st_gid):
+        os.fchown(fresh, found.st_uid, found.st_gid)
+    os.fchmod(fresh, stat.S_IMODE(found.st_mode))
 
 
 @contextlib.contextmanager

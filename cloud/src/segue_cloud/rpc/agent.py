@@ -271,7 +271,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         return pb.RenewReply(calls=renew_calls())
 
     async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
-        session = named(request.session)
+        # a name or the beginning of names and "*", as the gate found
+        session = SessionName(caller().tenant, request.session)
         revocation = await self._log.revoke(session, check_id(request.revoked, "device"))
         tell(gate_here(), revocation)
         return pb.RevokeReply(before_ms=revocation.before_ms)

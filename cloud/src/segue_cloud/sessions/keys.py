@@ -67,9 +67,16 @@ def running_key(shard: int, model: str) -> str:
     return f"segue:running:{{{shard}}}:{model}"
 
 
-# Sorted set: what was revoked lately, JSON of [tenant, session, device], by when, ms. The mark that
-# counts lies in the session's meta; this tells the instances of it.
+# Sorted set: what was revoked lately, JSON of [tenant, session or "beginning*", device], by the
+# time before which tokens are void, ms. The mark that counts lies in each session's meta; this
+# tells the instances of it.
 REVOKED_KEY = "segue:revoked"
+
+
+def void_key(tenant: str, device: str) -> str:
+    """Hash: "beginning*" by the time before which the device's tokens are void for all sessions
+    whose names begin so, ms: of those that are made later no meta says it."""
+    return f"segue:void:{{{tenant}:{device}}}"
 
 
 def beat_channel(name: str) -> str:

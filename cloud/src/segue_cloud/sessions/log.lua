@@ -772,12 +772,15 @@ function verbs.published(generation, offset)
   return {'ok'}
 end
 
--- device -> {"ok" or "missing", the time before which its tokens are void, ms}
-function verbs.revoke(device)
+-- device, how long from now on its tokens are void as well (their issuer's clock may be ahead) or, in
+-- place of now, the time before which they are, ms -> {"ok" or "missing", that time}
+function verbs.revoke(device, ahead_ms, before_ms)
   if not meta() then return {'missing', 0} end
-  local now = now_ms()
-  redis.call('HSET', META, 'rv:' .. device, int(now))
-  return {'ok', now}
+  local field = 'rv:' .. device
+  local before = before_ms ~= '' and tonumber(before_ms) or now_ms() + tonumber(ahead_ms)
+  before = math.max(before, tonumber(redis.call('HGET', META, field) or '0'))
+  redis.call('HSET', META, field, int(before))
+  return {'ok', before}
 end
 
 local reply = verbs[ARGV[1]](unpack(ARGV, 2, math.min(#ARGV, 15)))

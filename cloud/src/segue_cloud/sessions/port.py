@@ -57,7 +57,10 @@ class Bearer:
 
 @dataclass(frozen=True)
 class Revocation:
-    """Tokens of the device for the session that are valid since before `before_ms` are void."""
+    """Tokens of the device for the session that are valid since before `before_ms` are void.
+
+    In place of a session's name `session` may have the beginning of names and "*": all of them.
+    """
 
     session: SessionName
     device: str
@@ -231,10 +234,15 @@ class Sessions(Protocol):
         ...
 
     async def revoke(self, session: SessionName, device: str) -> Revocation:
-        """Make void what tokens the device has for the session now, in the log at once.
+        """Make void what tokens the device has for the session now, in the log at once; also those
+        of the next `CLOCK_SKEW_S`, as their issuer's clock may be ahead.
+
+        Args:
+            session: may have the beginning of names and "*" in place of a name: all sessions that
+                there are, and those to come.
 
         Raises:
-            UnknownSession.
+            UnknownSession: of a single one.
         """
         ...
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import structlog
 
 from segue_cloud.sessions import rows, scripts
@@ -16,7 +15,7 @@ from segue_cloud.sessions.active import ACTIVE, ActiveSessions
 from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
-from segue_cloud.sessions.keys import REVOKED_KEY, SessionKeys, index_key
+from segue_cloud.sessions.keys import SessionKeys, index_key
 from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
 from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
@@ -29,12 +28,12 @@ from segue_cloud.sessions.port import (
     TurnClaim,
     TurnHold,
 )
+from segue_cloud.sessions.revoked import RevokedTokens
 from segue_cloud.sessions.running import RUNNING, RunningTurns
 from segue_cloud.sessions.scripts import Command
 from segue_cloud.sessions.slices import decoded, encoded
 from segue_cloud.sessions.wire import Sleep, Wire
 from segue_contract.errors import (
-    UNREADABLE,
     Internal,
     InvalidArgument,
     SessionDeleted,
@@ -51,7 +50,6 @@ from segue_contract.limits import (
     PRODUCER_MEMORY,
     PRODUCER_RUNS,
     READ_PAGE_BYTES,
-    REVOKED_KEPT_S,
     WAITING_LEASE_S,
     SessionQuotas,
     StoreLimits,
@@ -107,6 +105,7 @@ class RedisStore:
     ) -> None:
         self._wire = wire
         self.keeper = SessionKeeper(wire)
+        self._revoked = RevokedTokens(wire, self._log)
         self.quotas = quotas
         self._limits = limits
         self._monotonic = monotonic
@@ -166,6 +165,8 @@ class RedisStore:
         after_generation: int = 0,
         bearer: Bearer | None = None,
     ) -> OpenedSession:
+        if bearer is not None and bearer.issued_ms < await self._revoked.before_ms(session, bearer):
+            raise access_revoked(session.session)
         index: list[Command] = []
         if not must_exist:  # before the session itself: see keys.py
             index.append(self._index(session, "NX"))
@@ -178,6 +179,8 @@ class RedisStore:
             raise await self._missing(session)
         if status == b"revoked":
             raise access_revoked(session.session)
+        if bearer is not None and created:
+            await self._revoked.check_made(session, bearer)
         return OpenedSession(Cursor(generation, tail), bool(created), epoch)
 
     async def check_device(
@@ -197,31 +200,12 @@ class RedisStore:
             )
 
     async def revoke(self, session: SessionName, device: str) -> Revocation:
-        """As the port says. Instances that die in between leave streams of the device as they are;
-        its appends are refused all the same."""
-        ((status, before_ms),) = await self._wire.call(self._log(session, "revoke", device))
-        if status == b"missing":
-            raise await self._missing(session)
-        member = msgspec.json.encode((session.tenant, session.session, device))
-        await self._wire.call(
-            ("ZADD", REVOKED_KEY, before_ms, member),
-            ("ZREMRANGEBYSCORE", REVOKED_KEY, "-inf", before_ms - int(1000 * REVOKED_KEPT_S)),
-        )
-        return Revocation(session, device, before_ms)
+        """As the port says."""
+        return await self._revoked.revoke(session, device)
 
     async def revocations(self, since_ms: int) -> list[Revocation]:
         """As the port says."""
-        (found,) = await self._wire.call(
-            ("ZRANGEBYSCORE", REVOKED_KEY, since_ms, "+inf", "WITHSCORES")
-        )
-        told = []
-        for member, at_ms in zip(found[::2], found[1::2], strict=True):
-            try:
-                tenant, session, device = msgspec.json.decode(member, type=tuple[str, str, str])
-            except UNREADABLE:
-                continue  # not of this version; it keeps nobody from hearing of the others
-            told.append(Revocation(SessionName(tenant, session), device, int(at_ms)))
-        return told
+        return await self._revoked.since(since_ms)
 
     # -- writing ------------------------------------------------------------------------------
 

@@ -248,9 +248,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return pb.RenewReply(calls=calls)
 
     async def Revoke(self, request: pb.RevokeRequest, context: Any) -> pb.RevokeReply:
-        reply: pb.RevokeReply = await self._ask("Revoke", request, request.session)
-        session = named(request.session)
-        gate_here().revoke(session.tenant, session.session, request.revoked, reply.before_ms / 1000)
+        one = not request.session.endswith("*")
+        reply: pb.RevokeReply = await self._ask("Revoke", request, request.session if one else _ANY)
+        gate_here().revoke(
+            caller().tenant, request.session, request.revoked, reply.before_ms / 1000
+        )
         return reply
 
     async def Tails(self, request: pb.TailsRequest, context: Any) -> pb.TailsReply:

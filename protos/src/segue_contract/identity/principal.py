@@ -60,7 +60,7 @@ class Principal:
 
     def may_see(self, session: str) -> bool:
         """Whether its sessions cover that one; what it may do there, its rights say."""
-        return any(_covers(pattern, session) for pattern in self.sessions)
+        return any("*" not in session and covers(one, session) for one in self.sessions)
 
     @property
     def sees_all(self) -> bool:
@@ -146,7 +146,8 @@ def check_session_pattern(pattern: str) -> str:
     return pattern
 
 
-def _covers(pattern: str, session: str) -> bool:
-    if not session or "*" in session:
-        return False
-    return session.startswith(pattern[:-1]) if pattern.endswith("*") else session == pattern
+def covers(pattern: str, sessions: str) -> bool:
+    """Whether a pattern holds a session, or all that another pattern holds."""
+    if not pattern.endswith("*"):
+        return bool(sessions) and sessions == pattern
+    return bool(sessions) and sessions.startswith(pattern[:-1])

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from segue_contract.errors import PermissionDenied, Revoked
-from segue_contract.identity.principal import Kind, Principal
+from segue_contract.identity.principal import Kind, Principal, covers
 from segue_contract.identity.principal import Right as Right
 from segue_contract.sync import ops
 
@@ -19,6 +19,7 @@ class Scope(StrEnum):
 
     NONE = "none"
     SESSION = "session"  # those that the request names; each is checked
+    PATTERN = "pattern"  # one, or the beginning of names and "*": the caller has to see all of them
     LISTED = "listed"  # the answer holds those alone that the caller may see
     TENANT = "tenant"  # any of the tenant's: the caller has to see all of them
 
@@ -39,7 +40,7 @@ class Rule:
     @property
     def per_session(self) -> bool:
         """`check` wants the session, once the request is read."""
-        return self.scope is Scope.SESSION
+        return self.scope in (Scope.SESSION, Scope.PATTERN)
 
 
 _EVERYBODY = frozenset(Kind)
@@ -69,7 +70,7 @@ _AGENT: Mapping[str, Rule] = {
     "ExportSession": _rule(_USERS, Scope.SESSION, Right.READ),
     "ImportSession": _rule(_USERS, Scope.SESSION, Right.ADMIN),
     "Renew": _rule(_USERS, Scope.NONE),
-    "Revoke": _rule(_USERS, Scope.SESSION, Right.ADMIN),
+    "Revoke": _rule(_USERS, Scope.PATTERN, Right.ADMIN),
 }
 _DECODE: Mapping[str, Rule] = {
     "Begin": _rule(_NODES, Scope.SESSION, Right.SEND),
@@ -142,8 +143,17 @@ def check(principal: Principal, verb: str, session: str | None = None) -> None:
             hint='Ask for a token with the sessions ["*"].',
             verb=name,
         )
-    if session is not None:
-        check_session(principal, session)
+    if session is None:
+        return
+    if rule.scope is Scope.PATTERN and session.endswith("*"):
+        if not any(covers(one, session) for one in principal.sessions):
+            raise PermissionDenied(
+                "The caller may see only some of the sessions that it names.",
+                hint="Ask for a token that covers all of them.",
+                session=session,
+            )
+        return
+    check_session(principal, session)
 
 
 def check_session(principal: Principal, session: str) -> None:
@@ -156,11 +166,11 @@ def check_session(principal: Principal, session: str) -> None:
         )
 
 
-def access_revoked(session: str) -> Revoked:
-    """What is said to a device whose tokens for that session were made void."""
+def access_revoked(session: str = "") -> Revoked:
+    """What is said to a device whose tokens for that session ("": for all) were made void."""
     return Revoked(
-        "This device's access to the session was revoked.",
-        hint="Ask whoever issues the tokens for a new one.",
+        f"This device's access{' to the session' if session else ''} was revoked.",
+        hint="Ask whoever issues the tokens for a new one, half a minute later.",
         session=session,
     )
 

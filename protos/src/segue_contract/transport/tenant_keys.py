@@ -31,12 +31,22 @@ class TenantKeys:
         self._stamp = self._stat()
         self._checker = self._read()
         self._looked_s = monotonic()
+        self._changes = 0
 
     def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:
         """As `TokenChecker`. Raises Unauthenticated."""
+        self.changes()
+        return self._checker.principal(token, now_s, late_s=late_s)
+
+    def knows(self, token: str) -> bool:
+        """As `TokenChecker`."""
+        return self._checker.knows(token)
+
+    def changes(self) -> int:
+        """How often the file's keys changed so far."""
         if self._monotonic() - self._looked_s >= GATE_LOOK_S:
             self._look()
-        return self._checker.principal(token, now_s, late_s=late_s)
+        return self._changes
 
     def _look(self) -> None:
         self._looked_s = self._monotonic()
@@ -46,6 +56,7 @@ class TenantKeys:
         self._stamp = stamp
         try:
             self._checker = self._read()
+            self._changes += 1
         except SegueError as error:
             log.error("tenant_keys_kept", file=str(self._path), error=str(error),
                       hint="The last good ones are used until the file is right.")  # fmt: skip

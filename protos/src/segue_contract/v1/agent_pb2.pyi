@@ -1256,6 +1256,7 @@ class RevokeRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     session: _builtins.str
+    """Its name; or the beginning of names and "*": for all of them, also those to come."""
     revoked: _builtins.str
     """Whose tokens; not the caller's own `device`."""
     def __init__(

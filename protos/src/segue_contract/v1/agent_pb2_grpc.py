@@ -214,7 +214,7 @@ class AgentServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Revoke(self, request, context):
-        """Tokens of a device for a session that are valid since before now are void; its streams end.
+        """Tokens of a device for sessions that are valid since before now are void; its streams end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
