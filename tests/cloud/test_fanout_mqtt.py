@@ -23,6 +23,7 @@ from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
 from segue_contract.sync.state import Cursor
 from segue_contract.topics import (
+    TAG_BYTES,
     decode_head,
     decode_log_message,
     head_topic,
@@ -90,7 +91,7 @@ def head_of(message: aiomqtt.Message) -> Cursor | None:
     if not message.topic.matches(head_topic(S)) or not message.payload:
         return None
     assert isinstance(message.payload, bytes)
-    return decode_head(message.payload)
+    return decode_head(message.payload[TAG_BYTES:])
 
 
 @pytest.mark.parametrize("kind", ["mosquitto", "iotcore"])
@@ -106,7 +107,7 @@ async def test_devices_get_every_entry_in_order_and_late_ones_the_head(
             async with asyncio.timeout(DEADLINE_S):
                 async for message in client.messages:
                     assert isinstance(message.payload, bytes)
-                    batch = decode_log_message(message.payload)
+                    batch = decode_log_message(message.payload[TAG_BYTES:])
                     for offset, data in enumerate(batch.ops, batch.first_offset):
                         assert replica.apply_op(batch.generation, offset, data) is Applied.APPLIED
                     if replica.cursor.offset == 50:
@@ -157,7 +158,7 @@ async def test_nothing_waits_for_a_broker_that_is_away(store: RedisStore, broker
             found = await messages_until(client, lambda m: m.topic.matches(log_topic(S)))
             payload = found[-1].payload
             assert isinstance(payload, bytes)
-            assert decode_log_message(payload).first_offset == 30
+            assert decode_log_message(payload[TAG_BYTES:]).first_offset == 30
 
 
 async def test_a_session_goes_idle_and_its_head_with_it(store: RedisStore, broker: Broker) -> None:
@@ -207,7 +208,7 @@ def first_offset(message: aiomqtt.Message) -> int:
     assert isinstance(message.payload, bytes)
     if not message.topic.matches(log_topic(S)):
         return 0
-    return decode_log_message(message.payload).first_offset
+    return decode_log_message(message.payload[TAG_BYTES:]).first_offset
 
 
 async def until(condition: Callable[[], bool]) -> None:

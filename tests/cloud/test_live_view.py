@@ -19,11 +19,13 @@ import pytest
 import segue
 from segue.events import Entry, Snapshot
 from segue.follow import Follower
+from segue_cloud.sessions.keys import SECRET_KEY
+from segue_cloud.sessions.store import RedisStore
 from segue_contract.ids import SessionName
 from segue_contract.servers import Broker, Valkey
 from segue_contract.sync.ops import Op, Set, encode_op
 from segue_contract.sync.state import Cursor
-from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
+from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic, seal
 from segue_contract.transport.mqtt import parse_mqtt_url
 from segue_contract.transport.mqtt_client import MqttClient
 from tests.support.brokers import NOBODY_PUBLISHES, mosquitto
@@ -75,18 +77,25 @@ class View:
     url: str
     name: SessionName
 
-    async def forge(self, offset: int, *ops: Op) -> None:
-        """Publish entries that the log does not have, as anybody can who reaches the broker."""
+    @property
+    def key(self) -> bytes:
+        return self.session._live_key
+
+    async def forge(self, offset: int, *ops: Op, key: bytes | None = None) -> None:
+        """Publish entries that the log does not have, as whoever has the session's key can, and
+        a store that lost entries seems to; without the key: as anybody who reaches the broker."""
         host, port = parse_mqtt_url(self.url).address
         generation = self.watcher.following.cursor.generation
         async with MqttClient(host, port) as client:
-            payload = encode_log_message(generation, offset, [encode_op(op) for op in ops])
-            await client.publish(log_topic(self.name), payload, qos=1)
+            body = encode_log_message(generation, offset, [encode_op(op) for op in ops])
+            topic = log_topic(self.name)
+            await client.publish(topic, seal(key or self.key, topic, body), qos=1)
 
     async def forge_head(self, cursor: Cursor) -> None:
         host, port = parse_mqtt_url(self.url).address
         async with MqttClient(host, port) as client:
-            await client.publish(head_topic(self.name), encode_head(cursor), qos=1)
+            topic = head_topic(self.name)
+            await client.publish(topic, seal(self.key, topic, encode_head(cursor)), qos=1)
 
 
 @asynccontextmanager
@@ -163,6 +172,47 @@ async def test_what_is_forged_for_later_or_for_nowhere_changes_nothing(over_mqtt
     for number in range(4):
         await over_mqtt.session.set("n", str(number))
     await watcher.until(lambda: watcher.values == {"a": b"true", "n": b"3"})
+
+
+async def test_what_nobody_sealed_is_counted_and_not_taken(over_mqtt: View) -> None:
+    watcher = over_mqtt.watcher
+    for number in range(20):
+        await over_mqtt.forge(watcher.offset + 1 + number, forged("a"), key=b"?" * 32)
+    await over_mqtt.session.set("b", "true")
+    await watcher.until(lambda: "b" in watcher.values)
+    await watcher.until(lambda: watcher.following.unauthentic == 20)
+    assert watcher.values == {"a": b"true", "b": b"true"}
+    assert watcher.following.live == "mqtt"
+
+
+async def test_a_store_that_lost_its_secret_gets_it_back(over_mqtt: View, valkey: Valkey) -> None:
+    """And where another one was there first, instances and devices go over to that."""
+    store = await RedisStore.connect(valkey.url)
+    watcher = over_mqtt.watcher
+
+    async def secret() -> bytes | None:
+        (found,) = await store._wire.call(("GET", SECRET_KEY))
+        return found  # type: ignore[no-any-return]
+
+    before = await secret()
+    await store._wire.call(("DEL", SECRET_KEY))
+    async with asyncio.timeout(DEADLINE_S):
+        while await secret() != before:  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(0.02)
+    await store._wire.call(("SET", SECRET_KEY, b"another" * 5))
+    numbers = count()
+    while watcher.following.unauthentic == 0 or watcher.following._seal.outdated(
+        watcher.following.cursor.generation
+    ):
+        number = next(numbers)
+        await over_mqtt.session.set("n", str(number))
+        await watcher.until(lambda number=number: watcher.values.get("n") == b"%d" % number)
+    seen = watcher.following.unauthentic
+    await over_mqtt.session.set("n", "last")
+    await watcher.until(lambda: watcher.values.get("n") == b"last")
+    assert watcher.following.unauthentic == seen
+    assert await secret() == b"another" * 5
+    await store.close()
 
 
 BROKERS = {

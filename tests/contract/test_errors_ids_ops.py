@@ -304,6 +304,34 @@ def test_mqtt_payloads_survive(generation: int, offset: int, entries: list[bytes
     assert topics.decode_head(topics.encode_head(cursor)) == cursor
 
 
+@given(body=st.binary(max_size=99), at=st.integers(min_value=0), bit=st.integers(0, 7))
+def test_sealed_payloads_open_with_their_key_on_their_topic_as_they_are(
+    body: bytes, at: int, bit: int
+) -> None:
+    trip = SessionName("acme", "trip")
+    key, topic = topics.live_key(b"secret", trip, 1), topics.log_topic(trip)
+    sealed = topics.seal(key, topic, body)
+    assert topics.unseal(key, topic, sealed) == body
+    changed = bytearray(sealed)
+    changed[at % len(sealed)] ^= 1 << bit
+    others = [
+        topics.live_key(b"secret", trip, 2),
+        topics.live_key(b"secret", SessionName("zeta", "trip"), 1),
+        topics.live_key(b"secret", SessionName("acme", "tri"), 1),
+        topics.live_key(b"other", trip, 1),
+        b"",
+    ]
+    for tried in [
+        (key, topic, bytes(changed)),
+        (key, topics.head_topic(trip), sealed),
+        (key, topic, sealed[: topics.TAG_BYTES - 1]),
+        (key, topic, b""),
+        *((other, topic, sealed) for other in others),
+    ]:
+        with pytest.raises(InvalidArgument):
+            topics.unseal(*tried)
+
+
 def test_plans_survive_and_grow() -> None:
     report = plan.PlanReport(
         shape=plan.Shape.SHIP,

@@ -92,6 +92,7 @@ async def cloud_rpc(
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
+            **({} if publisher is None else {"live_key": publisher.keys.of}),
         )
         facts = FactsSource(
             engine,

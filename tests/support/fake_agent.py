@@ -25,6 +25,8 @@ from segue_contract.transport.tls import TlsFiles
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 
+LIVE_KEY = b"k" * 32  # of everything that is published of a fake log
+
 
 class Break:
     """The stream breaks here, as when the node's process dies."""
@@ -224,6 +226,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             created=not self.log.ops,
             model="fake",
             mqtt_url=self.mqtt_url,
+            live_key=LIVE_KEY,
             tenant=DEFAULT_TENANT,
             role=self.role,
             instance="fake",

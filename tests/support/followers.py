@@ -15,9 +15,9 @@ from segue_contract.limits import ClientLimits
 from segue_contract.servers import Broker
 from segue_contract.sync.ops import Set
 from segue_contract.sync.state import Cursor
-from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
+from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic, seal
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
-from tests.support.fake_agent import FakeLog
+from tests.support.fake_agent import LIVE_KEY, FakeLog
 
 WAIT_S = 20.0
 
@@ -40,15 +40,20 @@ class Publisher:
     async def entries(self, *offsets: int) -> None:
         for offset in offsets:
             data = self._log.ops[offset - self._log.first_offset]
-            payload = encode_log_message(self._log.generation, offset, [data])
-            await self._mqtt.publish(self._topics[0], payload, qos=1)
+            body = encode_log_message(self._log.generation, offset, [data])
+            await self._sealed(0, body)
 
     async def raw(self, payload: bytes) -> None:
         await self._mqtt.publish(self._topics[0], payload, qos=1)
 
     async def head(self) -> None:
-        payload = encode_head(Cursor(self._log.generation, self._log.tail))
-        await self._mqtt.publish(self._topics[1], payload, qos=1, retain=True)
+        await self._sealed(
+            1, encode_head(Cursor(self._log.generation, self._log.tail)), retain=True
+        )
+
+    async def _sealed(self, at: int, body: bytes, *, retain: bool = False) -> None:
+        topic = self._topics[at]
+        await self._mqtt.publish(topic, seal(LIVE_KEY, topic, body), qos=1, retain=retain)
 
 
 @asynccontextmanager

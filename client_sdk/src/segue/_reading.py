@@ -98,14 +98,15 @@ def _lost(known: Cursor, lost_from: int) -> Lost | None:
     return None
 
 
-async def join_again(nodes: Nodes, session: str, device: str) -> None:
+async def join_again(nodes: Nodes, session: str, device: str) -> pb.OpenSessionReply:
     """Of many devices the log forgets those that were quiet for longest: open the session anew.
 
     Raises:
         UnknownSession: it is gone.
     """
     request = pb.OpenSessionRequest(session=session, device=device, must_exist=True)
-    await nodes.unary("OpenSession", request)
+    reply: pb.OpenSessionReply = await nodes.unary("OpenSession", request)
+    return reply
 
 
 async def _whole_snapshot(nodes: Nodes, session: str, device: str) -> pb.Snapshot:

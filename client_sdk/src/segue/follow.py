@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
@@ -33,6 +33,7 @@ from segue._inbox import (
 from segue._log import LogView
 from segue._nodes import Nodes
 from segue._reading import FollowItem, join_again, raw_entries, read_log
+from segue._seal import Seal
 from segue._tails import Tails
 from segue._ways import Ways
 from segue.events import Snapshot
@@ -61,12 +62,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Where:
-    """Which log a follower follows, from which place on, and as whom."""
+    """Which log a follower follows, from which place on, and as whom.
+
+    `live_key`: of what is published in that generation.
+    """
 
     name: SessionName
     device: str
     generation: int
     from_offset: int = 0
+    live_key: bytes = field(default=b"", repr=False)
 
 
 class Follower:
@@ -96,6 +101,7 @@ class Follower:
         self._from_offset = where.from_offset
         self._log_topic = log_topic(where.name)
         self._head_topic = head_topic(where.name)
+        self._seal = Seal(where.live_key, where.generation)
         self._view = LogView(where.generation)
         self._limits = limits
         self._inbox = Inbox(limits.follower_entries, limits.follower_bytes)
@@ -118,6 +124,11 @@ class Follower:
         return "grpc" if self._begun else ""
 
     @property
+    def unauthentic(self) -> int:
+        """Messages that came over MQTT and that no cloud had sealed; none of them was taken."""
+        return self._seal.unauthentic
+
+    @property
     def cursor(self) -> Cursor:
         """Everything up to here was yielded or folded into a snapshot."""
         return self._view.cursor
@@ -138,9 +149,16 @@ class Follower:
         self._inbox.put(Link(up))
 
     def on_message(self, topic: str, payload: bytes) -> None:
+        if not payload:
+            return  # a head that was cleared
+        body = self._seal.open(topic, payload)
+        if body is None:
+            if self._seal.doubt(_now()):
+                self._inbox.put(Overflow())
+            return
         try:
             if topic == self._log_topic:
-                message = decode_log_message(payload)
+                message = decode_log_message(body)
                 self._inbox.put(
                     Batch(
                         tuple(
@@ -150,11 +168,10 @@ class Follower:
                         mqtt=True,
                     )
                 )
-            elif payload:
-                self._inbox.put(Head(decode_head(payload)))
+            else:
+                self._inbox.put(Head(decode_head(body)))
         except InvalidArgument:
-            # someone else's bytes on our topic; what they may have displaced is read from the log
-            self._inbox.put(Overflow())
+            self._inbox.put(Overflow())  # of another version: the log has what it says
 
     def on_tail(self, tail: Tail) -> None:
         self._ways.heard_at = _now()
@@ -217,15 +234,19 @@ class Follower:
         if first:
             yield self._view.snapshot()
 
-    def _read(self, *, folded: bool = False) -> AsyncGenerator[FollowItem, None]:
-        return read_log(
+    async def _read(self, *, folded: bool = False) -> AsyncGenerator[FollowItem, None]:
+        async for item in read_log(
             self._nodes,
             self._session,
             self._device,
             self._view,
             restart=True,
             folded=folded,
-        )
+        ):
+            yield item
+        if self._broker is not None and self._seal.outdated(self._view.cursor.generation):
+            opened = await join_again(self._nodes, self._session, self._device)
+            self._seal.renew(opened.live_key, opened.tail.generation)
 
     def _wait_s(self) -> float | None:
         """How long the next item may take before the log is asked, or the ways are looked at; None:

@@ -89,6 +89,7 @@ class Session:
         self._name = SessionName(opened.tenant, opened.session)
         self._nodes = nodes
         self._mqtt_url = opened.mqtt_url
+        self._live_key = opened.live_key
         self._follow = follow
         self._limits = limits
         self._writer = _Writer(producer, opened.epoch)
@@ -188,7 +189,7 @@ class Session:
             from_offset: 0 folds everything so far into the snapshot. N: the snapshot is the state
                 at N (or the first later one that the log still has), and entries follow one by one.
         """
-        where = Where(self._name, self.device, self.tail.generation, from_offset)
+        where = Where(self._name, self.device, self.tail.generation, from_offset, self._live_key)
         return self._follow(self._mqtt_url, where)
 
     async def read(self, from_offset: int = 0) -> list[Snapshot | Entry]:

@@ -162,7 +162,13 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         lambda: settings.told_mqtt_url(publisher.url),
         manifest.geometry.context,
     )
-    agent = AgentService(identity, manager, session_log, publishing=lambda: publisher.publishing)
+    agent = AgentService(
+        identity,
+        manager,
+        session_log,
+        publishing=lambda: publisher.publishing,
+        live_key=publisher.keys.of,
+    )
     facts = FactsSource(
         engine, manager.places, manifest, instance, authenticates=gate.authenticates
     )

@@ -20,7 +20,7 @@ import redis.asyncio as redis
 from segue_contract.ids import SessionName
 from segue_contract.sync import ops
 from segue_contract.sync.replica import Applied, Replica
-from segue_contract.topics import decode_log_message, log_topic
+from segue_contract.topics import TAG_BYTES, decode_log_message, log_topic
 from segue_contract.transport.mqtt import mqtt_socket_options, parse_mqtt_url
 
 TIMEOUT_S = 120
@@ -41,7 +41,7 @@ async def segue_device(url: str, session: str, frames: int, ready: asyncio.Event
         ready.set()
         async for message in client.messages:
             assert isinstance(message.payload, bytes)
-            batch = decode_log_message(message.payload)
+            batch = decode_log_message(message.payload[TAG_BYTES:])
             for offset, data in enumerate(batch.ops, batch.first_offset):
                 op = ops.decode_op(data)
                 assert replica.apply_op(batch.generation, offset, op) is Applied.APPLIED

@@ -11,9 +11,10 @@ from typing import Any
 import aiomqtt
 import structlog
 
+from segue_cloud.mqtt.keys import LiveKeys
 from segue_cloud.mqtt.outbox import LogBatch, Outbox
 from segue_cloud.sessions.port import Fanout, StoredEntry
-from segue_contract.errors import InvalidArgument, SegueError
+from segue_contract.errors import InvalidArgument, SegueError, StoreUnavailable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
@@ -31,7 +32,7 @@ from segue_contract.limits import (
     SWEEP_INTERVAL_S,
 )
 from segue_contract.sync.state import Cursor
-from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic
+from segue_contract.topics import encode_head, encode_log_message, head_topic, log_topic, seal
 from segue_contract.transport import mqtt_client
 from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
 from segue_contract.transport.together import Together
@@ -58,8 +59,10 @@ class Publisher:
         monotonic: Callable[[], float] = time.monotonic,
         outbox: Outbox | None = None,
         login: MqttLogin = MqttLogin(),
+        keys: LiveKeys | None = None,
     ) -> None:
         """`url`: mqtt://host:port or mqtts://... Raises InvalidArgument where it is none."""
+        self.keys = keys or LiveKeys(store)
         self._server = parse_mqtt_url(url)
         self._login = login
         self._moving = asyncio.Event()
@@ -173,6 +176,7 @@ class Publisher:
         while True:
             try:
                 self._moving.clear()
+                await self.keys.agree()  # from here on it is known, and no publish waits for it
                 async with mqtt_client.MqttClient(
                     *self._server.address,
                     **connect_options(self._server, self._login),
@@ -190,6 +194,8 @@ class Publisher:
                         tasks.start(self._move(), name="mqtt move")
                         tasks.start(_watch(client), name="mqtt watch")
                         tasks.start(self._pump(client, tasks), name="mqtt pump")
+            except StoreUnavailable as error:
+                log.warning("live_secret_unknown", error=str(error))
             except (aiomqtt.MqttError, OSError, ValueError, InvalidArgument) as error:
                 if not said:
                     log.warning("broker_away", broker=self.url,
@@ -230,8 +236,11 @@ class Publisher:
                 pass
 
     async def _send_batch(self, client: mqtt_client.MqttClient, batch: LogBatch) -> None:
-        payload = encode_log_message(batch.first.generation, batch.first.offset, batch.ops)
-        if await self._publish(client, log_topic(batch.session), payload):
+        generation, offset = batch.first.generation, batch.first.offset
+        body = encode_log_message(generation, offset, batch.ops)
+        topic = log_topic(batch.session)
+        payload = seal(await self.keys.of(batch.session, generation), topic, body)
+        if await self._publish(client, topic, payload):
             self.published += len(batch.ops)
         else:
             self._outbox.dropped += len(batch.ops)
@@ -240,7 +249,8 @@ class Publisher:
         self, client: mqtt_client.MqttClient, session: SessionName, cursor: Cursor
     ) -> None:
         topic = head_topic(session)
-        if await self._publish(client, topic, encode_head(cursor), retain=self._retains):
+        payload = seal(await self.keys.of(session, cursor.generation), topic, encode_head(cursor))
+        if await self._publish(client, topic, payload, retain=self._retains):
             self._outbox.head_confirmed(session, cursor)
             before = self._confirmed.get(session, cursor)
             same = before.generation == cursor.generation
@@ -330,6 +340,7 @@ class Publisher:
             if not self.connected:
                 continue
             try:
+                await self.keys.agree()
                 # Idle sessions leave the list of active ones: never before they are clean.
                 if not await self._publish_dirty():
                     await self._clear_idle()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,10 @@ class Identity:
     max_context: int
 
 
+async def _no_key(session: SessionName, generation: int) -> bytes:
+    return b""
+
+
 class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
     def __init__(
         self,
@@ -66,11 +70,14 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         log: SessionLog,
         *,
         publishing: Callable[[], bool] = lambda: True,
+        live_key: Callable[[SessionName, int], Awaitable[bytes]] = _no_key,
     ) -> None:
-        """`publishing`: whether the broker takes what is appended here, now."""
+        """`publishing`: whether the broker takes what is appended here, now. `live_key`: of what is
+        published of a session in a generation."""
         super().__init__(log.keeping)
         self._identity = identity
         self._publishing = publishing
+        self._live_key = live_key
         self._manager = manager
         self._log = log
 
@@ -100,6 +107,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             epoch=opened.epoch,
             model=me.model,
             mqtt_url=me.mqtt_url(),
+            live_key=await self._live_key(session, opened.tail.generation),
             tenant=session.tenant,
             role="cloud",
             instance=me.instance,

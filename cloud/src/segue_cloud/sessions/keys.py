@@ -79,6 +79,10 @@ def void_key(tenant: str, device: str) -> str:
     return f"segue:void:{{{tenant}:{device}}}"
 
 
+# 32 random bytes, the same for all instances of a store. Who knows it can forge what is published.
+SECRET_KEY = "segue:secret"
+
+
 def beat_channel(name: str) -> str:
     """Where a listener named so hears what it publishes itself."""
     return f"segue:beat:{name}"

@@ -415,6 +415,10 @@ class Fanout(Protocol):
         """The fan-out of everything up to `cursor` was handed to the broker."""
         ...
 
+    async def agree_secret(self, ours: bytes) -> bytes:
+        """The secret of all instances of this store: `ours`, where it has none."""
+        ...
+
 
 class Store(Sessions, Turns, Reading, Protocol):
     """All that a session log stands on."""

@@ -15,7 +15,7 @@ from segue_cloud.sessions.active import ACTIVE, ActiveSessions
 from segue_cloud.sessions.broker import BROKER, BrokerRecord
 from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
-from segue_cloud.sessions.keys import SessionKeys, index_key
+from segue_cloud.sessions.keys import SECRET_KEY, SessionKeys, index_key
 from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
 from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
@@ -392,6 +392,11 @@ class RedisStore:
 
     async def mark_published(self, session: SessionName, cursor: Cursor) -> None:
         await self._wire.call(self._log(session, "published", cursor.generation, cursor.offset))
+
+    async def agree_secret(self, ours: bytes) -> bytes:
+        """As the port says."""
+        _, secret = await self._wire.call_each(("SET", SECRET_KEY, ours, "NX"), ("GET", SECRET_KEY))
+        return bytes(secret)
 
     # -- inside -------------------------------------------------------------------------------
 

@@ -147,6 +147,7 @@ class OpenSessionReply(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     OFFLINE_TURNS_FIELD_NUMBER: _builtins.int
+    LIVE_KEY_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     created: _builtins.bool
     model: _builtins.str
@@ -159,6 +160,10 @@ class OpenSessionReply(_message.Message):
     max_context_tokens: _builtins.int
     epoch: _builtins.int
     """The producer's, for Append."""
+    live_key: _builtins.bytes
+    """Authenticates what is published of this session in the tail's generation: see
+    segue_contract.topics. Empty where nothing is.
+    """
     @_builtins.property
     def tail(self) -> Global___Cursor: ...
     @_builtins.property
@@ -179,10 +184,11 @@ class OpenSessionReply(_message.Message):
         max_context_tokens: _builtins.int = ...,
         epoch: _builtins.int = ...,
         offline_turns: _abc.Iterable[Global___OfflineTurn] | None = ...,
+        live_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "offline_turns", b"offline_turns", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "live_key", b"live_key", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "offline_turns", b"offline_turns", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
