@@ -59,6 +59,7 @@ from segue_edge.turns.registry import TurnRegistry
 from segue_edge.turns.run import TurnRun
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
+from segue_edge.uplink.revoked import following_revoked
 from segue_edge.uplink.sender import encode_with
 
 log = structlog.get_logger("segue.edge")
@@ -113,6 +114,7 @@ class EdgeNode:
         self.warmer: Warmer
         self.registry: TurnRegistry
         self.histories: HistoryCache
+        self._gate: Gate
         self.server: RunningServer
         self._stack = AsyncExitStack()
 
@@ -145,15 +147,19 @@ class EdgeNode:
     async def _start(self) -> None:
         config = self.config
         self.histories = HistoryCache()
+        gate = self._gate = Gate(DEFAULT_TENANT, self._tokens)
         clouds = self.clouds = CloudSet(
             config.cloud,
             Pacer(config.link_bytes_per_s),
             config.channel_tls,
             keyed=self._tokens is not None,
+            revoked=gate.revoke,
             home_of=self.histories.home,
         )
         self._stack.push_async_callback(clouds.close)
         clouds.start()  # while the model loads
+        if self._tokens is not None:
+            await self._stack.enter_async_context(following_revoked(clouds, gate))
         model, tokenizer = await asyncio.to_thread(self._load, config)
         manifest = model.manifest
         self.provider = model.device.name
@@ -245,7 +251,7 @@ class EdgeNode:
             ],
             tls=self.config.listener_tls,
             clients=self.config.tls_clients,
-            gate=Gate(DEFAULT_TENANT, self._tokens),
+            gate=self._gate,
         )
         self._stack.push_async_callback(self._stop_serving, service)
 

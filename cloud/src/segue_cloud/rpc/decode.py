@@ -12,7 +12,7 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.history import first_unknown, known_digest
-from segue_cloud.rpc.revoking import caller_bearer
+from segue_cloud.rpc.revoking import caller_bearer, revoked_since
 from segue_cloud.rpc.run_stream import RunStream
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
@@ -34,7 +34,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
-from segue_contract.transport.gate import caller, caller_is_late, expired
+from segue_contract.transport.gate import caller, caller_is_late, expired, gate_here
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
 from segue_contract.turn.wire import to_reply
@@ -156,7 +156,11 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             yield reply
 
     async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
-        return dpb.ProbeReply(received_bytes=len(request.payload), facts=self._facts.facts())
+        return dpb.ProbeReply(
+            received_bytes=len(request.payload),
+            facts=self._facts.facts(),
+            **revoked_since(gate_here(), request),
+        )
 
     async def _check_granted(self, spec: OwnedTurn) -> None:
         """An edge with a certificate gives tokens and KV of such turns alone as it began itself.

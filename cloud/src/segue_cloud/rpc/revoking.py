@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import structlog
 
@@ -13,9 +15,10 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.sessions.port import Bearer, Revocation
 from segue_contract.errors import SegueError
 from segue_contract.identity.principal import Kind
-from segue_contract.limits import GATE_LOOK_S, REVOKED_KEPT_S
+from segue_contract.limits import GATE_LOOK_S, REVOKED_KEPT_S, WATERMARKS_TOLD
 from segue_contract.transport.gate import Gate, caller
 from segue_contract.transport.together import end
+from segue_contract.v1 import decode_pb2 as dpb
 
 log = structlog.get_logger("segue.revoking")
 
@@ -34,6 +37,22 @@ def tell(gate: Gate, revocation: Revocation) -> None:
     """From now on the gate refuses these tokens, and ends what goes on under them."""
     session = revocation.session
     gate.revoke(session.tenant, session.session, revocation.device, revocation.before_ms / 1000)
+
+
+def revoked_since(gate: Gate, request: dpb.ProbeRequest) -> dict[str, Any]:
+    """What this instance heard of since an edge asked last, as fields of a ProbeReply."""
+    after = request.revoked_after if request.revoked_of == gate.life else 0
+    marks = [
+        dpb.RevokedTokens(
+            tenant=mark.tenant,
+            sessions=mark.sessions,
+            device=mark.device,
+            before_ms=math.ceil(mark.before_s * 1000),
+            place=mark.place,
+        )
+        for mark in gate.watermarks.after(after, WATERMARKS_TOLD)
+    ]
+    return {"revoked": marks, "revoked_of": gate.life}
 
 
 @contextlib.asynccontextmanager

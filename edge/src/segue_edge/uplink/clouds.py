@@ -39,6 +39,9 @@ log = structlog.get_logger("segue.uplink")
 _RECONNECT_MS = 250  # half of RECONNECT_WAIT_S: gRPC varies its pauses by a fifth
 
 
+Revoke = Callable[[str, str, str, float], None]
+
+
 class Home(NamedTuple):
     """The cloud instance that has a session's KV, of so many tokens; "": none is known."""
 
@@ -54,6 +57,7 @@ class Cloud:
         expected_weights: the digest of this edge's model; "" before it is loaded.
         alone: no other one is configured.
         keyed: this edge's callers show tokens, and the cloud has to check them as well.
+        revoked: told of what is revoked, as `Gate.revoke`.
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
 
@@ -72,6 +76,9 @@ class Cloud:
         self.expected_weights = ""
         self.alone = True
         self.keyed = False
+        self.revoked: Revoke = lambda *_: None
+        self._revoked_of = ""  # the place up to which it was told, and in whose count
+        self._revoked_after = 0
         self.backlog_bytes = 0
         self._taken = 0  # of `_places`, when it said so last
         self._places = 0
@@ -273,13 +280,32 @@ class Cloud:
     ) -> dpb.ProbeReply:
         try:
             reply: dpb.ProbeReply = await self.decode.Probe(
-                dpb.ProbeRequest(payload=payload),
+                dpb.ProbeRequest(
+                    payload=payload,
+                    revoked_of=self._revoked_of,
+                    revoked_after=self._revoked_after,
+                ),
                 timeout=timeout_s,
                 wait_for_ready=wait_for_ready,
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
+        self._take_revoked(reply)
         return reply
+
+    def _take_revoked(self, reply: dpb.ProbeReply) -> None:
+        """Nothing of a cloud that does not know its callers is taken: see `take_facts`."""
+        if not (self.keyed and reply.facts.authenticates):
+            return
+        if reply.revoked_of != self._revoked_of:
+            self._revoked_of, self._revoked_after = reply.revoked_of, 0
+        for mark in reply.revoked:
+            self.revoked(mark.tenant, mark.sessions, mark.device, mark.before_ms / 1000)
+            self._revoked_after = max(self._revoked_after, mark.place)
+
+    async def ask_revoked(self) -> None:
+        """Hear what was revoked since the last probe. Raises SegueError: no answer."""
+        await self._probe_call(b"")
 
     async def close(self) -> None:
         await self.channel.close(None)
@@ -290,6 +316,7 @@ class CloudSet:
 
     Args:
         keyed: callers show tokens, so that only clouds which check them are used.
+        revoked: told of what clouds say is revoked.
         home_of: where a session's KV lies.
     """
 
@@ -300,11 +327,13 @@ class CloudSet:
         tls: TlsFiles | None = None,
         *,
         keyed: bool = False,
+        revoked: Revoke = lambda *_: None,
         home_of: Callable[[SessionName], Home] = lambda _: Home(),
     ) -> None:
         self.clouds = {target: Cloud(target, tls) for target in targets}
         for cloud in self.clouds.values():
             cloud.alone, cloud.keyed = len(self.clouds) == 1, keyed
+            cloud.revoked = revoked
         self.pacer = pacer
         self._home_of = home_of
         self._prober: asyncio.Task[None] | None = None

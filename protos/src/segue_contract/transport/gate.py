@@ -8,6 +8,7 @@ tenant, never the request. Streams of a caller whose time is over, or who was re
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -31,7 +32,7 @@ from segue_contract.identity.principal import (
 )
 from segue_contract.identity.revoked import Watermarks
 from segue_contract.identity.rights import RULES, Scope, check
-from segue_contract.ids import SessionName, check_id
+from segue_contract.ids import SessionName, check_id, new_id
 from segue_contract.limits import MAX_TAILS, OUTBOX_TOKEN_AGE_S
 from segue_contract.transport.bearer import token_in
 from segue_contract.transport.calls import Call, LiveCalls, current, enter
@@ -117,6 +118,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._now_s = now_s
         self._monotonic = monotonic
         self._live = LiveCalls(tokens, now_s)
+        self.life = new_id("", os.urandom)  # in which places of `watermarks` count
         self._bad_tokens = BadTokens()
 
     @property

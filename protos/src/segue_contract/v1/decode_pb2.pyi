@@ -546,15 +546,22 @@ class ProbeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    REVOKED_OF_FIELD_NUMBER: _builtins.int
+    REVOKED_AFTER_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
+    revoked_of: _builtins.str
+    """What the edge knows of revocations: those of `revoked_of` up to `revoked_after`."""
+    revoked_after: _builtins.int
     def __init__(
         self,
         *,
         payload: _builtins.bytes = ...,
+        revoked_of: _builtins.str = ...,
+        revoked_after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "revoked_after", b"revoked_after", "revoked_of", b"revoked_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,19 +573,62 @@ class ProbeReply(_message.Message):
 
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    REVOKED_OF_FIELD_NUMBER: _builtins.int
     received_bytes: _builtins.int
+    revoked_of: _builtins.str
     @_builtins.property
     def facts(self) -> Global___CloudFacts: ...
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevokedTokens]:
+        """The next ones, in order, and which life of this instance counts their places."""
+
     def __init__(
         self,
         *,
         received_bytes: _builtins.int = ...,
         facts: Global___CloudFacts | None = ...,
+        revoked: _abc.Iterable[Global___RevokedTokens] | None = ...,
+        revoked_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "received_bytes", b"received_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "received_bytes", b"received_bytes", "revoked", b"revoked", "revoked_of", b"revoked_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProbeReply: _TypeAlias = ProbeReply  # noqa: Y015
+
+@_typing.final
+class RevokedTokens(_message.Message):
+    """Tokens of a tenant's device that are valid since before `before_ms` (Unix time) are void."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    BEFORE_MS_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    sessions: _builtins.str
+    """A session's name; or the beginning of names and "*"."""
+    device: _builtins.str
+    before_ms: _builtins.int
+    place: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        sessions: _builtins.str = ...,
+        device: _builtins.str = ...,
+        before_ms: _builtins.int = ...,
+        place: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_ms", b"before_ms", "device", b"device", "place", b"place", "sessions", b"sessions", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokedTokens: _TypeAlias = RevokedTokens  # noqa: Y015
