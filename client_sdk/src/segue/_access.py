@@ -18,11 +18,15 @@ from segue_contract.transport.tls import TlsFiles
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """`tls` None: without. `token` None: none is sent; with `renews` it may give another one."""
+    """`tls` None: without. `token` None: none is sent; with `renews` it may give another one.
+
+    `open`: makes the channels; as `open_channel`.
+    """
 
     tls: TlsFiles | None = None
     token: Token | None = None
     renews: bool = False
+    open: Callable[..., grpc.aio.Channel] = open_channel
 
     async def prepare(self) -> None:
         """Have a token before the first call, where a command gives it.
@@ -46,7 +50,7 @@ class Access:
 
     def channel(self, target: str) -> grpc.aio.Channel:
         """Raises InvalidArgument: no address, or files that cannot be used."""
-        return open_channel(target, tls=self.tls, token=self.token)
+        return self.open(target, tls=self.tls, token=self.token)
 
 
 def read_access(

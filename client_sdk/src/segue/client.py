@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from segue._access import read_access
+from segue._access import Access, read_access
 from segue._config_file import config_path, read_contexts
 from segue._nodes import Nodes
 from segue._renewing import keep_renewed
@@ -82,18 +82,46 @@ class Client:
         timeout: Timeout | float | None = None,
         max_retries: int | None = None,
     ) -> None:
-        self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
         settings = find_settings(
             os.environ, lambda: read_contexts(config_path(os.environ)), address=address
         )
-        self._access = read_access(
+        access = read_access(
             settings, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
         )
         if address is None:
             address = settings.addresses
-        self.addresses = (address,) if isinstance(address, str) else tuple(address)
+        addresses = (address,) if isinstance(address, str) else tuple(address)
+        self._begin(access, addresses, device, limits, Options().changed(timeout, max_retries))
+
+    @classmethod
+    def _over(
+        cls,
+        access: Access,
+        addresses: Sequence[str],
+        *,
+        device: str = "",
+        limits: ClientLimits = ClientLimits(),
+        timeout: Timeout | float | None = None,
+        max_retries: int | None = None,
+    ) -> Client:
+        """A client that asks neither the environment nor a file; for `segue.testing`."""
+        client = cls.__new__(cls)
         options = Options().changed(timeout, max_retries)
-        self._nodes = Nodes(self.addresses, access=self._access, options=options)
+        client._begin(access, addresses, device, limits, options)
+        return client
+
+    def _begin(
+        self,
+        access: Access,
+        addresses: Sequence[str],
+        device: str,
+        limits: ClientLimits,
+        options: Options,
+    ) -> None:
+        self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
+        self.addresses = tuple(addresses)
+        self._access = access
+        self._nodes = Nodes(self.addresses, access=access, options=options)
         self._is_copy = False
         self._limits = limits
         self._brokers: dict[str, Broker] = {}
