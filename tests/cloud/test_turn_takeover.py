@@ -15,10 +15,11 @@ from segue_cloud.turns.opening import opening_ops
 from segue_cloud.turns.recovery import recovering
 from segue_contract.errors import (
     EngineGone,
+    Overloaded,
     StaleEpoch,
     Unreachable,
 )
-from segue_contract.ids import SessionName
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     LOST_OWNER_LOOKS,
     TURN_ENGINES,
@@ -252,7 +253,7 @@ async def test_a_lost_owner_s_turn_goes_on_before_its_lease_has_run_out(
     ):
         await silent.begin()
         assert not await bench.manager.recover(SESSION), "its lease holds"
-        bench.manager.succeed(SESSION, "t1")
+        await bench.manager.succeed(SESSION, "t1")
         async with asyncio.timeout(WAIT_S):
             while not (turn := await bench.turn()).ended:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -277,7 +278,7 @@ async def test_a_living_owner_keeps_a_turn_whose_reader_lost_it(
             return looked[-1]
 
         monkeypatch.setattr(bench.manager._takeover, "recover", look)
-        bench.manager.succeed(SESSION, "t1")
+        await bench.manager.succeed(SESSION, "t1")
         async with asyncio.timeout(WAIT_S):
             while len(looked) < LOST_OWNER_LOOKS:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -395,3 +396,57 @@ async def test_an_orphan_that_the_store_lost_under_its_take_over_is_left_alone(
         assert (bench.manager.running, bench.manager.room) == (0, 8)
         await wiped.aclose()
         await store.close()
+
+
+async def test_a_turn_whose_owner_leaves_is_prepared_here_and_goes_on_at_once(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    """Its lease is the owner's meanwhile, and so is the turn until its reader comes here."""
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0)
+    engine = ScriptedEngine(words, free=False)
+    async with (
+        bench_on(valkey.url, model_dir, engine, limits=limits) as leaving,
+        bench_on(valkey.url, model_dir, ScriptedEngine(words), limits=limits) as bench,
+    ):
+        owner = leaving.manager.start(leaving.spec(await leaving.begin(), has_edge=False))
+        engine.allow(2)
+        await shown_tokens(owner, 2)
+        assert not await bench.manager.recover(SESSION), "nobody asked for it"
+        computed = await bench.manager.prepare(SESSION, "t1", leaving=True)
+        (prepared,) = bench.engine.turns
+        assert (list(prepared.made), prepared.max_tokens) == (words[:2], 3)
+        assert computed == len(prepared.prompt) + 2
+        engine.allow(1)
+        await shown_tokens(owner, 3)
+        assert (await bench.turn()).epoch == 1, "the owner goes on meanwhile"
+        await bench.manager.succeed(SESSION, "t1")
+        here = bench.manager.owned(SESSION, "t1")
+        assert here is not None
+        turn = await bench.ended(here)
+        assert (turn.tokens, turn.epoch) == (words, 2)
+        engine.allow(len(words))
+        assert (await leaving.ended(owner)).epoch == 2
+    assert bench.engine.turns[0].prompt == bench.engine.turns[1].prompt, "the KV is found again"
+
+
+async def test_a_doubt_prepares_nothing_where_others_wait_and_takes_nothing(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0)
+    engine = ScriptedEngine(words)
+    async with (
+        bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as living,
+        bench_on(valkey.url, model_dir, engine, limits=limits) as bench,
+    ):
+        living.manager.start(living.spec(await living.begin(), has_edge=False))
+        engine.waiting = 1
+        with pytest.raises(Overloaded):
+            await bench.manager.prepare(SESSION, "t1", leaving=False)
+        engine.waiting = 0
+        assert await bench.manager.prepare(SESSION, "t1", leaving=False)
+        assert not bench.manager._takeover.awaits(TurnName(SESSION, "t1"))
+        assert await living.manager.prepare(SESSION, "t1", leaving=True) == 0, "it runs there"
+        assert await bench.manager.prepare(SESSION, "unknown", leaving=True) == 0
+        living.manager.leaving.set()
+        with pytest.raises(Unreachable):
+            await living.manager.prepare(SESSION, "t1", leaving=True)

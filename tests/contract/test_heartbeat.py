@@ -20,6 +20,7 @@ from segue_contract.transport.stalls import StallMonitor
 from segue_contract.v1 import agent_pb2 as pb
 
 BEAT = pb.TurnEvent(heartbeat=pb.Heartbeat())
+LEAVING = pb.TurnEvent(heartbeat=pb.Heartbeat(leaving=True))
 STALLED = pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=True))
 FRAME = pb.TurnEvent(frame=pb.TokenFrame(index=1))
 
@@ -256,3 +257,64 @@ async def test_no_answer_and_no_sign_of_life_is_a_loss() -> None:
 
 async def _refuse() -> None:
     raise Overloaded("Too much.")
+
+
+async def test_news_are_told_at_once_though_the_stream_is_never_quiet() -> None:
+    news = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        for number in range(1000):
+            await asyncio.sleep(0)
+            if number == 5:
+                news.set()
+            yield str(number)
+
+    stream = beating(source(), lambda: f"leaving: {news.is_set()}", every_s=600.0, news=news)
+    found = [item async for item in stream]
+    assert found.count("leaving: True") == 1
+    assert found.index("leaving: True") < 20
+    assert [item for item in found if "leaving" not in item] == [str(n) for n in range(1000)]
+
+
+async def test_a_peer_that_leaves_is_left_once_somebody_else_is_ready() -> None:
+    ready = asyncio.Event()
+    asked: list[bool] = []
+
+    async def prepare(leaving: bool) -> None:
+        asked.append(leaving)
+        await ready.wait()
+
+    call = ScriptedCall(FRAME, LEAVING, LEAVING, FRAME)
+    listening = Listening(call, silence_s=60.0, prepare=prepare)
+    assert [await listening.read(), await listening.read()] == [FRAME, FRAME]
+    reading = asyncio.create_task(listening.read())
+    await asyncio.sleep(0.01)
+    assert not reading.done(), "it goes on until then"
+    ready.set()
+    with pytest.raises(Unreachable, match="being stopped"):
+        await reading
+    assert asked == [True]
+    assert not listening.silent
+
+
+async def test_where_nobody_can_get_ready_a_leaving_peer_is_read_to_its_end() -> None:
+    async def prepare(leaving: bool) -> None:
+        raise Unreachable("There is no other node.")
+
+    listening = Listening(ScriptedCall(LEAVING, FRAME, FRAME, EOF), prepare=prepare)
+    assert [message async for message in listening] == [FRAME, FRAME]
+
+
+async def test_somebody_gets_ready_while_a_peer_is_quiet_and_before_it_is_lost() -> None:
+    asked: list[bool] = []
+
+    async def prepare(leaving: bool) -> None:
+        asked.append(leaving)
+
+    call = ScriptedCall(FRAME)
+    listening = Listening(call, silence_s=0.12, prepare=prepare)
+    assert await listening.read() == FRAME
+    with pytest.raises(Unreachable, match="said nothing"):
+        await listening.read()
+    assert asked == [False], "once"
+    assert listening.silent

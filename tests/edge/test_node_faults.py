@@ -77,6 +77,22 @@ async def test_the_next_cloud_takes_a_turn_whose_cloud_died() -> None:
     assert told.plan.instance == other.name
 
 
+async def test_a_cloud_that_leaves_is_left_for_one_that_is_ready() -> None:
+    async with two_clouds() as here:
+        device, (first, other) = here.device, here.ranked()
+        first.script.decode.clear()
+        running = asyncio.create_task(device.run(plan="text", max_tokens=60))
+        await asyncio.wait_for(first.seen.opened.wait(), 10)
+        first.script.leaving.set()
+        told = await running
+        prompt = first.seen.specs[0].prompt
+    assert [(one.leaving, bool(one.turn)) for one in other.seen.prepared] == [(True, True)]
+    assert first.seen.prepared == []
+    assert other.seen.specs[0].takeover
+    assert told.text == reply_text(prompt, 60)
+    assert told.plan.instance == other.name
+
+
 async def test_a_cloud_that_came_back_with_other_weights_gets_no_turn() -> None:
     async with two_clouds() as here:
         clouds, device, (first, other) = here.node.clouds, here.device, here.ranked()

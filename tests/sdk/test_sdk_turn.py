@@ -132,6 +132,25 @@ async def test_dead_node_is_replaced_by_the_next_address() -> None:
             assert turn.address == "" or turn.address == second.address
 
 
+async def test_a_node_that_leaves_is_left_for_one_that_is_ready() -> None:
+    log = FakeLog("trip")
+    go_on = asyncio.Event()
+    async with (
+        FakeAgent(log, lambda r: [started(r.turn), frame(0, "Paris is a"), Wait(go_on)]) as first,
+        FakeAgent(log, whole, role="cloud") as second,
+        segue.Client([first.address, second.address], device="phone") as client,
+    ):
+        session = await client.session("trip")
+        async with session.run("Where?") as turn:
+            async for event in turn:
+                if isinstance(event, segue.Frame) and event.next_index == 3:
+                    first.leaving.set()
+        assert turn.text == REPLY
+        assert [(one.turn, one.leaving) for one in second.prepared] == [(turn.id, True)]
+        assert (second.runs[0].from_index, second.runs[0].lost) == (3, True)
+        assert first.prepared == []
+
+
 async def test_lost_previews_are_rewound() -> None:
     """The edge showed tokens that the log never got; epoch 2 makes others in their place."""
     attempts = by_attempt(

@@ -96,7 +96,7 @@ async def cloud_rpc(
         )
         facts = FactsSource(
             engine,
-            manager.places,
+            manager,
             manifest,
             "cloud-1",
             authenticates=gate is not None and gate.authenticates,

@@ -173,6 +173,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.calls = 0
         self.offline_turns: list[pb.OfflineTurn] = []
         self.epochs = 0  # of producers, given so far
+        self.leaving = asyncio.Event()  # set: it says that it is being stopped
+        self.prepared: list[pb.PrepareRequest] = []
         self.run_closed = asyncio.Event()
         self.stop_asked = asyncio.Event()
         self.tls: TlsFiles | None = None  # from the next start on
@@ -240,8 +242,16 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         if self.mute_runs:
             self.mute_runs -= 1
             return events
-        beat = pb.TurnEvent(heartbeat=pb.Heartbeat())
-        return beating(events, lambda: beat, every_s=TURN_HEARTBEAT_S)
+
+        def beat() -> pb.TurnEvent:
+            return pb.TurnEvent(heartbeat=pb.Heartbeat(leaving=self.leaving.is_set()))
+
+        return beating(events, beat, every_s=TURN_HEARTBEAT_S, news=self.leaving)
+
+    async def Prepare(self, request: pb.PrepareRequest, _: Any) -> pb.PrepareReply:
+        self._called("Prepare")
+        self.prepared.append(request)
+        return pb.PrepareReply(tokens=1)
 
     async def _run_turn(
         self, request: pb.RunTurnRequest, context: Any

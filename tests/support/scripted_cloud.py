@@ -56,6 +56,7 @@ class Script:
     places: int = 0  # as many turns as it says that it takes; 0: it does not say
     pages_used: float = 0.0  # share of its KV pool
     stalled: bool = False  # its engine hangs, and it says so
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)  # set: it is being stopped
     weights: str = MANIFEST.weights_digest
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class Seen:
     ended: list[dpb.EdgeEnded] = field(default_factory=list)
     plans: list[bytes] = field(default_factory=list)
     beats: int = 0  # heartbeats to the edge
+    prepared: list[pb.PrepareRequest] = field(default_factory=list)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     handed: asyncio.Event = field(default_factory=asyncio.Event)  # some edge handed over
@@ -141,6 +143,10 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
             instance=self.name,
         )
 
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareReply:
+        self.seen.prepared.append(request)
+        return pb.PrepareReply(tokens=1)
+
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         self.seen.stopped.set()
         return pb.StopTurnReply(stopping=True, turn=request.turn)
@@ -196,9 +202,10 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
 
         def beat() -> dpb.RunReply:
             self.seen.beats += 1
-            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=self.script.stalled))
+            stalled, leaving = self.script.stalled, self.script.leaving.is_set()
+            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaving))
 
-        return beating(replies, beat, every_s=TURN_HEARTBEAT_S)
+        return beating(replies, beat, every_s=TURN_HEARTBEAT_S, news=self.script.leaving)
 
     async def _run(
         self, requests: AsyncIterator[dpb.RunRequest], context: Any

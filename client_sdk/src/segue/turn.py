@@ -28,6 +28,7 @@ from segue_contract.errors import (
 )
 from segue_contract.limits import (
     RPC_TIMEOUT_S,
+    TAKEOVER_PREPARE_S,
     TURN_SILENCE_S,
     TURN_TIMEOUT_S,
     TURN_WAIT_TIMEOUT_S,
@@ -286,7 +287,27 @@ class Turn:
             request.must_exist = self._offline_end is not None
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
         call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
-        return Listening(call, silence_s=TURN_SILENCE_S, others=len(self._nodes.order()) > 1)
+        return Listening(
+            call,
+            silence_s=TURN_SILENCE_S,
+            others=len(self._nodes.order()) > 1,
+            prepare=self._prepare,
+        )
+
+    async def _prepare(self, leaving: bool) -> None:
+        """Let the next node get ready for the turn. Raises Unreachable where there is none."""
+        others = [node for node in self._nodes.order() if node is not self._node]
+        if not others or not self._view.started:
+            raise Unreachable("There is no other node.")
+        request = pb.PrepareRequest(
+            session=self._request.session,
+            device=self._request.device,
+            turn=self.id,
+            leaving=leaving,
+        )
+        async with self._nodes.calling(others[0]):
+            stub = await self._nodes.stub(others[0])
+            await stub.Prepare(request, timeout=TAKEOVER_PREPARE_S)
 
     def _drop(self) -> None:
         """Leave the stream; the turn goes on."""

@@ -169,18 +169,16 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         publishing=lambda: publisher.publishing,
         live_key=publisher.keys.of,
     )
-    facts = FactsSource(
-        engine, manager.places, manifest, instance, authenticates=gate.authenticates
-    )
+    facts = FactsSource(engine, manager, manifest, instance, authenticates=gate.authenticates)
     decode = DecodeService(manager, session_log, engine, manifest, facts)
     if tokens is not None:
         await stack.enter_async_context(following_revocations(session_log, gate))
+    if settings.metrics_port:
+        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
+        await stack.enter_async_context(metrics.listening(settings.metrics_port))
     server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
-    if settings.metrics_port:
-        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
-        stack.enter_context(metrics.listen(settings.metrics_port))
     return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -50,8 +51,8 @@ class CloudMetrics(Collector):
             waits.add_metric([result], float(count))
         yield waits
 
-    @contextmanager
-    def listen(self, port: int) -> Iterator[None]:
+    @asynccontextmanager
+    async def listening(self, port: int) -> AsyncIterator[None]:
         """Serve /metrics on a loopback port. Raises PortInUse."""
         registry = CollectorRegistry()
         registry.register(self)
@@ -65,5 +66,6 @@ class CloudMetrics(Collector):
         try:
             yield
         finally:
-            server.shutdown()
+            # It waits for up to half a second, in which running turns must go on.
+            await asyncio.to_thread(server.shutdown)
             thread.join()

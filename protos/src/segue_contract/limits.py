@@ -135,8 +135,12 @@ HEARTBEAT_S: Final = 0.5  # a stream where nothing else was said says this much
 SILENCE_S: Final = 1.5  # who hears nothing for so long takes the peer for lost: two beats may fail
 TURN_HEARTBEAT_S: Final = 0.2  # the same of a turn's streams: few, and somebody waits at them
 TURN_SILENCE_S: Final = 1.2  # a second more than a beat; the rest of 2 s is the next one's prefill
+TAKEOVER_PREPARE_S: Final = 5.0  # a take-over's prefill, beforehand
+PREPARE_ROUNDS: Final = 3  # of it, while the reply grows
+PREPARED_S: Final = 10.0  # after it the turn is asked for as any other
 EDGE_SILENCE_LOOKS: Final = 7  # at the same pace, of an edge that owes a turn's tokens
 SILENCE_LOOKS: Final = 6  # within it: a reader that was itself not scheduled has not listened
+DOUBT_LOOKS: Final = 3  # of them without a word: somebody else may get ready
 PING_INTERVAL_S: Final = 20.0  # of gRPC's own pings: below the idle times of usual NATs
 STALL_LOOK_S: Final = 0.2  # whoever watches a compute thread looks at this pace
 STALL_S: Final = 1.0  # one step for so long, and for STALL_FACTOR times what such steps take: it
@@ -304,7 +308,7 @@ class TurnLimits:
 
     lease_s: float = TURN_LEASE_S
     open_timeout_s: float = 3.0  # Begin without Run: the cloud then runs the turn by itself
-    stop_grace_s: float = SHUTDOWN_GRACE_S / 2  # at shutdown, for turns that are about to end
+    stop_grace_s: float = 0.7 * SHUTDOWN_GRACE_S  # for turns that end soon, or get ready elsewhere
     store_calls: int = 110  # that fail one after another: some 10 minutes in all
     store_pause_s: float = STORE_RETRY_MAX_S  # after one of them
     lost_owner_quiet_s: float = 1.1  # so old a lease is none, of an owner that its reader lost

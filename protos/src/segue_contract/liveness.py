@@ -20,6 +20,11 @@ class Silence:
         self._looks = 0
 
     @property
+    def looks(self) -> int:
+        """So many in a row found nothing."""
+        return self._looks
+
+    @property
     def lost(self) -> bool:
         return self._looks >= self._bound
 

@@ -119,9 +119,11 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
         def beat() -> pb.TurnEvent:
             stalled = self._manager.stalled(session, request.turn)
-            return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled))
+            leaving = self._manager.leaving.is_set()
+            return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaving))
 
-        return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
+        leaving = self._manager.leaving
+        return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S, news=leaving)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
         async for event in self._run_or_join(request):
@@ -144,7 +146,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 yield event
             return
         if request.lost:
-            self._manager.succeed(asked.session, asked.turn)
+            await self._manager.succeed(asked.session, asked.turn)
         async for event in self._join(asked.session, asked.turn, request.from_index, begun):
             yield event
 
@@ -178,6 +180,13 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             return
         async for event in follow_turn(self._log, session, turn, from_index):
             yield event
+
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareReply:
+        session = named(request.session)
+        await self._check_device(session, request.device)
+        turn = check_id(request.turn, "turn")
+        tokens = await self._manager.prepare(session, turn, leaving=request.leaving)
+        return pb.PrepareReply(tokens=tokens)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         session = named(request.session)

@@ -100,13 +100,14 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self, request_iterator: AsyncIterator[dpb.RunRequest], context: Any
     ) -> AsyncIterator[dpb.RunReply]:
         served: list[TurnOwner] = []
+        leaving = self._manager.leaving
 
         def beat() -> dpb.RunReply:
             stalled = any(owner.stalled for owner in served)
-            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled))
+            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaving.is_set()))
 
         replies = self._run(aiter(request_iterator), served.append)
-        return beating(replies, beat, every_s=TURN_HEARTBEAT_S)
+        return beating(replies, beat, every_s=TURN_HEARTBEAT_S, news=leaving)
 
     async def _run(
         self, requests: AsyncIterator[dpb.RunRequest], serve: Callable[[TurnOwner], None]

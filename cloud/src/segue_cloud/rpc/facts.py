@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from segue_cloud.engine.port import Engine
-from segue_cloud.turns.places import Places
+from segue_cloud.turns.manager import TurnManager
 from segue_contract.model.manifest import Manifest
 from segue_contract.v1 import decode_pb2 as dpb
 
@@ -12,7 +12,7 @@ class FactsSource:
     def __init__(
         self,
         engine: Engine,
-        places: Places,
+        manager: TurnManager,
         manifest: Manifest,
         instance: str,
         *,
@@ -20,7 +20,7 @@ class FactsSource:
     ) -> None:
         self._authenticates = authenticates
         self._engine = engine
-        self._places = places
+        self._manager = manager
         self._instance = instance
         self._weights = manifest.weights_digest
         self._recipes = sorted(manifest.allowed_recipes())
@@ -37,8 +37,9 @@ class FactsSource:
             recipes=self._recipes,
             weights_digest=self._weights,
             stalled=stats.stalled,
-            held_turns=self._places.held,
-            places=self._places.most,
+            held_turns=self._manager.places.held,
+            places=self._manager.places.most,
             total_pages=stats.pages_total,
             authenticates=self._authenticates,
+            leaving=self._manager.leaving.is_set(),
         )

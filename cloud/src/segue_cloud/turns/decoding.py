@@ -61,10 +61,11 @@ async def decode(
         if step is not None:  # a generator can only be closed while nobody waits in it
             step.cancel()
             await asyncio.gather(step, return_exceptions=True)
-        await _close(outputs)
+        await leave(outputs)
 
 
-async def _close(iterator: object) -> None:
+async def leave(iterator: object) -> None:
+    """Cancel an engine's turn that nobody reads any more."""
     close = getattr(iterator, "aclose", None)
     if close is not None:
         await close()

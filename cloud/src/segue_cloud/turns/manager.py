@@ -69,6 +69,9 @@ class TurnManager:
     Args:
         model, weights: name and digest written into turn_started.
         max_turns: turns begun and not ended, beyond which `begin` refuses.
+
+    Attributes:
+        leaving: set once this instance is being stopped.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class TurnManager:
         self._begun: dict[TurnName, Begun] = {}
         self._beginning: dict[TurnName, tuple[str, asyncio.Task[Begun]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closing = False
+        self.leaving = asyncio.Event()
 
     @property
     def limits(self) -> TurnLimits:
@@ -115,7 +118,7 @@ class TurnManager:
     @property
     def room(self) -> int:
         """How many turns more this instance would take."""
-        return 0 if self._closing or self._deps.engine.died.is_set() else self.places.free
+        return 0 if self.leaving.is_set() or self._deps.engine.died.is_set() else self.places.free
 
     # -- beginning -----------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class TurnManager:
     def _check_serving(self) -> None:
         if self._deps.engine.died.is_set():
             raise EngineGone("The engine of this instance died.", hint="Another instance goes on.")
-        if self._closing:
+        if self.leaving.is_set():
             raise Unreachable("This cloud is shutting down.", hint="Another instance goes on.")
 
     def _overloaded(self) -> Overloaded:
@@ -305,20 +308,35 @@ class TurnManager:
         """As `Takeover.take_over`."""
         return await self._takeover.take_over(spec, known_tokens)
 
+    async def prepare(self, session: SessionName, turn: str, *, leaving: bool) -> int:
+        """As `Takeover.prepare`; a caller that is cancelled leaves it to its end.
+
+        Raises:
+            Overloaded, EngineGone, Unreachable: it cannot be taken over here.
+        """
+        self._check_serving()
+        preparing = self._spawn(
+            self._takeover.prepare(TurnName(session, turn), leaving=leaving), f"prepare {turn}"
+        )
+        return await asyncio.shield(preparing)
+
     async def recover(self, session: SessionName) -> bool:
         """As `Takeover.recover`."""
-        if self._closing:
+        if self.leaving.is_set():
             return False
         return await self._takeover.recover(session)
 
-    def succeed(self, session: SessionName, turn: str) -> None:
+    async def succeed(self, session: SessionName, turn: str) -> None:
         """A reader of the turn lost its owner: look whether this one is silent to the log as well,
-        and go on here then, before its lease has run out."""
+        and go on here then, before its lease has run out; at once where that owner leaves."""
+        if self._takeover.awaits(TurnName(session, turn)) and not self.leaving.is_set():
+            await self._takeover.recover(session, 0.0)
+            return
         self._spawn(self._succeed(session, turn), f"succeed {turn}")
 
     async def _succeed(self, session: SessionName, turn: str) -> None:
         for _ in range(LOST_OWNER_LOOKS):
-            if self._closing or self.knows(session, turn):
+            if self.leaving.is_set() or self.knows(session, turn):
                 return
             await self._takeover.recover(session, self.limits.lost_owner_quiet_s)
             await asyncio.sleep(LOST_OWNER_PAUSE_S)
@@ -333,7 +351,7 @@ class TurnManager:
     async def close(self) -> None:
         """Let running turns end within a part of the grace period, then give the leases of the
         others back: whoever has room goes on with them at once."""
-        self._closing = True
+        self.leaving.set()
         ending = [asyncio.ensure_future(owner.ended.wait()) for owner in self._owners.values()]
         if ending:
             await asyncio.wait(ending, timeout=self.limits.stop_grace_s)

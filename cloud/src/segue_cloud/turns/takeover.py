@@ -9,7 +9,9 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from segue_cloud.engine.port import EngineTurn
 from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.turns.decoding import leave
 from segue_cloud.turns.opening import opening_of
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.places import Places
@@ -17,8 +19,10 @@ from segue_cloud.turns.ports import RunningTurns
 from segue_cloud.turns.prompts import encode_prompt
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
-from segue_contract.errors import UnknownTurn
+from segue_contract.errors import Overloaded, UnknownTurn
 from segue_contract.ids import SessionName, TurnName
+from segue_contract.kv.layout import BLOCK_TOKENS
+from segue_contract.limits import PREPARE_ROUNDS, PREPARED_S
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState, find_turn
 
@@ -59,6 +63,8 @@ class Takeover:
         self._places = places
         self._running = running
         self._model = model
+        self._preparing: dict[TurnName, asyncio.Task[int]] = {}
+        self._awaited: dict[TurnName, float] = {}  # until when; `awaits`
         self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
 
     async def take_over(
@@ -99,6 +105,75 @@ class Takeover:
             finally:
                 if owner is None or begun_here:  # what began here holds its place already
                     self._places.give_back(key.name)
+
+    # -- beforehand ----------------------------------------------------------------------------
+
+    async def prepare(self, name: TurnName, *, leaving: bool) -> int:
+        """Compute the KV of a turn that runs elsewhere, so that taking it over is quick.
+
+        Args:
+            leaving: its owner says that it stops. Else somebody doubts that it lives, and the
+                engine computes nothing while others wait for it.
+
+        Returns:
+            Tokens whose KV is in the prefix cache now; 0 where there was nothing to do.
+
+        Raises:
+            Overloaded: there is no room for it here.
+        """
+        if self._turns.knows(name.session, name.turn):
+            return 0
+        if not self._places.free or (not leaving and self._deps.engine.stats().waiting):
+            raise Overloaded("This cloud has no room for one turn more.", hint="Ask another one.")
+        under_way = self._preparing.get(name)
+        if under_way is None:
+            under_way = asyncio.ensure_future(self._prefill(name))
+            self._preparing[name] = under_way
+            under_way.add_done_callback(lambda _: self._preparing.pop(name, None))
+        tokens = await under_way
+        if leaving and tokens:
+            now = self._deps.monotonic()
+            self._awaited = {one: end for one, end in self._awaited.items() if end > now}
+            self._awaited[name] = now + PREPARED_S
+        return tokens
+
+    def awaits(self, name: TurnName) -> bool:
+        """The turn was prepared here because its owner leaves, a short while ago."""
+        return self._awaited.get(name, 0.0) > self._deps.monotonic()
+
+    async def _prefill(self, name: TurnName) -> int:
+        """And once more, where the reply grew meanwhile: a take-over computes the rest."""
+        known = 0
+        for _ in range(PREPARE_ROUNDS):
+            tokens = await self._prefill_known(name)
+            if tokens - known < BLOCK_TOKENS:
+                return tokens
+            known = tokens
+        return known
+
+    async def _prefill_known(self, name: TurnName) -> int:
+        state = await self._deps.log.state(name.session)
+        turn = find_turn(state, name.turn)
+        if turn is None or turn.ended or turn.model not in ("", self._model):
+            return 0
+        earlier = state.turns[: state.turns.index(turn)]
+        prompt = await encode_prompt(self._deps, earlier, name.turn, turn.prompt, turn.context_from)
+        made = tuple(turn.tokens)
+        computed = EngineTurn(
+            turn=f"{name.turn}.prepared",
+            prompt=prompt,
+            made=made,
+            sampling=turn.sampling,
+            max_tokens=len(made) + 1,
+        )
+        outputs = self._deps.engine.submit(computed)
+        try:
+            await anext(outputs, None)
+        finally:
+            await leave(outputs)
+        return len(prompt) + len(made)
+
+    # -- taking over ---------------------------------------------------------------------------
 
     def _changing_hands(self, turn: TurnName) -> asyncio.Lock:
         """Held while a turn's epoch is raised and its owner made: two at once would fence off

@@ -88,6 +88,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         async for event in feed.read(request.from_index):
             yield to_wire(event)
 
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareReply:
+        reply: pb.PrepareReply = await self._ask("Prepare", request, request.session)
+        return reply
+
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         run = self._registry.offline_turn(named(request.session), request.turn)
         if run is not None:

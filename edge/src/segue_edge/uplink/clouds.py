@@ -124,7 +124,7 @@ class Cloud:
                 "this edge's callers for one.",
                 "Start it with --tenant-keys, too.",
             )
-        self.healthy = not facts.stalled
+        self.healthy = not (facts.stalled or facts.leaving)
         self.recipes = frozenset(facts.recipes)
         self._places = facts.places
         kv_used = 1 - facts.free_pages / facts.total_pages if facts.total_pages else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
@@ -105,8 +105,10 @@ class TurnStream:
         if self._failure is not None:
             raise self._failure
 
-    async def replies(self) -> AsyncIterator[dpb.RunReply]:
-        """What the cloud says, until it closes the stream.
+    async def replies(
+        self, prepare: Callable[[bool], Awaitable[object]] | None = None
+    ) -> AsyncIterator[dpb.RunReply]:
+        """What the cloud says, until it closes the stream. `prepare`: as of `Listening`.
 
         Raises:
             SegueError: the stream broke, or the cloud refused the turn.
@@ -118,6 +120,7 @@ class TurnStream:
                 silence_s=TURN_SILENCE_S,
                 patient=lambda: self.cloud.carries_kv,
                 others=not self.cloud.alone,
+                prepare=prepare,
             )
             async for reply in heard:
                 yield reply

@@ -58,6 +58,7 @@ _AGENT: Mapping[str, Rule] = {
     "OpenSession": _rule(_USERS, Scope.SESSION, Right.READ),
     "RunTurn": _rule(_USERS, Scope.SESSION, Right.SEND),
     "DismissTurns": _rule(_USERS, Scope.SESSION, Right.SEND),
+    "Prepare": _rule(_USERS, Scope.SESSION, Right.SEND),
     "StopTurn": _rule(_USERS, Scope.SESSION, Right.STOP),
     "Attach": _rule(_USERS, Scope.SESSION, Right.READ),
     "Read": _rule(_USERS, Scope.SESSION, Right.READ),

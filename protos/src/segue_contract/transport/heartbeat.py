@@ -6,6 +6,10 @@ cable that was pulled do not: gRPC notices them after seconds at best. So every 
 a `Heartbeat` each `HEARTBEAT_S` where nothing else was sent, from the event loop that serves it,
 and its reader gives up after `SILENCE_S` without anything; for a turn's streams it is
 `TURN_HEARTBEAT_S` and `TURN_SILENCE_S`.
+
+A peer that is about to leave says so in a heartbeat; and who said nothing for half of the time may
+be lost. Where somebody else can go on, it gets ready then, so that the change takes no longer than
+it must.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any, TypeVar
 import grpc
 
 from segue_contract.errors import Unreachable
-from segue_contract.limits import HEARTBEAT_S, SILENCE_LOOKS, SILENCE_S
+from segue_contract.limits import DOUBT_LOOKS, HEARTBEAT_S, SILENCE_LOOKS, SILENCE_S
 from segue_contract.liveness import Silence
 
 T = TypeVar("T")
@@ -28,9 +32,14 @@ EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 async def beating(
-    source: AsyncIterator[T], beat: Callable[[], T], *, every_s: float = HEARTBEAT_S
+    source: AsyncIterator[T],
+    beat: Callable[[], T],
+    *,
+    every_s: float = HEARTBEAT_S,
+    news: asyncio.Event | None = None,
 ) -> AsyncGenerator[T, None]:
-    """The items of `source`, and `beat()` after each `every_s` without one.
+    """The items of `source`, and `beat()` after each `every_s` without one; once more as soon as
+    `news` is set, for what a beat says then.
 
     `source` is read in a task of its own, and no further than this generator is.
     """
@@ -61,11 +70,20 @@ async def beating(
             left_s = every_s
         timer = loop.call_later(left_s, wake)
 
+    async def hear(news: asyncio.Event) -> None:
+        await news.wait()
+        changed.set()
+
     timer = loop.call_later(every_s, wake)
     pumping = asyncio.create_task(pump(), name="heartbeats: source")
+    hearing = asyncio.create_task(hear(news), name="heartbeats: news") if news else None
+    told = news is None
     try:
         while True:
-            if ready:
+            if not told and hearing is not None and hearing.done():
+                told = True
+                yield beat()
+            elif ready:
                 last_s = loop.time()
                 yield ready.popleft()
             elif pumping.done():
@@ -80,8 +98,10 @@ async def beating(
                 await changed.wait()
     finally:
         timer.cancel()
-        pumping.cancel()
-        await asyncio.gather(pumping, return_exceptions=True)
+        ending = [pumping, *([hearing] if hearing is not None else [])]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
 
 class Listening:
@@ -93,6 +113,9 @@ class Listening:
         patient: while it is true, a first message may take as long as it likes: the request itself
             waits on its way, behind what else this link carries.
         others: somebody else could go on: a peer whose compute hangs is as good as lost then.
+        prepare: lets somebody else get ready to go on, and returns once that is so. Called where
+            the peer says that it leaves (with True), and where it is quiet for half of
+            `silence_s` (with False), each once. After the former the call is left.
 
     Attributes:
         silent: the peer said nothing for `silence_s`, or that its compute hangs: the call was
@@ -106,8 +129,12 @@ class Listening:
         silence_s: float = SILENCE_S,
         patient: Callable[[], bool] = lambda: False,
         others: bool = False,
+        prepare: Callable[[bool], Awaitable[object]] | None = None,
     ) -> None:
         self.silent = False
+        self._prepare = prepare
+        self._preparing: dict[bool, asyncio.Task[None]] = {}
+        self._left = False
         self._others = others
         self._call = call
         self._patient = patient
@@ -133,8 +160,13 @@ class Listening:
                 message = await self._call.read()
             except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if self.silent and not (task is not None and task.cancelling()):
-                    raise self._lost() from None
+                if not (task is not None and task.cancelling()):
+                    if self.silent:
+                        raise self._lost() from None
+                    if self._left:
+                        raise Unreachable(
+                            "The other side is being stopped.", hint="Another one is ready."
+                        ) from None
                 self.cancel()
                 raise
             except BaseException:
@@ -144,10 +176,12 @@ class Listening:
                 self._waiting = False
             self._begun = True
             if message is EOF:
-                self._timer.cancel()
+                self._rest()
                 return message
             if message.WhichOneof("kind") != "heartbeat":
                 return message
+            if message.heartbeat.leaving:
+                self._doubt(True)
             if message.heartbeat.stalled and self._others:
                 self.silent = True
                 self.cancel()
@@ -162,8 +196,28 @@ class Listening:
 
     def cancel(self) -> None:
         """Leave the call."""
-        self._timer.cancel()
+        self._rest()
         self._call.cancel()
+
+    def _rest(self) -> None:
+        self._timer.cancel()
+        for task in self._preparing.values():
+            task.cancel()
+
+    def _doubt(self, leaving: bool) -> None:
+        if self._prepare is None or leaving in self._preparing or True in self._preparing:
+            return
+        task = self._loop.create_task(self._get_ready(self._prepare, leaving), name="prepare")
+        self._preparing[leaving] = task
+
+    async def _get_ready(self, prepare: Callable[[bool], Awaitable[object]], leaving: bool) -> None:
+        try:
+            await prepare(leaving)
+        except Exception:  # nobody is ready: this call is read to its end, as ever
+            return
+        if leaving:
+            self._left = True
+            self._call.cancel()
 
     def _look(self) -> None:
         listening = self._waiting and (self._begun or not self._patient())
@@ -171,6 +225,8 @@ class Listening:
             self.silent = True
             self._call.cancel()
             return
+        if listening and self._silence.looks == DOUBT_LOOKS:
+            self._doubt(False)
         self._timer = self._loop.call_later(self._pause_s, self._look)
 
     def _lost(self) -> Unreachable:

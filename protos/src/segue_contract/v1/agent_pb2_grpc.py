@@ -49,6 +49,11 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/segue.v1.Agent/Prepare',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.PrepareReply.FromString,
+                _registered_method=True)
         self.StopTurn = channel.unary_unary(
                 '/segue.v1.Agent/StopTurn',
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.StopTurnRequest.SerializeToString,
@@ -131,6 +136,14 @@ class AgentServicer(object):
     def DismissTurns(self, request, context):
         """The device has told its user that the log refused these offline turns of its own for good: the
         edge that kept them for it forgets them. Idempotent; the cloud keeps none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Whoever served a running turn leaves, or may be lost: compute its KV here, so that a take-over is
+        quick. Returns once that is done; the turn stays with its owner. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,6 +250,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.DismissTurns,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.PrepareRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.PrepareReply.SerializeToString,
             ),
             'StopTurn': grpc.unary_unary_rpc_method_handler(
                     servicer.StopTurn,
@@ -380,6 +398,33 @@ class Agent(object):
             '/segue.v1.Agent/DismissTurns',
             segue__contract_dot_v1_dot_agent__pb2.DismissTurnsRequest.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.DismissTurnsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/Prepare',
+            segue__contract_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.PrepareReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -131,6 +131,7 @@ class CloudFacts(_message.Message):
     PLACES_FIELD_NUMBER: _builtins.int
     TOTAL_PAGES_FIELD_NUMBER: _builtins.int
     AUTHENTICATES_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     queue_s: _builtins.float
     prefill_tokens_per_s: _builtins.float
@@ -147,6 +148,8 @@ class CloudFacts(_message.Message):
     """Of the KV pool; `free_pages` counts those too that hold what no turn uses now."""
     authenticates: _builtins.bool
     """Callers are known there, by tokens and certificates."""
+    leaving: _builtins.bool
+    """It is being stopped: other instances come first."""
     @_builtins.property
     def recipes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The KV recipe digests that the cloud's engine accepts."""
@@ -167,10 +170,11 @@ class CloudFacts(_message.Message):
         places: _builtins.int = ...,
         total_pages: _builtins.int = ...,
         authenticates: _builtins.bool = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authenticates", b"authenticates", "decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "held_turns", b"held_turns", "instance", b"instance", "places", b"places", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "stalled", b"stalled", "total_pages", b"total_pages", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authenticates", b"authenticates", "decode_step_s", b"decode_step_s", "free_pages", b"free_pages", "held_turns", b"held_turns", "instance", b"instance", "leaving", b"leaving", "places", b"places", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_s", b"queue_s", "recipes", b"recipes", "running_turns", b"running_turns", "stalled", b"stalled", "total_pages", b"total_pages", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
@@ -26,6 +26,7 @@ from segue_edge.uplink.stream import TurnStream
 _LINK_BOUND = 0.7
 
 Emit = Callable[[s.Signal], None]
+Prepare = Callable[[bool], Awaitable[object]]  # as of `Listening`
 
 
 class CloudLink:
@@ -43,6 +44,7 @@ class CloudLink:
         spec: dpb.TurnSpec,
         emit: Emit,
         measure: Measure,
+        prepare: Prepare | None = None,
     ) -> None:
         self.cloud = cloud
         self.stream = stream
@@ -51,11 +53,12 @@ class CloudLink:
         self._spec = spec
         self._emit = emit
         self._measure = measure
+        self._prepare = prepare
 
     async def run(self) -> None:
         try:
             async with self.stream:
-                replies = self.stream.replies()
+                replies = self.stream.replies(self._prepare)
                 if self._spec.takeover:
                     self._take(await _soon(replies))
                 async for message in replies:
@@ -127,7 +130,14 @@ async def _soon(replies: AsyncIterator[dpb.RunReply]) -> dpb.RunReply:
         raise Unreachable("The cloud closed the turn's stream at once.") from error
 
 
-async def follow(number: int, cloud: Cloud, asked: Asked, from_index: int, emit: Emit) -> None:
+async def follow(
+    number: int,
+    cloud: Cloud,
+    asked: Asked,
+    from_index: int,
+    emit: Emit,
+    prepare: Prepare | None = None,
+) -> None:
     """The turn as the log has it, read through `cloud`: signals, and at last how it broke.
 
     A further attempt (`number` 2 and beyond) says that the cloud before was lost.
@@ -144,6 +154,7 @@ async def follow(number: int, cloud: Cloud, asked: Asked, from_index: int, emit:
             silence_s=TURN_SILENCE_S,
             patient=lambda: cloud.carries_kv,
             others=not cloud.alone,
+            prepare=prepare,
         )
         try:
             async for message in heard:

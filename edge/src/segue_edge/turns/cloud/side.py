@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import structlog
 
 from segue_contract.errors import Overloaded, SegueError, Unreachable
+from segue_contract.ids import SessionName
 from segue_contract.kv.layout import BLOCK_TOKENS
 from segue_contract.plan import Shape
 from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.turns.cloud import successor
 from segue_edge.turns.cloud.link import CloudLink, Emit, follow
 from segue_edge.turns.cloud.spec import Sent, TurnFacts, run_request, turn_spec
 from segue_edge.turns.compute.tools import EdgeTools
@@ -39,6 +42,7 @@ class CloudSide:
         self._emit = emit
         self._link: CloudLink | None = None
         self._round: Iterator[Cloud] = iter(())
+        self._ready: Cloud | None = None  # the one that prepared the turn last
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -62,7 +66,9 @@ class CloudSide:
         match wanted:
             case s.Follow():
                 asked = self._facts.asked
-                following = follow(wanted.link, cloud, asked, wanted.from_index, self._emit)
+                following = follow(
+                    wanted.link, cloud, asked, wanted.from_index, self._emit, self._prepare
+                )
                 self._spawn(following, "follow")
             case s.TakeOver():
                 self._take_over(wanted, cloud)
@@ -98,7 +104,9 @@ class CloudSide:
 
     def _start(self, number: int, cloud: Cloud, spec: dpb.TurnSpec, measure: Measure) -> CloudLink:
         stream = TurnStream(cloud, spec, self._clouds.pacer, self._facts.asked.token)
-        link = self._link = CloudLink(number, cloud, stream, spec, self._emit, measure)
+        # Where this edge makes the whole reply, another cloud has nothing to compute.
+        prepare = self._prepare if spec.shape != Shape.EDGE.value else None
+        link = self._link = CloudLink(number, cloud, stream, spec, self._emit, measure, prepare)
         self._spawn(link.run(), "link")
         return link
 
@@ -107,10 +115,22 @@ class CloudSide:
         if isinstance(wanted, s.Open):
             return self._facts.begun.cloud
         if isinstance(wanted, s.Follow):
-            return next(iter(self._clouds.ranked(session)), None)
+            return next(self._in_order(session), None)
         if wanted.fresh:
-            self._round = iter(self._clouds.ranked(session))
+            self._round = self._in_order(session)
         return next(self._round, None)
+
+    def _in_order(self, session: SessionName) -> Iterator[Cloud]:
+        """As ranked, but for the one that is ready for this turn."""
+        ranked = self._clouds.ranked(session)
+        ready, self._ready = self._ready, None
+        first = [ready] if ready is not None and ready.healthy else []
+        return itertools.chain(first, (one for one in ranked if one not in first))
+
+    async def _prepare(self, leaving: bool) -> None:
+        self._ready = await successor.prepare(
+            self._clouds, self.cloud, self._facts.asked, leaving=leaving
+        )
 
     def _take_over(self, wanted: s.TakeOver, cloud: Cloud) -> None:
         """With the prompt's KV where all of it is still in this node's cache."""
