@@ -273,6 +273,7 @@ class EngineThread:
         self._usual.took(seconds)
         decode_rows = sum(work.count == 1 and work.samples for work in step.works)
         self.rates.observe(step.tokens - decode_rows, decode_rows, seconds)
+        self.scheduler.fair.times.observe(decode_rows, step.tokens - decode_rows, seconds)
         if self.tier is not None:
             self.tier.stepped(seconds)
         self._publish_stats()

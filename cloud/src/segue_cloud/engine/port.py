@@ -19,6 +19,7 @@ class EngineTurn:
     edge's first token and bridge); the engine goes on at reply index `len(made)`.
     `prompt_blocks`: ids of the prompt's full 64-token blocks under the edge's recipe, in order;
     empty where only the engine's own recipe applies. `max_tokens` counts `made` as well.
+    `tenant`, `weight`: whose turn it is, and how large a part of the engine that tenant may claim.
     """
 
     turn: str
@@ -28,6 +29,8 @@ class EngineTurn:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 256
     end_tokens: frozenset[int] = frozenset()
+    tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ order of arrival, while the pool has room for all that running turns know, under
 what their replies will probably add. Where they add more, the youngest turn gives its pages back
 and computes them again later; the cache usually still holds most of them. The oldest turn never
 waits for another one.
+
+That is how it is within one tenant. Where several have turns, `fair` says how many of each may be
+in a step, the oldest of each; further ones wait, or rest with their pages until those are wanted.
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.fair import FairShare
 from segue_cloud.engine.placement import ALL, Placement, Reach, Recipes
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.sequence import Sequence
+from segue_cloud.engine.tenants import MIN_SHARE, Tenants
 
 # Stands for a token that a running step is about to sample.
 PENDING = -1
-# A prompt's smallest share of a step: below it the fixed cost of a step outweighs the fairness.
-_MIN_SHARE = 64
 # Share of its allowed tokens that a reply is taken to use: the first guess, the weight of the
 # newest reply, and what a preemption adds, since it shows that the guess was too low.
 _REPLY_SHARE, _NEW, _RAISE = 0.5, 0.1, 0.25
@@ -50,13 +53,17 @@ _REPLY_SHARE, _NEW, _RAISE = 0.5, 0.1, 0.25
 class SchedulerLimits:
     """`step_tokens` bounds a step, `mixed_tokens` the prompt tokens of one that also decodes.
 
-    The second is smaller because every decoding turn waits for the step to end.
+    The second is smaller because every decoding turn waits for the step to end. `fair_turns`,
+    `fair_growth`: see `FairShare`; four are a person's conversations at once, and twice the
+    growth, of rows and of prompts, is well below the tenth that a flood may cost others.
     """
 
     max_batch: int = 128
     step_tokens: int = 512
     mixed_tokens: int = 256
     context: int = 8192
+    fair_turns: int = 4
+    fair_growth: float = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._turns: dict[str, Sequence] = {}
+        self.fair = FairShare(limits.fair_turns, limits.fair_growth)
+        self._tenants = Tenants(self.fair)
         self._arrivals = 0
         self._reply_share = _REPLY_SHARE
         self.prefix_hit_tokens = 0
@@ -143,6 +152,7 @@ class Scheduler:
         sequence = Sequence.of(turn, self._arrivals)
         self._turns[turn.turn] = sequence
         self._waiting.append(sequence)
+        self._tenants.came(turn)
         return None
 
     def cancel(self, turn: str) -> bool:
@@ -152,8 +162,10 @@ class Scheduler:
             return False
         if sequence in self._running:
             self._running.remove(sequence)
+            self._tenants.stopped(sequence.turn)
         else:
             self._waiting.remove(sequence)
+        self._tenants.left(sequence.turn)
         self._place.release(sequence)
         return True
 
@@ -162,14 +174,20 @@ class Scheduler:
     def schedule(self) -> Step:
         """Plan the next step and reserve its pages; an empty step means there is nothing to do."""
         limits = self.limits
-        decodes = any(s.decoding and not self._full(s) for s in self._running)
+        tenants = self._tenants
+        tenants.plan(limits.max_batch)
+        active = tenants.active(self._running)
+        decodes = any(s.decoding and not self._full(s) for s in active)
         budget = limits.mixed_tokens if decodes else limits.step_tokens
-        self._admit(budget)
-        counts = self._share([s for s in self._running if not s.decoding], budget)
+        if self._waiting:
+            self._admit(active, budget)
+            tenants.lend(self._running)
+            active = tenants.active(self._running)
+        counts = tenants.share(active, budget, decodes)
         works: list[Work] = []
         prompts: list[Work] = []
         # Oldest first: whoever is preempted comes later in this list, so that no work is undone.
-        for sequence in list(self._running):
+        for sequence in active:
             count = counts.get(sequence, 0)
             if sequence.decoding:
                 count = 0 if self._full(sequence) else 1
@@ -192,6 +210,7 @@ class Scheduler:
         """Count a step as done, its tokens as `PENDING`; `end` must follow before the next one."""
         for work in step.works:
             work.sequence.computed += work.count
+            self._tenants.computed(work.sequence.turn, work.count)
             if work.samples:
                 work.sequence.tokens.append(PENDING)
 
@@ -258,41 +277,59 @@ class Scheduler:
         if sequence not in self._running:
             return False  # preempted for an older one a moment ago
         while not self._place.grow(sequence, tokens):
-            victim = self._running[-1]
+            victim = self._tenants.resting(self._running) or self._running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Pages go back; it waits again, before the other waiting turns of its tenant."""
         self._running.remove(sequence)
+        self._tenants.stopped(sequence.turn)
         self._place.release(sequence)
         sequence.preempted += 1
         self.preemptions += 1
-        self._reply_share = min(1.0, self._reply_share + _RAISE)
+        if not self._tenants.several:
+            self._reply_share = min(1.0, self._reply_share + _RAISE)
         self._waiting.appendleft(sequence)
 
-    def _admit(self, budget: int) -> None:
+    def _admit(self, active: list[Sequence], budget: int) -> None:
         """Move turns from waiting to running, in order, while each gets its smallest share."""
-        if not self._waiting:
-            return
-        wanted = sum(min(s.uncomputed, _MIN_SHARE) for s in self._running if not s.decoding)
-        pages = [self._pages_of(s, s.shared_pages) for s in self._running]
-        known = self._place.pages_pinned + sum(map(self._to_come, self._running))
-        while self._waiting and len(self._running) < self.limits.max_batch and wanted < budget:
-            sequence = self._waiting[0]
-            matched = self._place.match(sequence)
-            shared = PAGES_PER_BLOCK * sum(not self.pool.is_idle(block) for block in matched)
-            pages.append(self._pages_of(sequence, shared))
-            known += pages[-1][0]
-            # Pages that nobody brought along as his own: a prefix whose first owner has left.
-            common = max(0, known - sum(own for own, _ in pages))
-            fits = common + peak_demand(pages) <= self.pool.pages_total
-            if self._running and not (fits and known <= self.pool.target_pages):
-                return
+        wanted = sum(min(s.uncomputed, MIN_SHARE) for s in active if not s.decoding)
+        pages, known = self._pages_taken()
+        while wanted < budget and (sequence := self._tenants.next(self._waiting)) is not None:
+            fits = len(self._running) < self.limits.max_batch
+            if fits:
+                matched = self._place.match(sequence)
+                shared = PAGES_PER_BLOCK * sum(not self.pool.is_idle(one) for one in matched)
+                own = self._pages_of(sequence, shared)
+                fits = not self._running or self._fits([*pages, own], known + own[0])
+            if not fits:
+                resting = self._tenants.resting(self._running)
+                if resting is None:
+                    return
+                self._preempt(resting)
+                pages, known = self._pages_taken()
+                continue
+            pages.append(own)
+            known += own[0]
             sequence.shared_pages = shared
             self._start(sequence, matched)
-            wanted += min(sequence.uncomputed, _MIN_SHARE)
+            wanted += min(sequence.uncomputed, MIN_SHARE)
+
+    def _fits(self, pages: list[tuple[int, int]], known: int) -> bool:
+        """Turns that have `pages` can run together, in all of `known` pages now."""
+        # Pages that nobody brought along as his own: a prefix whose first owner has left.
+        common = max(0, known - sum(own for own, _ in pages))
+        return (
+            common + peak_demand(pages) <= self.pool.pages_total and known <= self.pool.target_pages
+        )
+
+    def _pages_taken(self) -> tuple[list[tuple[int, int]], int]:
+        """Of running turns: `_pages_of` each, and all that they know."""
+        pages = [self._pages_of(s, s.shared_pages) for s in self._running]
+        return pages, self._place.pages_pinned + sum(map(self._to_come, self._running))
 
     def _known_pages(self, sequence: Sequence) -> int:
         return self.peak_pages(len(sequence.tokens))
@@ -313,23 +350,13 @@ class Scheduler:
         if not sequence.preempted:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
             self.prefix_hit_tokens += sequence.cached_tokens
-        self._waiting.popleft()
+        if self._waiting[0] is sequence:
+            self._waiting.popleft()
+        else:
+            self._waiting.remove(sequence)
+        self._tenants.began(sequence.turn)
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
-
-    def _share(self, prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
-        """Share `budget` tokens among prompts: an equal part each, the rest to the oldest."""
-        share = max(_MIN_SHARE, budget // max(1, len(prompts)))
-        counts: dict[Sequence, int] = {}
-        left = budget
-        for sequence in prompts:
-            counts[sequence] = min(sequence.uncomputed, share, left)
-            left -= counts[sequence]
-        for sequence in prompts:
-            more = min(sequence.uncomputed - counts[sequence], left)
-            counts[sequence] += more
-            left -= more
-        return counts
 
     def check_integrity(self) -> None:
         """Assert that pages, references and queues agree with each other."""
@@ -339,6 +366,7 @@ class Scheduler:
         assert held >= self._place.pages_pinned, "somebody else holds pages"
         arrivals = [s.arrival for s in self._running]
         assert arrivals == sorted(arrivals), "running turns are kept in order of arrival"
+        self._tenants.check_integrity(list(self._turns.values()), self._running)
         for sequence in self._turns.values():
             sequence.check_integrity()
         assert all(not s.pages for s in self._waiting), "a waiting turn holds no pages"

@@ -68,6 +68,7 @@ class OwnerDeps:
     now_ms: Callable[[], int]
     monotonic: Callable[[], float]
     limits: TurnLimits = TurnLimits()
+    weight: Callable[[str], float] = lambda tenant: 1.0  # of a tenant, in the engine's batch
 
 
 class TurnOwner:
@@ -297,6 +298,8 @@ class TurnOwner:
             sampling=spec.sampling,
             max_tokens=max_tokens,
             end_tokens=deps.end_tokens,
+            tenant=spec.key.session.tenant,
+            weight=deps.weight(spec.key.session.tenant),
         )
         return await decode(
             deps.engine,
