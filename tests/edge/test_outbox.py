@@ -47,7 +47,8 @@ async def test_a_fault_in_a_delivery_keeps_the_turn() -> None:
 
 
 async def test_only_what_is_said_of_the_turn_itself_refuses_it_for_good() -> None:
-    passing = (Internal("A fault."), StaleEpoch("Not here."), ModelMismatch("Other weights."))
+    rate = QuotaExceeded("Too many tokens.", retry_after_s=30.0)  # it passes by itself
+    passing = (Internal("A fault."), StaleEpoch("Not here."), ModelMismatch("Other."), rate)
     errors = iter([*passing, QuotaExceeded("The session is full."), None])
     refused: list[str] = []
 

@@ -16,6 +16,7 @@ from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
+from segue_cloud.tenants.usage import TenantUsage
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_contract.chat import ChatTokenizer
@@ -54,6 +55,7 @@ async def cloud_rpc(
     limits: TurnLimits = TurnLimits(),
     folds: bool = True,
     gate: Gate | None = None,
+    usage: TenantUsage | None = None,
     **listener: Any,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
@@ -85,14 +87,16 @@ async def cloud_rpc(
             limits=limits,
         )
         manager = TurnManager(
-            deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns
-        )
+            deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns,
+            usage=usage,
+        )  # fmt: skip
         agent = AgentService(
             Identity("cloud-1", manifest.name, lambda: mqtt_url, context),
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
             **({} if publisher is None else {"live_key": publisher.keys.of}),
+            usage=usage,
         )
         facts = FactsSource(
             engine,

@@ -26,6 +26,8 @@ from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
+from segue_cloud.tenants.quotas_file import quotas_of
+from segue_cloud.tenants.usage import TenantUsage
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.recovery import recovering
@@ -110,6 +112,8 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         authenticated=tokens is not None,
     )
     gate = Gate(settings.tenant, tokens)
+    quotas = quotas_of(settings.quotas, keyed=tokens is not None)
+    usage = TenantUsage(quotas, time.monotonic)
     login = settings.broker_login
     if settings.public_mqtt_url:
         parse_mqtt_url(settings.public_mqtt_url)
@@ -146,6 +150,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         vocab=manifest.geometry.vocab,
         now_ms=lambda: time.time_ns() // 1_000_000,
         monotonic=time.monotonic,
+        weight=usage.weight,
     )
     running = store.running_turns(manifest.name)
     manager = TurnManager(
@@ -154,6 +159,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         model=manifest.name,
         weights=manifest.weights_digest,
         max_turns=settings.max_turns,
+        usage=usage,
     )
     await stack.enter_async_context(recovering(manager, running))
     identity = Identity(
@@ -168,6 +174,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         session_log,
         publishing=lambda: publisher.publishing,
         live_key=publisher.keys.of,
+        usage=usage,
     )
     facts = FactsSource(engine, manager, manifest, instance, authenticates=gate.authenticates)
     decode = DecodeService(manager, session_log, engine, manifest, facts)

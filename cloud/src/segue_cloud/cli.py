@@ -86,6 +86,10 @@ def cloud(
     max_turns: Annotated[
         int | None, typer.Option(help="Turns served or waiting, beyond which it refuses.")
     ] = None,
+    quotas: Annotated[
+        Path | None,
+        typer.Option(help="File of what each tenant may have, and its weight; docs/security.md."),
+    ] = None,
     session_ttl: Annotated[
         float | None,
         typer.Option(help="Days without any use after which a session is deleted; 0: never."),

@@ -71,6 +71,7 @@ class CloudSettings(TlsSettings):
     sinks: int = Field(4, ge=0)  # first tokens that stay in sight of a window
     tensor_parallel: int = Field(1, ge=1, le=MAX_RANKS)  # processes that share the model
     max_turns: int = Field(MAX_TURNS_PER_CLOUD, ge=1, le=65536)
+    quotas: Path | None = None  # None: the usual ones beside tenant_keys, else none
     session_ttl: float = Field(0.0, ge=0.0, le=36500.0)  # days without use; 0: kept for ever
     metrics_port: int = Field(0, ge=0, le=65535)  # 0: no metrics listener
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

@@ -229,6 +229,16 @@ BAD_TOKEN_KEPT_S: Final = 5.0  # a key may be added meanwhile, or its time may c
 MAX_TENANT_KEYS: Final = 10_000  # some 2 MiB of file, and read at once
 MAX_KEY_FILE_BYTES: Final = 4 * MIB
 
+# -- tenants ----------------------------------------------------------------------------------
+QUOTA_BURST_S: Final = 10.0  # a rate of ops or bytes may be saved up for so long: an app that syncs
+QUOTA_TOKENS_BURST_S: Final = 60.0  # and one of tokens: a minute's worth at once
+QUOTA_DEVICE_S: Final = 600.0  # a device counts as in use for so long after it opened a session
+QUOTA_RETRY_S: Final = 1.0  # to ask again where something has to end first
+QUOTA_SESSIONS_S: Final = 5.0  # a tenant's sessions are counted again after so long
+MIN_TENANT_WEIGHT: Final = 0.01  # beside the largest, a token in ten thousand: it still goes on
+MAX_TENANT_WEIGHT: Final = 100.0
+PLACE_CLAIM_S: Final = 2.0  # who was refused a place and does not ask again by then has given up
+
 # -- real servers as child processes ----------------------------------------------------------
 PORT_ATTEMPTS: Final = 8  # a free port may be taken between the look and the bind
 CHILD_LOG_LINES: Final = 200  # its last words, for an error message
@@ -290,6 +300,24 @@ class SessionQuotas:
     values: int = 4096  # names; a value that is set anew takes nothing more
     docs: int = 1024  # names
     kept_ops: int = 262_144  # updates of docs, claims and results of tool calls: folding keeps each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantQuotas:
+    """What one tenant may have, and its part where several want more than there is.
+
+    Wide: they stop what runs away, not what is used. inf: no bound. Each cloud counts by itself,
+    but for sessions.
+    """
+
+    weight: float = 1.0  # of its turns in the engine and among the places, beside other tenants'
+    sessions: float = 100_000  # in the store: with what each may hold, the bound of all its bytes
+    devices: float = 10_000  # that opened a session within QUOTA_DEVICE_S
+    attaches: float = 10_000  # streams that follow a session
+    turns: float = MAX_TURNS_PER_CLOUD  # begun and not ended; fewer for one that must not fill it
+    ops_per_s: float = 1000.0  # that devices append: some hundred people that draw at once
+    bytes_per_s: float = 8.0 * MIB  # of them
+    tokens_per_min: float = 2_000_000.0  # of prompts and replies: more than a large card makes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

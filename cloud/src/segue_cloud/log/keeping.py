@@ -66,6 +66,10 @@ class SessionKeeping:
         """As the store's keeper."""
         return await self._store.keeper.list_sessions(tenant, max_sessions, after)
 
+    async def count(self, tenant: str) -> int:
+        """As the store's keeper."""
+        return await self._store.keeper.count(tenant)
+
     async def deleted(self, sessions: list[SessionName]) -> set[SessionName]:
         """Those that are not there because they were deleted lately."""
         return await self._store.deleted(sessions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.rpc.revoking import caller_bearer, tell
 from segue_cloud.sessions.port import LogOp, Producer, Status
+from segue_cloud.tenants.sessions import SessionQuota
+from segue_cloud.tenants.usage import TenantUsage, unlimited
 from segue_cloud.turns.manager import Begun, TurnManager
 from segue_contract.checks import check_tails
 from segue_contract.errors import (
@@ -71,10 +74,14 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         *,
         publishing: Callable[[], bool] = lambda: True,
         live_key: Callable[[SessionName, int], Awaitable[bytes]] = _no_key,
+        usage: TenantUsage | None = None,
     ) -> None:
         """`publishing`: whether the broker takes what is appended here, now. `live_key`: of what is
-        published of a session in a generation."""
-        super().__init__(log.keeping)
+        published of a session in a generation. `usage`: what tenants may have, and use; without it
+        they have no quotas."""
+        self._usage = usage or unlimited(time.monotonic)
+        self._sessions = SessionQuota(self._usage, log.keeping.count, time.monotonic)
+        super().__init__(log.keeping, self._sessions)
         self._identity = identity
         self._publishing = publishing
         self._live_key = live_key
@@ -92,14 +99,23 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 f"This node serves {me.model}, not {request.model}.",
                 hint="Leave the model out, or ask a node that serves it.",
             )
-        opened = await self._log.open_session(
-            session,
-            must_exist=request.must_exist or not may_create(caller()),
-            device=device,
-            producer=check_id(request.producer, "producer") if request.producer else "",
-            after_generation=min(request.known_generation, MAX_COUNT),
-            bearer=caller_bearer(),
-        )
+        producer = check_id(request.producer, "producer") if request.producer else ""
+        self._usage.device(session.tenant, device)
+        makes = may_create(caller()) and not request.must_exist
+        reached = await self._sessions.reached(session.tenant) if makes else None
+        try:
+            opened = await self._log.open_session(
+                session,
+                must_exist=not makes or reached is not None,
+                device=device,
+                producer=producer,
+                after_generation=min(request.known_generation, MAX_COUNT),
+                bearer=caller_bearer(),
+            )
+        except UnknownSession as error:
+            raise (reached or error) from None
+        if opened.created:
+            self._sessions.made(session.tenant)
         return pb.OpenSessionReply(
             session=session.session,
             tail=cursor_message(opened.tail),
@@ -211,14 +227,15 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         await self._check_device(session, request.device)
         after = _cursor(request.after)
         resumed = after if request.resume and after.offset else None
-        async with self._log.follow(session, resumed) as following:
-            async for item in following:
-                if item.snapshot is not None:
-                    async for part in snapshot_parts(item.snapshot, item.lost_from):
-                        yield pb.AttachEvent(snapshot=part)
-                if item.snapshot is None or item.entries:
-                    entries = [entry_message(entry) for entry in item.entries]
-                    yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
+        with self._usage.attached(session.tenant):
+            async with self._log.follow(session, resumed) as following:
+                async for item in following:
+                    if item.snapshot is not None:
+                        async for part in snapshot_parts(item.snapshot, item.lost_from):
+                            yield pb.AttachEvent(snapshot=part)
+                    if item.snapshot is None or item.entries:
+                        entries = [entry_message(entry) for entry in item.entries]
+                        yield pb.AttachEvent(entries=pb.EntryBatch(entries=entries))
 
     async def Read(self, request: pb.ReadRequest, context: Any) -> pb.ReadReply:
         session = named(request.session)
@@ -249,6 +266,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 raise InvalidArgument(
                     "A device may append in its own name only.", hint="Leave the op's device out."
                 )
+        self._usage.append(session.tenant, len(ops), sum(len(one.data) for one in ops))
         producer = Producer(
             check_id(request.producer, "producer"),
             request.epoch,

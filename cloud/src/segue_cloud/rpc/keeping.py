@@ -8,6 +8,7 @@ from typing import Any
 
 from segue_cloud.log.keeping import SessionKeeping
 from segue_cloud.rpc.convert import cursor_message
+from segue_cloud.tenants.sessions import SessionQuota
 from segue_contract.errors import DeadlineExceeded, InvalidArgument
 from segue_contract.limits import (
     EXPORT_PART_BYTES,
@@ -22,8 +23,9 @@ from segue_contract.v1 import agent_pb2 as pb
 class KeepingRpc:
     """Mixed into the service; see agent.proto."""
 
-    def __init__(self, keeping: SessionKeeping) -> None:
+    def __init__(self, keeping: SessionKeeping, quota: SessionQuota) -> None:
         self._keeping = keeping
+        self._quota = quota
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Any
@@ -77,6 +79,9 @@ class KeepingRpc:
         if first is None:
             raise InvalidArgument("An import begins with the session's name.")
         session = named(first.session)
+        reached = await self._quota.reached(session.tenant)
+        if reached is not None:
+            raise reached
         tail, turns = await self._keeping.import_(session, _data(first, parts))
         return pb.ImportSessionReply(
             session=session.session, tail=cursor_message(tail), turns=turns

@@ -160,6 +160,10 @@ class SessionKeeper:
 
     # -- inside -------------------------------------------------------------------------------
 
+    async def count(self, tenant: str) -> int:
+        (found,) = await self._wire.call(("ZCARD", index_key(tenant)))
+        return int(found)
+
     async def _page(self, tenant: str, most: int, after: str) -> tuple[list[str], str]:
         """Names behind the place `after`, newest first, and the place behind the last of them.
 

@@ -64,6 +64,10 @@ class Keeping(Protocol):
         """
         ...
 
+    async def count(self, tenant: str) -> int:
+        """The tenant's sessions."""
+        ...
+
     async def summary(self, session: SessionName) -> SessionSummary | None: ...
 
     async def delete(self, session: SessionName, idle_s: float | None = None) -> Deleted:

@@ -22,6 +22,7 @@ from segue_cloud.turns.prompts import prompt_begins
 from segue_contract.errors import (
     DeadlineExceeded,
     Overloaded,
+    QuotaExceeded,
     SegueError,
     SessionBusy,
     TurnCancelled,
@@ -29,7 +30,7 @@ from segue_contract.errors import (
     UnknownSession,
 )
 from segue_contract.identity.rights import access_revoked
-from segue_contract.ids import SessionName
+from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     MAX_TURNS_WAITING_PER_SESSION,
     ORPHAN_PATIENCE_S,
@@ -50,6 +51,7 @@ class SessionClaims:
         model, weights: name and digest written into turn_started.
         recover: finishes a turn of a session whose owner died, if there is one and room for it.
         overloaded: the error for a turn that finds no room.
+        check_quota: raises QuotaExceeded where a turn's tenant may begin no more, for now.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SessionClaims:
         weights: str,
         recover: Callable[[SessionName], Awaitable[bool]],
         overloaded: Callable[[], Overloaded],
+        check_quota: Callable[[TurnName], None] = lambda turn: None,
     ) -> None:
         self._deps = deps
         self._places = places
@@ -70,6 +73,7 @@ class SessionClaims:
         self._weights = weights
         self._recover = recover
         self._overloaded = overloaded
+        self._check_quota = check_quota
         self._waiting: dict[SessionName, set[asyncio.Future[None]]] = {}
 
     @property
@@ -88,7 +92,7 @@ class SessionClaims:
         already is said to be. A turn that begins holds a place from then on.
 
         Raises:
-            SessionBusy, Overloaded, DeadlineExceeded, StoreUnavailable.
+            SessionBusy, Overloaded, QuotaExceeded, DeadlineExceeded, StoreUnavailable.
             TurnConflict: the id was used for something else.
             TurnCancelled: it was stopped while it waited.
             Revoked: its device was revoked meanwhile.
@@ -115,10 +119,11 @@ class SessionClaims:
     async def _try(self, request: TurnRequest) -> TurnClaim:
         """Begin the turn if its session is free and there is room: OK or BUSY."""
         name, digest = request.name, request.digest
-        if not self._places.take(name):
+        refused = self._refused(name)
+        if refused is not None:
             claim = await self._stand(request, "look")
             if _checked(claim, request).status is Status.OK and not claim.known:
-                raise self._overloaded()
+                raise refused
             return claim
         begun = False
         try:
@@ -138,6 +143,14 @@ class SessionClaims:
         finally:
             if not begun:
                 self._places.give_back(name)
+
+    def _refused(self, turn: TurnName) -> Overloaded | QuotaExceeded | None:
+        """Why there is no place for the turn here; None: it has one now."""
+        try:
+            self._check_quota(turn)
+        except QuotaExceeded as error:
+            return error
+        return None if self._places.take(turn) else self._overloaded()
 
     async def _opening(self, request: TurnRequest) -> tuple[Op, ...]:
         """The turn's first ops, with what the model will see, by the log as it is now."""
@@ -165,8 +178,10 @@ class SessionClaims:
                         return claim
                     try:
                         claim = await self._try(request)
-                    except Overloaded:
-                        pass  # it keeps its place in the session until there is room here
+                    except (Overloaded, QuotaExceeded) as error:
+                        # It keeps its place in the session until there is room here.
+                        if "retry_after_s" not in error.fields:
+                            raise
                     else:
                         if claim.status is Status.OK:
                             return claim

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 
 from segue_cloud.sessions.port import TurnHold
+from segue_cloud.tenants.usage import TenantUsage, unlimited
 from segue_cloud.turns.claims import SessionClaims
 from segue_cloud.turns.opening import TurnRequest
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
@@ -69,6 +70,7 @@ class TurnManager:
     Args:
         model, weights: name and digest written into turn_started.
         max_turns: turns begun and not ended, beyond which `begin` refuses.
+        usage: what tenants may have, and use; without it they have no quotas, and equal weights.
 
     Attributes:
         leaving: set once this instance is being stopped.
@@ -82,10 +84,12 @@ class TurnManager:
         model: str,
         max_turns: int,
         weights: str = "",
+        usage: TenantUsage | None = None,
     ) -> None:
         self._deps = deps
         self._running = running
-        self.places = Places(max_turns)
+        self._usage = usage or unlimited(deps.monotonic)
+        self.places = Places(max_turns, self._usage.weight, deps.monotonic)
         self._takeover = Takeover(deps, self, self.places, running, model=model)
         self._claims = SessionClaims(
             deps,
@@ -95,6 +99,7 @@ class TurnManager:
             weights=weights,
             recover=self._takeover.recover,
             overloaded=self._overloaded,
+            check_quota=self._check_quota,
         )
         self._owners: dict[TurnName, TurnOwner] = {}
         self._begun: dict[TurnName, Begun] = {}
@@ -132,6 +137,7 @@ class TurnManager:
         Raises:
             Overloaded, SessionBusy, DeadlineExceeded, StoreUnavailable, TurnConflict,
             TurnCancelled, Revoked.
+            QuotaExceeded: its tenant has too many turns or tokens; nothing was written.
         """
         self._check_serving()
         under_way = self._beginning.get(request.name)
@@ -159,6 +165,12 @@ class TurnManager:
         self._check_serving()
         if not self.places.take(turn):
             raise self._overloaded()
+
+    def _check_quota(self, turn: TurnName) -> None:
+        """Raises QuotaExceeded where its tenant may begin no more, for now."""
+        if not self.places.holds(turn):
+            tenant = turn.session.tenant
+            self._usage.turn(tenant, self.places.of(tenant))
 
     def _check_serving(self) -> None:
         if self._deps.engine.died.is_set():
@@ -265,6 +277,7 @@ class TurnManager:
         if known is not None:
             return known
         owner = TurnOwner(spec, self._deps)
+        self._usage.computed(spec.key.session.tenant, len(spec.prompt))
         self._owners[key] = owner
         self._begun.pop(key, None)
         self._spawn(self._run(key, owner), f"turn {spec.key.turn}")
@@ -274,6 +287,8 @@ class TurnManager:
         try:
             await owner.run()
         finally:
+            made = owner.next_index - len(owner.spec.made)
+            self._usage.computed(key.session.tenant, made)
             if self._owners.get(key) is owner:
                 del self._owners[key]
                 self.places.give_back(key)

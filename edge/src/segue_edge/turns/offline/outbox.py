@@ -230,6 +230,9 @@ class Outbox:
             log.error("outbox_waits", turn=name, error=str(error))
             raise _waiting() from error
         except _FOR_GOOD as error:
+            if error.fields.get("retry_after_s") is not None:  # a quota of the tenant: it passes
+                log.info("outbox_waits", turn=name, error=str(error))
+                raise _waiting() from error
             log.error("offline_turn_refused", turn=name, error=str(error))
             return error
         except SegueError as error:

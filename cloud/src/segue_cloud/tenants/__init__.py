@@ -1,0 +1,1 @@
+"""What each tenant may have of this instance, and what it has."""
