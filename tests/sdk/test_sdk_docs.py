@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import segue
-from segue.testing import FakeNode
+from segue.testing import FakeNode, SyncFakeNode
 
 PAGE = Path(__file__).parents[2] / "docs" / "sdk.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -44,8 +44,11 @@ async def test_examples_that_are_parts(block: str, monkeypatch: pytest.MonkeyPat
     replies = [lambda prompt: f"About {prompt}"] * 9
     async with FakeNode(replies) as node, node.client("phone") as client:
         session = await client.session("trip")
+        plain = SyncFakeNode(replies)
         monkeypatch.setattr(segue, "Client", node.client)
+        monkeypatch.setattr(segue, "SyncClient", plain.client)
         names = {"segue": segue, "print": lambda *_, **__: 0}
         body = textwrap.indent(block, "    ")
         exec(f"async def example(client, session):\n{body}", names)
-        await names["example"](client, session)  # type: ignore[operator]
+        with plain:
+            await names["example"](client, session)  # type: ignore[operator]

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from segue.follow import Follower as Follower
     from segue.options import Timeout as Timeout
     from segue.session import Session as Session
+    from segue.sync import SyncClient as SyncClient
+    from segue.sync import SyncFollower as SyncFollower
+    from segue.sync import SyncSession as SyncSession
+    from segue.sync import SyncTurn as SyncTurn
     from segue.turn import Turn as Turn
 
 __version__ = "0.1.0"
@@ -43,6 +47,10 @@ _HOME = {
     "Turn": "turn",
     "Follower": "follow",
     "SegueError": "errors",
+    "SyncClient": "sync",
+    "SyncSession": "sync",
+    "SyncTurn": "sync",
+    "SyncFollower": "sync",
     "Timeout": "options",
     "Started": "events",
     "Frame": "events",

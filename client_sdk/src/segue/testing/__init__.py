@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from segue.testing.script import Rewind as Rewind
     from segue.testing.script import Script as Script
     from segue.testing.script import Wait as Wait
+    from segue.testing.sync_fake_node import SyncFakeNode as SyncFakeNode
 
 _HOME = {
     "FakeNode": "segue.testing.fake_node",
+    "SyncFakeNode": "segue.testing.sync_fake_node",
     "Fail": "segue.testing.script",
     "Pause": "segue.testing.script",
     "Preview": "segue.testing.script",
