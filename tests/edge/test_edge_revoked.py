@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from segue_contract.errors import Revoked
+from segue_contract.identity.principal import Right
 from segue_contract.ids import SessionName
 from segue_contract.limits import WATERMARKS_TOLD
 from segue_contract.servers import Valkey
@@ -91,3 +93,48 @@ async def test_a_probe_brings_what_is_new_in_parts_and_all_of_it_of_another_life
                 await asyncio.sleep(0.05)
             with pytest.raises(Revoked):
                 await other.call("OpenSession", laptop)
+
+
+async def test_a_turn_that_runs_goes_on_under_the_token_that_its_device_renewed(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    tokens = KnownTokens()
+    now_s = time.time()
+
+    def token(device: str, left_s: float, **more: Any) -> str:
+        return tokens.device("acme", device, expires_s=now_s + left_s, **more)
+
+    async with serving(valkey.url, tmp_path, tokens) as here:
+        here.cloud.engine.hold()
+        old = token("phone", 100)
+        async with device_of(here.edge, token=old) as phone:
+            await phone.open()
+            stream = phone.stream(plan="text")
+            async with asyncio.timeout(WAIT_S):
+                while not here.cloud.engine.turns:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            run = here.edge.registry.running(TRIP, "t1")
+            assert run is not None
+            assert run.asked.token == old
+            others = (
+                token("laptop", 500),
+                token("phone", 50),
+                token("phone", 500, sessions=("other",)),
+                token("phone", 500, rights=frozenset({Right.READ})),
+            )
+            for other in others:
+                async with device_of(here.edge, token=other) as device:
+                    await device.call("Renew", pb.RenewRequest())
+                assert run.asked.token == old
+            new = token("phone", 400)
+            async with device_of(here.edge, token=new) as device:
+                await device.call("Renew", pb.RenewRequest())
+                assert run.asked.token == new
+                newer = token("phone", 500)
+            async with device_of(here.edge, token=newer) as device:
+                again = device.stream(plan="text")  # who joins the turn shows a token as well
+                await again.read()
+                assert run.asked.token == newer
+                again.cancel()
+            here.cloud.engine.allow(100)
+            assert [event.WhichOneof("kind") async for event in stream][-1] == "ended"

@@ -20,7 +20,7 @@ from segue_contract.transport.gate import Gate
 from segue_contract.turn.events import Reason
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.node import EdgeNode
-from segue_edge.turns.asked import Asked
+from segue_edge.turns.asked import Asked, Shown
 from segue_edge.turns.offline.journal import Journal
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.offline.turn import OfflineTurn
@@ -163,7 +163,8 @@ async def test_an_outbox_of_before_is_read(tmp_path: Path) -> None:
     request = pb.RunTurnRequest(
         session="trip", device="phone", turn="t1", prompt="Hello", max_tokens=5
     )
-    turn = OfflineTurn(Asked.of(request, "acme", "secret"), (1,), (2,), ("x",), Reason.STOP, b"")
+    asked = Asked.of(request, "acme", Shown("secret"))
+    turn = OfflineTurn(asked, (1,), (2,), ("x",), Reason.STOP, b"")
     stored = turn.stored()
     assert OfflineTurn.of(1, stored).asked == turn.asked
     assert "secret" not in repr(turn)

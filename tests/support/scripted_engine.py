@@ -29,6 +29,10 @@ class ScriptedEngine:
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 
+    def hold(self) -> None:
+        """From now on each token needs its `allow`."""
+        self._free = False
+
     def allow(self, tokens: int) -> None:
         for _ in range(tokens):
             self._allowed.release()

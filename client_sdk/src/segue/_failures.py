@@ -8,7 +8,14 @@ from typing import Any
 
 import grpc
 
-from segue_contract.errors import EngineGone, Overloaded, SegueError, Unreachable
+from segue_contract.errors import (
+    EngineGone,
+    Overloaded,
+    Revoked,
+    SegueError,
+    Unauthenticated,
+    Unreachable,
+)
 from segue_contract.limits import RETRY_PAUSE_MAX_S, RETRY_PAUSE_S
 from segue_contract.transport.status import ERROR_KEY, error_from_rpc
 
@@ -42,6 +49,11 @@ def is_link_loss(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether the node has no room for now, or no engine any more; another one may."""
     return isinstance(error, Overloaded | EngineGone)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the token is taken no more, and another one may be."""
+    return isinstance(error, Unauthenticated) and not isinstance(error, Revoked)
 
 
 def typed(error: BaseException) -> SegueError:

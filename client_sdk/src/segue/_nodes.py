@@ -372,6 +372,30 @@ class Nodes:
             await self.silent(node)
             raise
 
+    @property
+    def renews(self) -> bool:
+        """Calls are made with a token that the app renews: the next one may be taken again."""
+        return self._access.renews
+
+    async def everywhere(self, method: str, request: Any) -> None:
+        """One call at each node that is connected: what goes on may run at any of them.
+
+        Raises:
+            SegueError: why one of them did not take it; the others were asked as well.
+        """
+        failures: list[SegueError] = []
+
+        async def ask(node: Node) -> None:
+            try:
+                async with self.calling(node):
+                    await self._ask(node, getattr(node.stub, method), request)
+            except SegueError as error:
+                failures.append(error)
+
+        await asyncio.gather(*(ask(node) for node in self._nodes if node.channel is not None))
+        if failures:
+            raise failures[0]
+
     async def close(self) -> None:
         self._shared.closed = True
         for node in self._nodes:

@@ -185,7 +185,7 @@ class Client:
         await self._nodes.close()
 
     async def _renew(self) -> None:
-        await self._nodes.unary("Renew", pb.RenewRequest())
+        await self._nodes.everywhere("Renew", pb.RenewRequest())
 
     async def session(self, name: str, *, must_exist: bool = False, model: str = "") -> Session:
         """Open a session, or create it.

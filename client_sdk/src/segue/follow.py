@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from segue._failures import being_cancelled, is_link_loss, pauses, typed
+from segue._failures import being_cancelled, is_link_loss, pauses, ran_out, typed
 from segue._inbox import (
     Batch,
     Closed,
@@ -115,6 +115,7 @@ class Follower:
         self._stream_number = 0
         self._heal_at: float | None = None
         self._failing_since: float | None = None
+        self._shown_again = False  # another token
         self._next_pause = pauses()
 
     @property
@@ -433,6 +434,7 @@ class Follower:
     # -- patience ---------------------------------------------------------------------------------
     def _recovered(self) -> None:
         self._failing_since = None
+        self._shown_again = False
         self._next_pause = pauses()
 
     async def _bear(self, error: Exception) -> None:
@@ -441,6 +443,8 @@ class Follower:
         if self._failing_since is None:
             self._failing_since = now
         passing = isinstance(error, SegueError) and error.retryable
+        if ran_out(error) and self._nodes.renews and not self._shown_again:
+            passing = self._shown_again = True
         if not passing or now - self._failing_since > FOLLOW_TIMEOUT_S:
             raise error
         await asyncio.sleep(self._next_pause())

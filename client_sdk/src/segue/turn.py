@@ -11,7 +11,7 @@ from types import TracebackType
 
 import grpc
 
-from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, typed
+from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, ran_out, typed
 from segue._nodes import Node, Nodes
 from segue._reading import join_again
 from segue._reply import ReplyView
@@ -77,6 +77,7 @@ class Turn:
         self._next_pause = pauses()
         self._refused: set[str] = set()
         self._joined = False
+        self._shown_again = False  # another token
         self._lost = False  # the node that served the turn died or fell silent
         self._offline_end: Ended | None = None  # while its settling is awaited
         self._retries = 0  # of asking for it, before it was accepted
@@ -265,7 +266,7 @@ class Turn:
                 self.timing.saw(now, event.next_index, event.made_by)
             self._ready.append(event)
         if self._view.merger.next_index > known:
-            self._lost = False
+            self._lost = self._shown_again = False
             self._lost_since = None  # only tokens are progress: resuming has an end
             self._next_pause = pauses()
         if self._view.incomplete:
@@ -360,7 +361,11 @@ class Turn:
 
     async def _try_next_or_raise(self, failure: SegueError) -> None:
         """Where one node has no room, or no engine any more, another may have one; each is asked
-        once. A device that the log forgot meanwhile joins the session again, once."""
+        once. A device that the log forgot meanwhile joins the session again, once; one whose token
+        ran out, and whose app renews it, shows the next one."""
+        if ran_out(failure) and self._nodes.renews and not self._shown_again:
+            self._shown_again = True
+            return
         if isinstance(failure, UnknownDevice) and not self._joined:
             self._joined = True
             await join_again(self._nodes, self._request.session, self._request.device)

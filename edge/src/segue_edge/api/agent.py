@@ -11,6 +11,7 @@ import structlog
 
 from segue_contract.checks import check_tails
 from segue_contract.errors import OutcomeUnknown, StaleEpoch, Unreachable
+from segue_contract.identity.principal import Kind, Right
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import EXPORT_TIMEOUT_S, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.transport.bearer import bearer
@@ -21,7 +22,7 @@ from segue_contract.turn.wire import to_wire
 from segue_contract.v1 import agent_pb2 as pb
 from segue_contract.v1 import agent_pb2_grpc
 from segue_edge.api.tails import JoinedTails
-from segue_edge.turns.asked import Asked
+from segue_edge.turns.asked import Asked, Shown
 from segue_edge.turns.history import HistoryCache
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.registry import TurnRegistry
@@ -81,7 +82,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         return beating(self._run_turn(request), beat, every_s=TURN_HEARTBEAT_S)
 
     async def _run_turn(self, request: pb.RunTurnRequest) -> AsyncIterator[pb.TurnEvent]:
-        asked = Asked.of(request, caller().tenant, caller_token())
+        asked = Asked.of(request, caller().tenant, _shown())
         if request.must_exist:
             await self._outbox.settled(asked.key)
         feed = self._registry.run_or_join(asked)
@@ -239,6 +240,9 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         """Here, and at the clouds, where this node makes calls for the device."""
         calls = renew_calls()
+        who = caller()
+        if who.kind is Kind.DEVICE and Right.SEND in who.rights:
+            self._registry.renew(who.tenant, who.name, _shown(), who.may_see)
         for cloud in self._clouds.clouds.values():
             if not cloud.healthy:
                 continue
@@ -304,6 +308,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 raise error_from_rpc(error) from error
 
         return await at_some_cloud(self._clouds, named(session), call)
+
+
+def _shown() -> Shown:
+    """The caller's token."""
+    return Shown(caller_token(), caller().expires_s)
 
 
 async def _joined(

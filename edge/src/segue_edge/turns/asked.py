@@ -14,13 +14,21 @@ from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.planner.plan import parse_force
 
 
+@dataclass
+class Shown:
+    """The newest token that the turn's device showed; "" on an open loopback."""
+
+    token: str = field(default="", repr=False)
+    expires_s: float = 0.0  # Unix seconds; 0: not known any more
+
+
 @dataclass(frozen=True)
 class Asked:
     """`force`: the plan shape that the request itself demands.
 
     Attributes:
         tenant: the caller's; no request names one.
-        token: the session token that the turn was asked with, "" on an open loopback.
+        shown: changes as the device renews its token: what goes on is asked for with the new one.
     """
 
     request: pb.RunTurnRequest
@@ -28,7 +36,16 @@ class Asked:
     stop: tuple[str, ...]
     force: Shape | None
     tenant: str
-    token: str = field(default="", repr=False)
+    shown: Shown = field(default_factory=Shown)
+
+    @property
+    def token(self) -> str:
+        return self.shown.token
+
+    def renew(self, device: str, shown: Shown) -> None:
+        """Its device shows a token that is valid for longer; another device's is none for it."""
+        if device == self.request.device and shown.expires_s > self.shown.expires_s:
+            self.shown.token, self.shown.expires_s = shown.token, shown.expires_s
 
     @property
     def session(self) -> SessionName:
@@ -59,7 +76,7 @@ class Asked:
         self.check_same(known.request.prompt, known.request.max_tokens, known.sampling, known.stop)
 
     @classmethod
-    def of(cls, request: pb.RunTurnRequest, tenant: str, token: str = "") -> Asked:
+    def of(cls, request: pb.RunTurnRequest, tenant: str, shown: Shown | None = None) -> Asked:
         """Raises InvalidArgument, EmptyPrompt, PromptTooLong or BadSampling."""
         check_id(request.session, "session")
         check_id(request.device, "device")
@@ -74,4 +91,5 @@ class Asked:
         )
         stop = tuple(request.stop)
         check_run(request.prompt, request.max_tokens, sampling, stop)
-        return cls(request, sampling, stop, parse_force(request.plan), tenant, token)
+        force = parse_force(request.plan)
+        return cls(request, sampling, stop, force, tenant, shown or Shown())

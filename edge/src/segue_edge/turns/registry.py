@@ -12,7 +12,7 @@ from segue_contract.errors import Overloaded, Unreachable
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import ENDED_TURNS_KEPT, MAX_TURNS_PER_EDGE, SHUTDOWN_GRACE_S
 from segue_contract.transport.turn_feed import TurnFeed
-from segue_edge.turns.asked import Asked
+from segue_edge.turns.asked import Asked, Shown
 from segue_edge.turns.offline.outbox import Outbox
 from segue_edge.turns.run import TurnRun
 
@@ -64,10 +64,12 @@ class TurnRegistry:
         known = running[0] if running is not None else self._ended.get(asked.key)
         if known is not None:
             asked.check_joins(known.asked)
+            known.asked.renew(asked.request.device, asked.shown)
             return known.feed
         kept = self._outbox.find(asked.key)
         if kept is not None:
             asked.check_joins(kept.asked)
+            kept.asked.renew(asked.request.device, asked.shown)
             return kept.replay()
         if self._closing:
             raise Unreachable("This edge is shutting down.", hint="Use another node.")
@@ -84,6 +86,17 @@ class TurnRegistry:
             self._on_busy()
         task.add_done_callback(lambda _: self._done(asked.key))
         return run.feed
+
+    def renew(self, tenant: str, device: str, shown: Shown, covers: Callable[[str], bool]) -> None:
+        """The device's turns that run here, or wait to be delivered, go on under a newer token.
+
+        Args:
+            covers: whether that token is good for a session's turns.
+        """
+        waiting = (turn.asked for turn in self._outbox.waiting)
+        for asked in (*(run.asked for run, _ in self._running.values()), *waiting):
+            if asked.tenant == tenant and covers(asked.request.session):
+                asked.renew(device, shown)
 
     def running(self, session: SessionName, turn: str) -> TurnRun | None:
         known = self._running.get(TurnName(session, turn))

@@ -122,6 +122,11 @@ class Outbox:
     def __len__(self) -> int:
         return sum(len(turns) for turns in self._sessions.values())
 
+    @property
+    def waiting(self) -> list[OfflineTurn]:
+        """All that wait for the log."""
+        return [turn for turns in self._sessions.values() for turn in turns]
+
     def holds(self, session: SessionName) -> bool:
         return bool(self._sessions.get(session))
 

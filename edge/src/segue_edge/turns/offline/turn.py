@@ -10,7 +10,7 @@ from segue_contract.sync.ops import Usage
 from segue_contract.transport.turn_feed import TurnFeed
 from segue_contract.turn.events import Ended, Frame, MadeBy, Reason, Started
 from segue_contract.v1 import agent_pb2 as pb
-from segue_edge.turns.asked import Asked
+from segue_edge.turns.asked import Asked, Shown
 from segue_edge.turns.offline.journal import StoredTurn
 
 _TOKEN_BYTES = 8
@@ -66,7 +66,9 @@ class OfflineTurn:
     def of(cls, number: int, stored: StoredTurn) -> OfflineTurn:
         """Raises SegueError, ValueError or DecodeError where the request was none."""
         return cls(
-            Asked.of(pb.RunTurnRequest.FromString(stored.request), stored.tenant, stored.token),
+            Asked.of(
+                pb.RunTurnRequest.FromString(stored.request), stored.tenant, Shown(stored.token)
+            ),
             stored.prompt,
             stored.tokens,
             stored.pieces,
