@@ -13,7 +13,6 @@ from redis.asyncio.connection import Connection, parse_url
 from redis.exceptions import ResponseError
 
 from segue_cloud.sessions import store as product
-from segue_cloud.sessions.active import ACTIVE
 from segue_cloud.sessions.port import Producer, TurnHold
 from segue_contract.errors import SegueError
 from segue_contract.ids import SessionName
@@ -199,8 +198,7 @@ class BothWires:
 
     def __init__(self, both: Both) -> None:
         self._both = both
-        scripts = (product._LOG, ACTIVE, product.KEEP)
-        self._sources = {script.digest: _with_our_clock(script.source) for script in scripts}
+        self._sources = {one.digest: _with_our_clock(one.source) for one in product.SCRIPTS}
 
     async def call(self, *commands: Any, replicas: Any = None) -> list[Any]:
         return [await self._one(*command) for command in commands]

@@ -1,7 +1,8 @@
 """One fenced, idempotent, server-sequenced log per session, in Redis or Valkey.
 
     port      what a store does, and its values
-    log.lua   every change of a session: one atomic call
+    log.lua   every change of a session is one atomic call: append.lua (ops), turns.lua (who runs
+              one), session.lua (the rest), each behind log.lua
     scripts   this and the other scripts, each behind common.lua
     whole     the port's part for whole sessions
     news      the port's part that tells of tails; `changes` is the link for it

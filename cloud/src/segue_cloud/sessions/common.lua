@@ -15,7 +15,9 @@ end
 local function store_life()
   local info = redis.pcall('INFO', 'replication')
   if type(info) ~= 'string' then return '', 0 end
-  return string.match(info, 'master_replid:(%w+)') or '',
+  -- Not as one pattern, which would be tried at each place of a long text for each append.
+  local _, at = string.find(info, 'master_replid:', 1, true)
+  return at and string.match(info, '^%w+', at + 1) or '',
     tonumber(string.match(info, 'connected_slaves:(%d+)') or '0')
 end
 

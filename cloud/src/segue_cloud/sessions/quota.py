@@ -1,4 +1,4 @@
-"""What a session may hold, and what ops take of it. The script counts: see `append` in log.lua."""
+"""What a session may hold, and what ops take of it. The script counts: see append.lua."""
 
 from __future__ import annotations
 

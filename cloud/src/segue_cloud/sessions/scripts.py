@@ -24,6 +24,6 @@ def text(name: str) -> str:
     return files(__package__).joinpath(name).read_text()
 
 
-def load(name: str) -> Script:
-    """The file's script, with what all of them begin with."""
-    return Script(text("common.lua") + text(name))
+def load(*names: str) -> Script:
+    """The files as one script, with what all scripts begin with."""
+    return Script("".join(map(text, ("common.lua", *names))))

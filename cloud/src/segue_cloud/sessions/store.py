@@ -61,8 +61,11 @@ from segue_contract.sync.state import (
 
 log = structlog.get_logger("segue.sessions")
 
-_LOG = scripts.load("log.lua")
-SCRIPTS = (_LOG, ACTIVE, RUNNING, KEEP, BROKER)
+_APPEND = scripts.load("log.lua", "append.lua")
+_TURNS = scripts.load("log.lua", "turns.lua")
+_SESSION = scripts.load("log.lua", "session.lua")
+_TURN_VERBS = frozenset(("begin", "wait", "take", "renew", "release", "stop"))
+SCRIPTS = (_APPEND, _TURNS, _SESSION, ACTIVE, RUNNING, KEEP, BROKER)
 
 
 def unknown_session(session: SessionName) -> UnknownSession:
@@ -401,7 +404,8 @@ class RedisStore:
     # -- inside -------------------------------------------------------------------------------
 
     def _log(self, session: SessionName, verb: str, *args: str | bytes | int) -> Command:
-        return _LOG.call(SessionKeys.of(session).all, verb, *args)
+        script = _TURNS if verb in _TURN_VERBS else _SESSION
+        return script.call(SessionKeys.of(session).all, verb, *args)
 
     def _append(
         self,
@@ -422,10 +426,10 @@ class RedisStore:
             )
         hold = hold or TurnHold("", 0, "")
         quotas = self.quotas
-        return self._log(
-            session, "append", producer.name, producer.epoch, producer.first_seq, hold.turn,
-            hold.nonce, hold.generation, int(ends), int(self._limits.lease_s * 1000), PRODUCER_RUNS,
-            PRODUCER_MEMORY, quotas.bytes, takes,
+        return _APPEND.call(
+            SessionKeys.of(session).all, "append", producer.name, producer.epoch,
+            producer.first_seq, hold.turn, hold.nonce, hold.generation, int(ends),
+            int(self._limits.lease_s * 1000), PRODUCER_RUNS, PRODUCER_MEMORY, quotas.bytes, takes,
             f"{quotas.values}:{quotas.docs}:{quotas.kept_ops}", _bearer(producer.bearer), *ops,
         )  # fmt: skip
 
