@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from hashlib import sha1
 from typing import Any
 
+import hiredis
 from redis._parsers.base import BaseParser
 from redis.exceptions import ConnectionError as LinkError
 
@@ -233,13 +234,12 @@ class Connection:
         for reply in replies:
             self._replies.put_nowait(reply)
 
-    def pack_commands(self, commands: Sequence[Sequence[Any]]) -> list[tuple[bytes, ...]]:
-        return [tuple(map(_encoded, command)) for command in commands]
-
-    async def send_packed_command(self, packed: list[tuple[bytes, ...]], **_: Any) -> None:
+    async def send_packed_command(self, packed: list[bytes], **_: Any) -> None:
         if not self.is_connected or self._end is None:
             raise LinkError("Connection lost.")
-        self._end.send(packed)
+        reader = hiredis.Reader()
+        reader.feed(b"".join(packed))
+        self._end.send([tuple(reader.gets()) for _ in packed])
 
     async def read_response(self, **_: Any) -> Any:
         reply = await self._replies.get()
@@ -256,9 +256,3 @@ class Connection:
         end, self._end = self._end, None
         if end is not None:
             end.close()
-
-
-def _encoded(value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return (value if isinstance(value, str) else repr(value)).encode()

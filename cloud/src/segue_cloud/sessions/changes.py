@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from segue_cloud.sessions.keys import SessionKeys, beat_channel
 from segue_cloud.sessions.news import Beat, LogTail, TailTold, Watched
+from segue_cloud.sessions.node import send
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import StoreUnavailable
 from segue_contract.ids import SessionName
@@ -78,9 +79,8 @@ class ChangeLink:
         return TailTold(session, tail)
 
     async def _send(self, *command: str) -> None:
-        packed = self._connection.pack_commands([command])
         try:
-            await self._connection.send_packed_command(packed, check_health=False)
+            await send(self._connection, [command])
         except (RedisError, OSError) as error:
             raise _gone(error) from error
 

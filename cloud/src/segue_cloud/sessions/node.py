@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import hiredis
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -204,9 +205,9 @@ NewNode = Callable[[Make, bool], Node]
 
 async def exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """The replies of `commands`, errors of the server among them."""
-    packed = connection.pack_commands(commands)
-    await connection.connect()  # at once where it is connected
-    await connection.send_packed_command(packed, check_health=False)
+    if not connection.is_connected:
+        await connection.connect()
+    await send(connection, commands)
     replies: list[Any] = []
     for _ in commands:
         try:
@@ -214,3 +215,14 @@ async def exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
         except ResponseError as error:
             replies.append(error)
     return replies
+
+
+async def send(connection: Any, commands: Sequence[Command]) -> None:
+    """Send `commands`, packed in C: redis-py packs in Python, 45 us more for an append.
+
+    Raises:
+        LinkError, OSError: the connection is lost.
+    """
+    # Its stub means tuples of one item.
+    packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
+    await connection.send_packed_command(packed, check_health=False)
