@@ -50,8 +50,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the numbers of a failed append are used again": Mutation(
         "segue.session",
-        "            epoch, self._epoch = self._epoch, 0  # until the answer is here\n",
-        "            epoch = self._epoch\n",
+        "            epoch, writer.epoch = writer.epoch, 0  # until the answer is here\n",
+        "            epoch = writer.epoch\n",
     ),
     "a later entry is taken for the next one": Mutation(
         "segue._log",
