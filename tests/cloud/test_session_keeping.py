@@ -218,9 +218,14 @@ async def test_the_policy_deletes_some_at_a_time(cloud: CloudRpc, store: RedisSt
     keeping = cloud.log.keeping
     gone, more = await keeping.expire("default", 0.0, 2)
     assert (len(gone), more) == (2, True)
-    async with asyncio.timeout(WAIT_S), expiring(keeping, "default", 0.0, every_s=0.01):
-        while (await store.keeper.list_sessions("default", 10))[0]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    for tenant in ("acme", "umbrella"):
+        await store.open_session(SessionName(tenant, "s"))
+    sweeping = expiring(keeping, lambda: ["default", "acme"], 0.0, every_s=0.01)
+    async with asyncio.timeout(WAIT_S), sweeping:
+        for tenant in ("default", "acme"):
+            while (await store.keeper.list_sessions(tenant, 10))[0]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert (await store.keeper.list_sessions("umbrella", 10))[0]
 
 
 # -- the command line -------------------------------------------------------------------------

@@ -131,9 +131,13 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         await stack.enter_async_context(broker)
         await stack.enter_async_context(publisher)
         session_log = await stack.enter_async_context(SessionLog(store, publisher))
+
+        def tenants() -> set[str]:
+            return {settings.tenant} | (tokens.tenants if tokens is not None else set())
+
         if settings.session_ttl:
             await stack.enter_async_context(
-                expiring(session_log.keeping, settings.tenant, settings.session_ttl * 86400.0)
+                expiring(session_log.keeping, tenants, settings.session_ttl * 86400.0)
             )
         tokenizer = ChatTokenizer.load(directory, manifest)
         engine = await loading

@@ -22,6 +22,7 @@ MAX_NEW_TOKENS: Final = 8192  # no turn outgrows the largest context we serve
 MAX_TOP_K: Final = 1_000_000  # above any vocabulary: means "all"
 MAX_TEMPERATURE: Final = 100.0  # far past the point where every token is equally likely
 MAX_SESSIONS_LISTED: Final = 1000
+LIST_LOOKED: Final = 16_384  # index entries for one page: 10 ms of the store's time
 MAX_COUNT: Final = 2**53 - 1  # of numbers from outside: what Lua and JSON count exactly
 
 # -- messages ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
@@ -13,7 +13,13 @@ import structlog
 from segue_cloud.sessions.port import PageStatus, Store, StoredEntry
 from segue_cloud.sessions.reader import LogReader
 from segue_cloud.sessions.slices import encoded
-from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
+from segue_cloud.sessions.whole import (
+    Deleted,
+    SessionImport,
+    SessionSummary,
+    Shown,
+    all_shown,
+)
 from segue_contract.errors import (
     Overloaded,
     SegueError,
@@ -61,10 +67,10 @@ class SessionKeeping:
         self._max_transfers = max_transfers
 
     async def list_sessions(
-        self, tenant: str, max_sessions: int, after: str = ""
+        self, tenant: str, max_sessions: int, after: str = "", shown: Shown = all_shown
     ) -> tuple[list[SessionSummary], str]:
         """As the store's keeper."""
-        return await self._store.keeper.list_sessions(tenant, max_sessions, after)
+        return await self._store.keeper.list_sessions(tenant, max_sessions, after, shown)
 
     async def count(self, tenant: str) -> int:
         """As the store's keeper."""
@@ -252,17 +258,23 @@ def _import_of(found: Export, generation: int, now_ms: int) -> SessionImport:
 
 @asynccontextmanager
 async def expiring(
-    keeping: SessionKeeping, tenant: str, idle_s: float, *, every_s: float = EXPIRE_INTERVAL_S
+    keeping: SessionKeeping,
+    tenants: Callable[[], Iterable[str]],
+    idle_s: float,
+    *,
+    every_s: float = EXPIRE_INTERVAL_S,
 ) -> AsyncIterator[None]:
-    """While inside, sessions that were idle for `idle_s` are deleted, some every `every_s`."""
+    """While inside, sessions of these tenants that were idle for `idle_s` are deleted, some of each
+    every `every_s`."""
 
     async def sweep() -> None:
         while True:
             await asyncio.sleep(every_s)
-            try:
-                await keeping.expire(tenant, idle_s)
-            except SegueError as error:
-                log.warning("expiry_failed", error=str(error))
+            for tenant in tenants():
+                try:
+                    await keeping.expire(tenant, idle_s)
+                except SegueError as error:
+                    log.warning("expiry_failed", tenant=tenant, error=str(error))
 
     task = asyncio.create_task(sweep(), name="session expiry")
     try:

@@ -16,7 +16,7 @@ from segue_contract.limits import (
     MAX_SESSIONS_LISTED,
     RPC_TIMEOUT_S,
 )
-from segue_contract.transport.gate import caller, named
+from segue_contract.transport.gate import caller, gate_here, named
 from segue_contract.v1 import agent_pb2 as pb
 
 
@@ -31,11 +31,15 @@ class KeepingRpc:
         self, request: pb.ListSessionsRequest, context: Any
     ) -> pb.ListSessionsReply:
         wanted = min(request.max_sessions or MAX_SESSIONS_LISTED, MAX_SESSIONS_LISTED)
-        found, following = await self._keeping.list_sessions(caller().tenant, wanted, request.after)
+        who, revoked = caller(), gate_here().watermarks
+        found, following = await self._keeping.list_sessions(
+            who.tenant,
+            wanted,
+            request.after,
+            lambda name: who.may_see(name) and not revoked.is_void(who, name),
+        )
         reply = pb.ListSessionsReply(next=following)
         for session in found:
-            if not caller().may_see(session.session):
-                continue
             reply.sessions.add(
                 session=session.session,
                 tail=cursor_message(session.cursor),

@@ -6,13 +6,19 @@ import re
 import time
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from segue_cloud.sessions import scripts
 from segue_cloud.sessions.keys import SessionKeys, active_key, active_shard, index_key
 from segue_cloud.sessions.known import Part, known_fields, known_turns
 from segue_cloud.sessions.scripts import Command
-from segue_cloud.sessions.whole import Deleted, SessionImport, SessionSummary
+from segue_cloud.sessions.whole import (
+    Deleted,
+    SessionImport,
+    SessionSummary,
+    Shown,
+    all_shown,
+)
 from segue_cloud.sessions.wire import Wire
 from segue_contract.errors import InvalidArgument, SessionBusy, SessionNotEmpty
 from segue_contract.ids import SessionName
@@ -21,6 +27,7 @@ from segue_contract.limits import (
     EXPIRE_INTERVAL_S,
     IMPORT_STAGE_S,
     KIB,
+    LIST_LOOKED,
     MAX_APPEND_OPS,
     MAX_COUNT,
     MIB,
@@ -30,8 +37,9 @@ from segue_contract.sync.state import Cursor
 
 KEEP = scripts.load("keep.lua")
 
+_LATER_STEP = 1024  # entries of a list, where the caller may not see many of them
 _STAGE_BYTES = 256 * KIB  # of one command: no other session waits longer for the store than that
-_AFTER = re.compile(r"(\d{1,16}):(.+)")
+_AFTER = re.compile(r"(\d{1,16})(?::(.+)|\+(\d{1,16}))")
 
 
 class SessionKeeper:
@@ -41,10 +49,10 @@ class SessionKeeper:
         self._wire = wire
 
     async def list_sessions(
-        self, tenant: str, max_sessions: int, after: str = ""
+        self, tenant: str, max_sessions: int, after: str = "", shown: Shown = all_shown
     ) -> tuple[list[SessionSummary], str]:
         most = max(max_sessions, 1)
-        names, following = await self._page(tenant, most, after)
+        names, following = await self._page(tenant, most, after, shown)
         if not names:
             return [], following
         sessions = [SessionName(tenant, name) for name in names]
@@ -164,30 +172,42 @@ class SessionKeeper:
         (found,) = await self._wire.call(("ZCARD", index_key(tenant)))
         return int(found)
 
-    async def _page(self, tenant: str, most: int, after: str) -> tuple[list[str], str]:
+    async def _page(
+        self, tenant: str, most: int, after: str, shown: Shown
+    ) -> tuple[list[str], str]:
         """Names behind the place `after`, newest first, and the place behind the last of them.
 
         By score and not by rank: sessions that come to the front meanwhile move nothing.
         """
-        score, name = _place(after)
+        place = _Place.read(after)
         found: list[tuple[int, str]] = []
-        skip = 0
-        while len(found) <= most:
+        looked = place.passed  # of those from its score on
+        last, passed = place.score, place.passed  # where we are, and how many of that score we saw
+        step = most + 1
+        while True:
             (row,) = await self._wire.call(
-                ("ZRANGE", index_key(tenant), score, "-inf", "BYSCORE", "REV",
-                 "LIMIT", skip, most + 1, "WITHSCORES")
+                ("ZRANGE", index_key(tenant), place.score, "-inf", "BYSCORE", "REV",
+                 "LIMIT", looked, step, "WITHSCORES")
             )  # fmt: skip
             pairs = [
                 (int(float(at)), one.decode()) for one, at in zip(row[::2], row[1::2], strict=True)
             ]
-            # Of equal scores Redis gives the greater name first.
-            found += [pair for pair in pairs if not name or pair < (int(score), name)]
-            if len(pairs) <= most:
-                break
-            skip += len(pairs)
-        page = found[:most]
-        more = len(found) > most
-        return [one for _, one in page], f"{page[-1][0]}:{page[-1][1]}" if more else ""
+            for score, name in pairs:
+                passed = passed + 1 if str(score) == last else 1
+                last = str(score)
+                # Of equal scores Redis gives the greater name first.
+                behind = not place.name or (score, name) < (int(place.score), place.name)
+                if behind and shown(name):
+                    found.append((score, name))
+            looked += len(pairs)
+            if len(found) > most:
+                at, name = found[most - 1]
+                return [one for _, one in found[:most]], f"{at}:{name}"
+            if len(pairs) < step:
+                return [one for _, one in found], ""
+            if looked - place.passed >= LIST_LOOKED:  # nobody else waits for a long list
+                return [one for _, one in found], f"{last}+{passed}"
+            step = max(step, _LATER_STEP)
 
     async def _summaries(self, sessions: Sequence[SessionName]) -> list[SessionSummary | None]:
         fields = ("gen", "tail", "u", "title", "n", "cur")
@@ -210,16 +230,25 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _place(after: str) -> tuple[str, str]:
-    """Score and name of a page's last session. Raises InvalidArgument."""
-    if not after:
-        return "+inf", ""
-    found = _AFTER.fullmatch(after)
-    if found is None or int(found[1]) > MAX_COUNT:
-        raise InvalidArgument(
-            "This is no place in the list of sessions.", hint="Use `next` of the page before."
-        )
-    return found[1], found[2]
+class _Place(NamedTuple):
+    """Behind a session of that score and name; or behind the first `passed` of that score, where
+    the last one that was looked at is not for the caller to know."""
+
+    score: str
+    name: str = ""
+    passed: int = 0
+
+    @classmethod
+    def read(cls, after: str) -> _Place:
+        """Raises InvalidArgument."""
+        if not after:
+            return cls("+inf")
+        found = _AFTER.fullmatch(after)
+        if found is None or max(int(found[1]), int(found[3] or 0)) > MAX_COUNT:
+            raise InvalidArgument(
+                "This is no place in the list of sessions.", hint="Use `next` of the page before."
+            )
+        return cls(found[1], found[2] or "", int(found[3] or 0))
 
 
 def _summary(session: str, row: list[Any]) -> SessionSummary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -49,15 +49,24 @@ class SessionImport:
         return self.first + len(self.ops) - 1
 
 
+Shown = Callable[[str], bool]
+
+
+def all_shown(session: str) -> bool:
+    return True
+
+
 class Keeping(Protocol):
     """Sessions as wholes."""
 
     async def list_sessions(
-        self, tenant: str, max_sessions: int, after: str = ""
+        self, tenant: str, max_sessions: int, after: str = "", shown: Shown = all_shown
     ) -> tuple[list[SessionSummary], str]:
         """A page of sessions, newest first, and the place where the next page begins ("": none).
 
         One that is written to meanwhile moves to the front: it may come twice, or have been there.
+        `shown` says of a name whether it is on the list: a place names no other. A page may have
+        none of them, and the next ones more: of some, `LIST_LOOKED` are looked at for one page.
 
         Raises:
             InvalidArgument: `after` is no such place.

@@ -38,6 +38,12 @@ class TenantKeys:
         self.changes()
         return self._checker.principal(token, now_s, late_s=late_s)
 
+    @property
+    def tenants(self) -> set[str]:
+        """Those that the file names; of a key that was revoked, too: its sessions are there."""
+        self.changes()
+        return self._tenants
+
     def knows(self, token: str) -> bool:
         """As `TokenChecker`."""
         return self._checker.knows(token)
@@ -76,4 +82,6 @@ class TenantKeys:
                 f"The tenants' keys {self._path} cannot be read.",
                 hint="Give the file of `segue tenant add` as --tenant-keys.",
             ) from error
-        return TokenChecker(KeySet.read(text))
+        keys = KeySet.read(text)
+        self._tenants = {key.tenant for key in keys.keys}
+        return TokenChecker(keys)
