@@ -104,7 +104,7 @@ def test_a_verb_is_denied_without_its_right(verb: str, rights: frozenset[Right])
         assert caught.value.hint
 
 
-def test_without_rights_a_device_may_ask_for_health_and_renew_alone() -> None:
+def test_without_rights_a_device_may_ask_for_health_and_nodes_and_renew_alone() -> None:
     allowed = []
     for verb in VERBS:
         try:
@@ -115,6 +115,7 @@ def test_without_rights_a_device_may_ask_for_health_and_renew_alone() -> None:
     assert allowed == [
         "/grpc.health.v1.Health/Check",
         "/grpc.health.v1.Health/Watch",
+        "/segue.v1.Agent/Nodes",
         "/segue.v1.Agent/Renew",
     ]
 

@@ -14,8 +14,10 @@ import segue
 from segue import errors
 from segue.events import Durable, Ended, Entry, Frame, Rewound, Snapshot, Started
 from segue.testing import Fail, FakeNode, Pause, Preview, Rewind, Wait
+from segue.testing._service import MemoryService
 from segue_contract.limits import MAX_SESSIONS_LISTED
 from segue_contract.sync.ops import Feedback, TurnEnded
+from segue_contract.v1 import agent_pb2
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +248,11 @@ async def test_a_closed_node_leaves_nothing_behind() -> None:
         await anext(items)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+def test_it_answers_every_verb_of_the_device_api() -> None:
+    verbs = agent_pb2.DESCRIPTOR.services_by_name["Agent"].methods_by_name
+    assert [verb for verb in verbs if not hasattr(MemoryService, verb)] == []
 
 
 def test_it_needs_neither_pytest_nor_a_stack() -> None:

@@ -13,6 +13,7 @@ from segue_cloud.log.session_log import SessionLog
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
+from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
@@ -90,11 +91,13 @@ async def cloud_rpc(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns,
             usage=usage,
         )  # fmt: skip
+        edges = EdgeDirectory()
         agent = AgentService(
             Identity("cloud-1", manifest.name, lambda: mqtt_url, context),
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
+            edges=edges,
             **({} if publisher is None else {"live_key": publisher.keys.of}),
             usage=usage,
         )
@@ -105,7 +108,7 @@ async def cloud_rpc(
             "cloud-1",
             authenticates=gate is not None and gate.authenticates,
         )
-        decode = DecodeService(manager, log, engine, manifest, facts)
+        decode = DecodeService(manager, log, engine, manifest, facts, edges)
         server = await start_server(
             "127.0.0.1",
             0,

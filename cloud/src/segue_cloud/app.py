@@ -23,6 +23,7 @@ from segue_cloud.mqtt.one_broker import OneBroker
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
+from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
@@ -172,6 +173,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         lambda: settings.told_mqtt_url(publisher.url),
         manifest.geometry.context,
     )
+    edges = EdgeDirectory()
     agent = AgentService(
         identity,
         manager,
@@ -179,9 +181,10 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         publishing=lambda: publisher.publishing,
         live_key=publisher.keys.of,
         usage=usage,
+        edges=edges,
     )
     facts = FactsSource(engine, manager, manifest, instance, authenticates=gate.authenticates)
-    decode = DecodeService(manager, session_log, engine, manifest, facts)
+    decode = DecodeService(manager, session_log, engine, manifest, facts, edges)
     if tokens is not None:
         await stack.enter_async_context(following_revocations(session_log, gate))
     if settings.metrics_port:

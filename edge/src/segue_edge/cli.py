@@ -50,6 +50,10 @@ def edge(
         list[str] | None,
         typer.Option(help=f"HOST:PORT of a cloud, may be repeated. Default {DEFAULT_CLOUD}."),
     ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(help="host:port as devices reach it: clouds tell those that look."),
+    ] = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
     tls_ca: CaOption = None,
@@ -85,6 +89,7 @@ def edge(
             host=host,
             port=port,
             cloud=tuple(cloud) if cloud else None,
+            public_url=public_url,
             tls_cert=tls_cert,
             tls_key=tls_key,
             tls_ca=tls_ca,

@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from segue_contract.errors import InvalidArgument, SegueError
 from segue_contract.limits import MAX_TURNS_PER_EDGE
 from segue_contract.model.manifest import DEFAULT_MODEL, model_home
-from segue_contract.transport.channel import check_target
+from segue_contract.transport.channel import check_public_url, check_target
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.settings import TlsSettings
 from segue_edge.planner.plan import parse_force
@@ -28,6 +28,7 @@ class EdgeConfig(TlsSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(DEFAULT_PORT, ge=0, le=65535)
+    public_url: str = ""  # host:port, as devices reach it; empty: clouds do not tell of this edge
     # several: SEGUE_EDGE_CLOUD="host:port,host:port"
     cloud: Annotated[tuple[str, ...], NoDecode] = (DEFAULT_CLOUD,)
     model: str = DEFAULT_MODEL
@@ -52,6 +53,11 @@ class EdgeConfig(TlsSettings):
         for target in value:
             check_target(target)
         return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _public(cls, value: str) -> str:
+        return check_public_url(value) if value else value
 
     @field_validator("plan")
     @classmethod

@@ -153,6 +153,7 @@ class EdgeNode:
             Pacer(config.link_bytes_per_s),
             config.channel_tls,
             keyed=self._tokens is not None,
+            public_url=config.public_url,
             revoked=gate.revoke,
             home_of=self.histories.home,
         )

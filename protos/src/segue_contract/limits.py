@@ -196,6 +196,9 @@ TURN_ID_MEMORY: Final = 256  # turn ids whose repetition joins instead of runnin
 
 # -- client -----------------------------------------------------------------------------------
 MAX_ADDRESSES: Final = 16  # nodes that one client knows, in order of preference
+MAX_EDGES: Final = 256  # that a cloud tells of; more at one cloud need another way to be found
+EDGE_UNHEARD_S: Final = 3 * PROBE_INTERVAL_S  # an edge that asked nothing for so long is not told
+MAX_URL_CHARS: Final = 261  # a DNS name's 255 characters, a colon and a port
 MAX_CONTEXTS: Final = 256  # of `segue login`
 MAX_CONFIG_BYTES: Final = 1 * MIB  # their file: each with a token of MAX_TOKEN_BYTES at the most
 TOKEN_COMMAND_TIMEOUT_S: Final = 30.0  # a command that prints a token may ask a back end for it

@@ -150,6 +150,13 @@ class MemoryService:
         log.wake()
         return pb.RevokeReply(before_ms=int(time.time() * 1000))
 
+    async def Nodes(self, request: pb.NodesRequest) -> pb.NodesReply:
+        return pb.NodesReply()
+
+    async def Prepare(self, request: pb.PrepareRequest) -> pb.PrepareReply:
+        self._joined(request.session, request.device)
+        return pb.PrepareReply()
+
     async def Renew(self, request: pb.RenewRequest) -> pb.RenewReply:
         return pb.RenewReply()
 

@@ -14,6 +14,7 @@ from segue_cloud.rpc.convert import (
     snapshot_parts,
     turn_request,
 )
+from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
 from segue_cloud.rpc.revoking import caller_bearer, tell
@@ -75,6 +76,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         publishing: Callable[[], bool] = lambda: True,
         live_key: Callable[[SessionName, int], Awaitable[bytes]] = _no_key,
         usage: TenantUsage | None = None,
+        edges: EdgeDirectory | None = None,
     ) -> None:
         """`publishing`: whether the broker takes what is appended here, now. `live_key`: of what is
         published of a session in a generation. `usage`: what tenants may have, and use; without it
@@ -87,6 +89,7 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         self._live_key = live_key
         self._manager = manager
         self._log = log
+        self._edges = edges or EdgeDirectory()
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Any
@@ -301,6 +304,10 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             tail=pb.Cursor(generation=result.generation, offset=result.tail),
             duplicate=result.status is Status.DUP,
         )
+
+    async def Nodes(self, request: pb.NodesRequest, context: Any) -> pb.NodesReply:
+        known = self._edges.edges(time.monotonic())
+        return pb.NodesReply(edges=[pb.NodeAddress(url=one.url, name=one.name) for one in known])
 
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         return pb.RenewReply(calls=renew_calls())

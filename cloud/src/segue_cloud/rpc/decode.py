@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from segue_cloud.engine.port import Engine
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
+from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.history import first_unknown, known_digest
 from segue_cloud.rpc.revoking import caller_bearer, revoked_since
@@ -27,6 +29,7 @@ from segue_contract.errors import (
     PermissionDenied,
     UnknownTurn,
 )
+from segue_contract.identity.principal import Kind
 from segue_contract.ids import check_id
 from segue_contract.kv.layout import block_ids
 from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
@@ -34,6 +37,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
 from segue_contract.sync.state import TurnState, encode_turns, find_turn, without_unheard
+from segue_contract.transport.channel import check_public_url
 from segue_contract.transport.gate import caller, caller_is_late, expired, gate_here
 from segue_contract.transport.heartbeat import beating
 from segue_contract.turn.from_log import turn_events
@@ -51,12 +55,14 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         engine: Engine,
         manifest: Manifest,
         facts: FactsSource,
+        edges: EdgeDirectory | None = None,
     ) -> None:
         self._manager = manager
         self._log = log
         self._engine = engine
         self._manifest = manifest
         self._facts = facts
+        self._edges = edges or EdgeDirectory()
         self._recipes = manifest.allowed_codecs()
 
     async def Begin(self, request: dpb.BeginRequest, context: Any) -> dpb.BeginReply:
@@ -157,6 +163,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             yield reply
 
     async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
+        who = caller()
+        url = check_public_url(request.public_url) if request.public_url else ""
+        self._edges.heard(url, who.name if who.kind is Kind.EDGE else "", time.monotonic())
         return dpb.ProbeReply(
             received_bytes=len(request.payload),
             facts=self._facts.facts(),

@@ -237,6 +237,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         reply: pb.ReadReply = await self._ask("Read", request, request.session)
         return reply
 
+    async def Nodes(self, request: pb.NodesRequest, context: Any) -> pb.NodesReply:
+        reply: pb.NodesReply = await self._ask("Nodes", request, _ANY)
+        return reply
+
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         """Here, and at the clouds, where this node makes calls for the device."""
         calls = renew_calls()

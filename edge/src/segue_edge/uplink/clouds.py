@@ -57,6 +57,7 @@ class Cloud:
         expected_weights: the digest of this edge's model; "" before it is loaded.
         alone: no other one is configured.
         keyed: this edge's callers show tokens, and the cloud has to check them as well.
+        public_url: where devices reach this edge; "": the cloud is to tell nobody.
         revoked: told of what is revoked, as `Gate.revoke`.
         backlog_bytes: KV of running turns that this node has yet to send there.
     """
@@ -76,6 +77,7 @@ class Cloud:
         self.expected_weights = ""
         self.alone = True
         self.keyed = False
+        self.public_url = ""
         self.revoked: Revoke = lambda *_: None
         self._revoked_of = ""  # the place up to which it was told, and in whose count
         self._revoked_after = 0
@@ -284,6 +286,7 @@ class Cloud:
                     payload=payload,
                     revoked_of=self._revoked_of,
                     revoked_after=self._revoked_after,
+                    public_url=self.public_url,
                 ),
                 timeout=timeout_s,
                 wait_for_ready=wait_for_ready,
@@ -315,6 +318,7 @@ class CloudSet:
     """All configured clouds. `start` probes them at a pace from then on; `close` stops that.
 
     Args:
+        public_url: where devices reach this edge; "": clouds are to tell nobody.
         keyed: callers show tokens, so that only clouds which check them are used.
         revoked: told of what clouds say is revoked.
         home_of: where a session's KV lies.
@@ -327,13 +331,14 @@ class CloudSet:
         tls: TlsFiles | None = None,
         *,
         keyed: bool = False,
+        public_url: str = "",
         revoked: Revoke = lambda *_: None,
         home_of: Callable[[SessionName], Home] = lambda _: Home(),
     ) -> None:
         self.clouds = {target: Cloud(target, tls) for target in targets}
         for cloud in self.clouds.values():
             cloud.alone, cloud.keyed = len(self.clouds) == 1, keyed
-            cloud.revoked = revoked
+            cloud.revoked, cloud.public_url = revoked, public_url
         self.pacer = pacer
         self._home_of = home_of
         self._prober: asyncio.Task[None] | None = None

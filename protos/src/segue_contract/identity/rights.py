@@ -65,6 +65,7 @@ _AGENT: Mapping[str, Rule] = {
     # and each op asks for a right of its own: `check_op`
     "Append": _rule(_USERS, Scope.SESSION, Right.SEND, Right.CONTROL, Right.TOOL),
     "ListSessions": _rule(_USERS, Scope.LISTED, Right.READ),
+    "Nodes": _rule(_USERS, Scope.NONE),
     "Tails": _rule(_USERS, Scope.SESSION, Right.READ),
     "DeleteSession": _rule(_USERS, Scope.SESSION, Right.ADMIN),
     "ExpireSessions": _rule(_USERS, Scope.TENANT, Right.ADMIN),

@@ -11,6 +11,7 @@ from segue_contract.errors import InvalidArgument
 from segue_contract.limits import (
     CONNECT_ATTEMPT_S,
     MAX_GRPC_MESSAGE_BYTES,
+    MAX_URL_CHARS,
     PING_INTERVAL_S,
     PING_TIMEOUT_S,
 )
@@ -51,6 +52,17 @@ def check_target(target: str) -> str:
             f"{target!r} is no address.", hint="Write host:port, for example 127.0.0.1:7411."
         )
     return target
+
+
+def check_public_url(url: str) -> str:
+    """Return `url` if devices may be told of it as a node's address.
+
+    Raises:
+        InvalidArgument: it is no "host:port", or too long to be one.
+    """
+    if len(url) > MAX_URL_CHARS or not url.isprintable():
+        raise InvalidArgument("A node's public address is none.", hint="Write host:port.")
+    return check_target(url)
 
 
 def check_stays_here(target: str) -> None:

@@ -79,6 +79,11 @@ class AgentStub(object):
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.FromString,
                 _registered_method=True)
+        self.Nodes = channel.unary_unary(
+                '/segue.v1.Agent/Nodes',
+                request_serializer=segue__contract_dot_v1_dot_agent__pb2.NodesRequest.SerializeToString,
+                response_deserializer=segue__contract_dot_v1_dot_agent__pb2.NodesReply.FromString,
+                _registered_method=True)
         self.Tails = channel.unary_unary(
                 '/segue.v1.Agent/Tails',
                 request_serializer=segue__contract_dot_v1_dot_agent__pb2.TailsRequest.SerializeToString,
@@ -183,6 +188,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Nodes(self, request, context):
+        """The edge nodes that a device may use: it finds the one nearest to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tails(self, request, context):
         """How far the logs of some sessions go: for a device that follows them over MQTT and wants to
         know whether it misses something.
@@ -280,6 +292,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.FromString,
                     response_serializer=segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.SerializeToString,
+            ),
+            'Nodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.Nodes,
+                    request_deserializer=segue__contract_dot_v1_dot_agent__pb2.NodesRequest.FromString,
+                    response_serializer=segue__contract_dot_v1_dot_agent__pb2.NodesReply.SerializeToString,
             ),
             'Tails': grpc.unary_unary_rpc_method_handler(
                     servicer.Tails,
@@ -560,6 +577,33 @@ class Agent(object):
             '/segue.v1.Agent/ListSessions',
             segue__contract_dot_v1_dot_agent__pb2.ListSessionsRequest.SerializeToString,
             segue__contract_dot_v1_dot_agent__pb2.ListSessionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Nodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.Agent/Nodes',
+            segue__contract_dot_v1_dot_agent__pb2.NodesRequest.SerializeToString,
+            segue__contract_dot_v1_dot_agent__pb2.NodesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -552,20 +552,24 @@ class ProbeRequest(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     REVOKED_OF_FIELD_NUMBER: _builtins.int
     REVOKED_AFTER_FIELD_NUMBER: _builtins.int
+    PUBLIC_URL_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
     revoked_of: _builtins.str
     """What the edge knows of revocations: those of `revoked_of` up to `revoked_after`."""
     revoked_after: _builtins.int
+    public_url: _builtins.str
+    """Where devices reach the edge ("host:port"), for those that look for one; empty: they are not told."""
     def __init__(
         self,
         *,
         payload: _builtins.bytes = ...,
         revoked_of: _builtins.str = ...,
         revoked_after: _builtins.int = ...,
+        public_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "revoked_after", b"revoked_after", "revoked_of", b"revoked_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "public_url", b"public_url", "revoked_after", b"revoked_after", "revoked_of", b"revoked_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
