@@ -11,7 +11,7 @@ import time
 from tests.sim import run as runs
 from tests.sim import scenarios
 
-_CHUNK, _CHUNKS = 4, 25  # seeds at once in a process, and how often before it is renewed
+_CHUNK = 4  # seeds at once in a process
 _SAY_EVERY = 500  # seeds
 _TAIL = 40  # events of a failing run that are printed without -v
 
@@ -41,8 +41,7 @@ def many(seeds: range, jobs: int, once: bool) -> int:
     began = time.perf_counter()
     done = failed = steps = 0
     work = runs.run if once else runs.twice
-    # Runs leave something behind in memory, which slows later ones down: processes are renewed.
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=_CHUNKS) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for outcome in pool.imap_unordered(work, seeds, chunksize=_CHUNK):
             done += 1
             steps += outcome.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import sys
@@ -88,6 +89,8 @@ def _tidy(world: World) -> None:
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     configured = structlog.get_config()
     structlog.configure(processors=[_silent])
+    # What closes while it is ended begins tasks: in a loop of asyncio's own they would be kept.
+    asyncio._set_running_loop(world.loop)
     try:
         for task in world.loop.tasks:
             coroutine: Any = task.get_coro()
@@ -97,6 +100,7 @@ def _tidy(world: World) -> None:
         world.loop.tasks.clear()
         gc.collect()
     finally:
+        asyncio._set_running_loop(None)
         sys.unraisablehook = hook
         structlog.configure(**configured)
 
