@@ -51,7 +51,7 @@ _HUB_POLL_S = 0.2
 _SHARDS = 2
 
 
-# Structures with a `check_integrity`: every one that a run makes is looked at again and again.
+# Structures with a `check_integrity`: each is looked at after every step that used it.
 _CHECKED = (
     ("segue_cloud.hub.state", "HubState"),
     ("segue_cloud.mqtt.outbox", "Outbox"),
@@ -59,13 +59,21 @@ _CHECKED = (
 )
 
 
-def _noted(world: World, init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        world.structures.append(self)
+def _looked_at(world: World, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def used(self: Any, *args: Any, **kwargs: Any) -> Any:
+        world.changed(self)
+        return method(self, *args, **kwargs)
 
-    return noted
+    return used
+
+
+def _methods(owner: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Whatever can change one of its objects."""
+    for name, member in vars(owner).items():
+        if isinstance(member, types.FunctionType) and (name == "__init__" or name[0] != "_"):
+            if name != "check_integrity":
+                yield name, member
 
 
 def _no_network(*_: Any, **__: Any) -> None:
@@ -156,8 +164,9 @@ def patched(world: World) -> Iterator[None]:
         for room in ("active", "keys", "running"):
             module = importlib.import_module(f"segue_cloud.sessions.{room}")
             stack.enter_context(patch.object(module, "ACTIVE_SHARDS", _SHARDS))
-        for room, kind in _CHECKED:
+        for room, kind in _CHECKED if world.looks else ():
             owner = getattr(importlib.import_module(room), kind)
-            stack.enter_context(patch.object(owner, "__init__", _noted(world, owner.__init__)))
+            for name, method in _methods(owner):
+                stack.enter_context(patch.object(owner, name, _looked_at(world, method)))
         stack.enter_context(patch.dict(hub.Hub.__init__.__kwdefaults__, {"poll_s": _HUB_POLL_S}))
         yield

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,15 +74,28 @@ def run(seed: int, given: list[Fault] | None = None, *, looks: bool = True) -> O
     """One life of one seed; `given` replaces the faults that it draws."""
     world = World(seed, looks=looks)
     outcome = Outcome(seed, faults_of(seed) if given is None else given)
-    with patched(world):
-        try:
-            world.run(scenarios.clouds_and_devices(world, outcome.faults))
-        except Exception as error:
-            outcome.failure = _words(error)
-    outcome.digest, outcome.steps, outcome.trace = world.digest(), world.loop.steps, world.trace
-    outcome.seconds = world.now_s
-    _tidy(world)
+    with _collected_at_the_end():
+        with patched(world):
+            try:
+                world.run(scenarios.clouds_and_devices(world, outcome.faults))
+            except Exception as error:
+                outcome.failure = _words(error)
+        outcome.digest, outcome.steps, outcome.trace = world.digest(), world.loop.steps, world.trace
+        outcome.seconds = world.now_s
+        _tidy(world)
     return outcome
+
+
+@contextlib.contextmanager
+def _collected_at_the_end() -> Iterator[None]:
+    """What the collector ends must not depend on when it runs; and it takes time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _tidy(world: World) -> None:
@@ -98,7 +112,7 @@ def _tidy(world: World) -> None:
                 with contextlib.suppress(BaseException):
                     coroutine.close()
         world.loop.tasks.clear()
-        gc.collect()
+        gc.collect()  # while what it ends may say what it likes
     finally:
         asyncio._set_running_loop(None)
         sys.unraisablehook = hook

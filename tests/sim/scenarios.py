@@ -93,7 +93,7 @@ async def _live(scene: Scene, device: Device) -> None:
 
 def _unexpected(world: World, task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        world.failures.append(f"A follower broke: {task.exception()!r}")
+        world.fail(f"A follower broke: {task.exception()!r}")
 
 
 async def _write(scene: Scene, device: Device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import os
 import time
@@ -22,7 +21,6 @@ EPOCH_S = 1_795_000_000.0  # the wall clock at the start
 MAX_STEPS = 400_000  # of one run; a healthy one needs a tenth of it
 
 _RANDOM_BYTES = 1024
-_LOOK_STEPS = 4  # between looks at one structure or another
 
 
 class Violation(AssertionError):
@@ -35,22 +33,20 @@ class World:
     Attributes:
         trace: (seconds since the start, what, ...) of every event; two runs of one seed have equal
             ones.
-        structures: of the product, each looked at every few steps.
+        looks: whether structures of the product are looked at after each step that used them; that
+            changes nothing of a run.
     """
 
     def __init__(self, seed: int, *, max_steps: int = MAX_STEPS, looks: bool = True) -> None:
-        """`looks`: whether structures are looked at; that changes nothing of a run."""
         self.seed = seed
-        self._looks = looks
+        self.looks = looks
         self.trace: list[tuple[Any, ...]] = []
-        self.structures: list[Any] = []  # with a check_integrity
-        self.failures: list[str] = []
+        self._changed: dict[int, Any] = {}  # by id, structures in this step
         self._measured = 0
         self._bytes = self.rng("os.urandom")
         self.loop = SimLoop(
             self.rng("loop"),
             max_steps=max_steps,
-            after_step=self._after_step,
             on_error=self._fell_through,
         )
         self.network = Network(self.loop, self.rng, self.say)
@@ -103,11 +99,25 @@ class World:
         with self._patched():
             return self.loop.run(main)
 
-    def _after_step(self) -> None:
-        if self.failures:
-            raise Violation(self.failures[0])
-        if self.loop.steps % _LOOK_STEPS == 0 and self._looks and self.structures:
-            self._look_at(self.structures[self.loop.steps // _LOOK_STEPS % len(self.structures)])
+    def changed(self, structure: Any) -> None:
+        """A structure with a `check_integrity` was used: it is looked at after this step."""
+        if not self._changed:
+            self.loop.then.append(self._look)
+        self._changed[id(structure)] = structure
+
+    def _look(self) -> None:
+        structures = list(self._changed.values())
+        self._changed.clear()
+        for structure in structures:
+            self._look_at(structure)
+
+    def fail(self, message: str) -> None:
+        """The run ends with a Violation after this step."""
+
+        def end() -> None:
+            raise Violation(message)
+
+        self.loop.then.append(end)
 
     def _look_at(self, structure: Any) -> None:
         try:
@@ -117,13 +127,11 @@ class World:
             raise Violation(f"The integrity of a {kind} is broken.\n    {error!r}") from error
 
     def _fell_through(self, message: str, error: BaseException | None) -> None:
-        self.failures.append(f"{message}: {error!r}")
+        self.fail(f"{message}: {error!r}")
 
     @contextlib.contextmanager
     def _patched(self) -> Iterator[None]:
         """Clocks and chance of the whole interpreter come from here while the loop runs."""
-        collecting = gc.isenabled()
-        gc.disable()
         monotonic = self.loop.time
         with (
             patch.object(time, "time", self.wall_s),
@@ -139,8 +147,6 @@ class World:
                 yield
             finally:
                 structlog.configure(**configured)
-                if collecting:
-                    gc.enable()
 
     def _log(self, logger: Any, method: str, event: dict[str, Any]) -> Any:
         self.say("log", method, event.pop("event", ""), str(sorted(event.items(), key=str))[:300])
