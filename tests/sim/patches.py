@@ -49,6 +49,9 @@ _TOKENIZER = functools.cache(tiny_tokenizer)
 # The product's values would make up most of a run's steps.
 _HUB_POLL_S = 0.2
 _SHARDS = 2
+# Of what an edge sends to measure its link: to copy the product's megabytes would be a twentieth of
+# a run. No link here has a rate, so that all of them look fast in either case.
+_PROBE_BYTES = {"PROBE_FIRST_BYTES": 16 * 1024, "PROBE_PAYLOAD_BYTES": 256 * 1024}
 
 
 # Structures with a `check_integrity`: each is looked at after every step that used it.
@@ -164,6 +167,9 @@ def patched(world: World) -> Iterator[None]:
         for room in ("active", "keys", "running"):
             module = importlib.import_module(f"segue_cloud.sessions.{room}")
             stack.enter_context(patch.object(module, "ACTIVE_SHARDS", _SHARDS))
+        probe = importlib.import_module("segue_edge.uplink.goodput_probe")
+        for name, size in _PROBE_BYTES.items():
+            stack.enter_context(patch.object(probe, name, size))
         for room, kind in _CHECKED if world.looks else ():
             owner = getattr(importlib.import_module(room), kind)
             for name, method in _methods(owner):
