@@ -10,8 +10,9 @@ import time
 
 from tests.sim import run as runs
 from tests.sim import scenarios
+from tests.sim.patches import prepare
 
-_CHUNK = 4  # seeds at once in a process
+_CHUNK = 2  # seeds at once in a process
 _SAY_EVERY = 500  # seeds
 _TAIL = 40  # events of a failing run that are printed without -v
 
@@ -41,6 +42,7 @@ def many(seeds: range, jobs: int, once: bool) -> int:
     began = time.perf_counter()
     done = failed = steps = 0
     work = runs.run if once else runs.twice
+    prepare()  # once, before processes are made of this one
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for outcome in pool.imap_unordered(work, seeds, chunksize=_CHUNK):
             done += 1

@@ -33,9 +33,11 @@ class Link:
 
     def delay_s(self) -> float:
         # Mostly a little, seldom much: as on a busy machine.
-        rng = self.rng
-        extra = rng.random() ** 4 * 20 * self.jitter_s if rng.random() < 0.1 else 0.0
-        return self.latency_s + rng.random() * self.jitter_s + min(extra, _MOST_EXTRA_S)
+        chance, jitter_s = self.rng.random, self.jitter_s
+        extra = 0.0
+        if chance() < 0.1:
+            extra = min(chance() ** 4 * 20 * jitter_s, _MOST_EXTRA_S)
+        return self.latency_s + chance() * jitter_s + extra
 
 
 class End:
@@ -44,6 +46,7 @@ class End:
     def __init__(self, network: Network, process: Process, number: int) -> None:
         self.process = process
         self.peer: End
+        self.link: Link  # to its peer
         self.open = True
         self.number = number
         self.on_message: Callable[[Any], None] = _ignore
@@ -133,6 +136,10 @@ class Network:
             self._numbers += 1
             mine, theirs = (End(self, one, self._numbers) for one in (process, server))
             mine.peer, theirs.peer = theirs, mine
+            mine.link, theirs.link = (
+                self.link(process.name, server.name),
+                self.link(server.name, process.name),
+            )
             self._ends += (mine, theirs)
             for end in (mine, theirs):
                 end.process.on_kill.append(end.close)
@@ -158,13 +165,13 @@ class Network:
 
     def carry(self, end: End, deliver: Callable[..., None], *args: Any) -> None:
         """What `end` sends, in order, to its peer's process."""
-        link = self.link(end.process.name, end.peer.process.name)
+        link = end.link
         if link.silent:
             link.held.append(lambda: self.carry(end, deliver, *args))
             return
-        at = max(self._loop.time() + link.delay_s(), end._last_s + _STEP_S)
+        at = max(self._loop._now + link.delay_s(), end._last_s + _STEP_S)
         end._last_s = at
-        self._call_at(at, end.peer.process, deliver, *args)
+        self._loop.call_in(end.peer.process, at, deliver, *args)
 
     def _carry(
         self, link: Link, deliver: Callable[..., None], process: Process | None, *args: Any

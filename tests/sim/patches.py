@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import types
+from asyncio.mixins import _LoopBoundMixin
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def _looked_at(world: World, method: Callable[..., Any]) -> Callable[..., Any]:
 def _methods(owner: type) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Whatever can change one of its objects."""
     for name, member in vars(owner).items():
-        if isinstance(member, types.FunctionType) and (name == "__init__" or name[0] != "_"):
-            if name != "check_integrity":
-                yield name, member
+        used = name == "__init__" or not name.startswith(("_", "check_integrity"))
+        if used and isinstance(member, types.FunctionType):
+            yield name, member
 
 
 def _no_network(*_: Any, **__: Any) -> None:
@@ -151,6 +152,7 @@ def patched(world: World) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for target, name, replacement in (
+            (_LoopBoundMixin, "_get_loop", lambda _: world.loop),  # it would look which one
             (link, "Connection", connection),
             (aiomqtt, "Client", functools.partial(broker.Client, world)),
             (mqtt_client, "MqttClient", functools.partial(broker.Client, world)),

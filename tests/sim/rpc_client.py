@@ -51,12 +51,15 @@ class Call:
         single: bool,
         timeout: float | None,
         wait_for_ready: bool,
+        request: Any = None,
     ) -> None:
+        """`request`: the only one, which then goes with the opening of the call."""
         self.id = channel.next_id()
         self._channel = channel
         self._path = path
         self._serialise, self._parse = (one or _as_it_is for one in codec)
         self._single = single
+        self._request = self._serialise(request) if request is not None else None
         self._out: list[tuple[Any, ...]] = []  # until there is a connection
         self._end: End | None = None
         self._received: deque[Any] = deque()
@@ -97,10 +100,6 @@ class Call:
         await asyncio.sleep(0)
 
     async def done_writing(self) -> None:
-        self._send("half", self.id)
-
-    def send_request(self, message: Any) -> None:
-        self._send("msg", self.id, self._serialise(message))
         self._send("half", self.id)
 
     def cancel(self) -> bool:
@@ -149,7 +148,7 @@ class Call:
             return
         self._end = end
         self._channel.calls[self.id] = self
-        end.send(("open", self.id, self._path, self._timeout))
+        end.send(("open", self.id, self._path, self._request))
         for message in self._out:
             end.send(message)
         self._out.clear()
@@ -255,13 +254,10 @@ class Channel:
             wait_for_ready: bool | None = None,
             **_: Any,
         ) -> Call:
-            made = Call(
+            return Call(
                 self, path, codec, single=one_reply, timeout=timeout,
-                wait_for_ready=bool(wait_for_ready),
+                wait_for_ready=bool(wait_for_ready), request=request if one_request else None,
             )  # fmt: skip
-            if one_request:
-                made.send_request(request)
-            return made
 
         return call
 
@@ -353,7 +349,10 @@ class Channel:
         if kind == "msg":
             call.took(message[2])
         else:
-            call.ended(*message[2:])
+            _, _, reply, *status = message
+            if reply is not None:
+                call.took(reply)
+            call.ended(*status)
 
     def _lost(self) -> None:
         self._end = None

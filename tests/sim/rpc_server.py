@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,8 +118,11 @@ class _Served:
         if kind == "ping":
             self._end.send(("pong",))
         elif kind == "open":
-            _, number, path, _ = message
+            _, number, path, request = message
             queue: asyncio.Queue[Any] = asyncio.Queue()
+            if request is not None:
+                queue.put_nowait(request)
+                queue.put_nowait(EOF)
             task = self._server.run(self._serve(number, path, queue), f"serve {path}")
             self._calls[number] = (task, queue)
         elif message[1] in self._calls:
@@ -136,8 +139,9 @@ class _Served:
     async def _serve(self, number: int, path: str, queue: asyncio.Queue[Any]) -> None:
         context = Context()
         status: tuple[Any, ...] = (Code.OK, "", ())
+        reply: bytes | None = None
         try:
-            await self._handle(number, path, queue, context)
+            reply = await self._handle(number, path, queue, context)
         except grpc.aio.AbortError:
             status = context.status or (Code.UNKNOWN, "", ())
         except asyncio.CancelledError:
@@ -146,17 +150,20 @@ class _Served:
             status = (Code.UNKNOWN, f"Unexpected {error!r}", ())
         finally:
             self._calls.pop(number, None)
-        self._end.send(("end", number, *status))
+        self._end.send(("end", number, reply, *status))
 
     async def _handle(
         self, number: int, path: str, queue: asyncio.Queue[Any], context: Context
-    ) -> None:
+    ) -> bytes | None:
+        """The reply, where there is one, not a stream."""
         handler = await self._server.handler(path)
         if handler is None:
             await context.abort(Code.UNIMPLEMENTED, f"Method not found: {path}")
 
+        serialised: Callable[[Any], bytes] = handler.response_serializer
+
         def send(reply: Any) -> None:
-            self._end.send(("msg", number, handler.response_serializer(reply)))
+            self._end.send(("msg", number, serialised(reply)))
 
         async def requests() -> AsyncIterator[Any]:
             while (data := await queue.get()) is not EOF:
@@ -165,17 +172,16 @@ class _Served:
         if handler.request_streaming:
             request: Any = requests()
             if not handler.response_streaming:
-                send(await handler.stream_unary(request, context))
-                return
+                return serialised(await handler.stream_unary(request, context))
             served = handler.stream_stream(request, context)
         else:
             request = handler.request_deserializer(await queue.get())
             if not handler.response_streaming:
-                send(await handler.unary_unary(request, context))
-                return
+                return serialised(await handler.unary_unary(request, context))
             served = handler.unary_stream(request, context)
         try:
             async for reply in served:
                 send(reply)
         finally:
             await served.aclose()
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from hashlib import sha1
 from typing import Any
@@ -211,7 +212,8 @@ class Connection:
     def __init__(self, world: World, **options: Any) -> None:
         self._world = world
         self._end: End | None = None
-        self._replies: asyncio.Queue[Any] = asyncio.Queue()
+        self._replies: deque[Any] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -226,13 +228,14 @@ class Connection:
             self._end = await self._world.network.connect(process, ADDRESS)
         except ConnectionRefusedError as error:
             raise LinkError(str(error)) from error
-        self._replies = asyncio.Queue()
+        self._replies.clear()
         self._end.on_message = self._took
-        self._end.on_lost = lambda: self._replies.put_nowait(LinkError("Connection lost."))
+        self._end.on_lost = lambda: self._took([LinkError("Connection lost.")])
 
     def _took(self, replies: list[Any]) -> None:
-        for reply in replies:
-            self._replies.put_nowait(reply)
+        self._replies.extend(replies)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def send_packed_command(self, packed: list[bytes], **_: Any) -> None:
         if not self.is_connected or self._end is None:
@@ -242,7 +245,10 @@ class Connection:
         self._end.send([tuple(reader.gets()) for _ in packed])
 
     async def read_response(self, **_: Any) -> Any:
-        reply = await self._replies.get()
+        while not self._replies:
+            self._reader = self._world.loop.create_future()
+            await self._reader
+        reply = self._replies.popleft()
         if isinstance(reply, LinkError):
             raise reply
         if isinstance(reply, ReplyError):
@@ -250,7 +256,7 @@ class Connection:
         return bytes(reply) if isinstance(reply, Status) else reply
 
     async def can_read(self, **_: Any) -> bool:
-        return not self._replies.empty() or not self.is_connected
+        return bool(self._replies) or not self.is_connected
 
     async def disconnect(self, **_: Any) -> None:
         end, self._end = self._end, None
