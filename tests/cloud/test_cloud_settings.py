@@ -26,3 +26,18 @@ def test_a_tenant_that_is_no_part_of_keys_and_topics_is_refused(tenant: str) -> 
     with pytest.raises(InvalidArgument, match="tenant"):
         load_settings({"tenant": tenant})
     assert load_settings({"tenant": "acme"}).tenant == "acme"
+
+
+def test_the_stores_password_stays_on_this_machine_unless_the_operator_says_so() -> None:
+    far = {"redis_url": "redis://:secret@10.0.0.5"}
+    with pytest.raises(InvalidArgument, match="unencrypted"):
+        _ = load_settings(far).store_url
+    trusted = load_settings({**far, "redis_trusted_network": True})
+    assert trusted.store_url == far["redis_url"]
+
+
+def test_probes_ask_on_loopback_unless_told_otherwise() -> None:
+    assert load_settings({}).health is None
+    assert load_settings({"health_port": 7414}).health == ("127.0.0.1", 7414)
+    pod = load_settings({"health_port": 7414, "health_host": "0.0.0.0"})
+    assert pod.health == ("0.0.0.0", 7414)

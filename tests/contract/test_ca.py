@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
@@ -99,6 +100,25 @@ def test_a_key_can_stay_on_its_machine(folder: Path) -> None:
     (facts,) = show(folder / "cloud-one.crt")
     assert (facts["nodes"], facts["hosts"]) == (["cloud/one"], [HERE])
     assert facts["serial"] != first
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "uses"),
+    [
+        ("operator/ann", (), {"clientAuth"}),
+        ("edge/berlin/one", ("localhost",), {"clientAuth", "serverAuth"}),
+        ("-", ("broker.example",), {"serverAuth"}),
+    ],
+)
+def test_a_certificate_is_for_what_its_bearer_does(
+    folder: Path, name: str, hosts: tuple[str, ...], uses: set[str]
+) -> None:
+    given = [part for host in hosts for part in ("--host", host)]
+    ca("issue", name, "--ca", folder / "ca", "--out", folder, *given)
+    (file,) = folder.glob("*.crt")
+    certificate = x509.load_pem_x509_certificate(file.read_bytes())
+    said = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert {use._name for use in said} == uses
 
 
 def test_what_a_certificate_says_is_shown(folder: Path) -> None:

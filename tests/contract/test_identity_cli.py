@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_a_keys_tokens_may_be_revoked_alone(keys: Path) -> None:
         bearer(old, keys)
     assert not known.key(kid).is_revoked
     assert "are void" in run(tenant.app, "list", "--keys", keys).stdout
+
+
+def test_the_file_keeps_its_mode(keys: Path) -> None:
+    assert run(tenant.app, "add", "acme", "--keys", keys).exit_code == 0
+    for mode in (0o640, 0o600):
+        keys.chmod(mode)
+        assert run(tenant.app, "add", "acme", "--keys", keys).exit_code == 0
+        assert stat.S_IMODE(keys.stat().st_mode) == mode
 
 
 def test_tenants_added_at_once_are_all_there(keys: Path) -> None:

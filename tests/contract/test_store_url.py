@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from segue_contract.errors import InvalidArgument
-from segue_contract.store_url import StoreKind, WaitPolicy, parse_store_url
+from segue_contract.store_url import StoreKind, WaitPolicy, check_login_stays, parse_store_url
 
 
 def test_one_server() -> None:
@@ -69,3 +69,30 @@ def test_what_is_wrong_shows_no_password(url: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse_store_url(url)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "stays"),
+    [
+        ("redis://10.0.0.5", True),
+        ("redis://:secret@localhost", True),
+        ("redis://u:secret@[::1]:1", True),
+        ("unix://:secret@/run/redis", True),
+        ("rediss://u:secret@10.0.0.5", True),
+        ("rediss+sentinel://u:secret@10.0.0.5/main", True),
+        ("redis://:secret@10.0.0.5", False),
+        ("redis://u:secret@store.example", False),
+        ("redis://:secret@127.0.0.1,10.0.0.5?cluster=1", False),
+        ("redis+sentinel://10.0.0.5/main?sentinel_password=secret", False),
+    ],
+)
+def test_a_password_leaves_the_machine_over_tls_or_on_the_operators_word(
+    url: str, stays: bool
+) -> None:
+    assert check_login_stays(url, trusted=True) == url
+    if stays:
+        assert check_login_stays(url) == url
+        return
+    with pytest.raises(InvalidArgument, match="unencrypted") as refused:
+        check_login_stays(url)
+    assert "secret" not in str(refused.value)

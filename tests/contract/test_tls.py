@@ -139,6 +139,8 @@ async def test_nodes_are_known_by_their_certificates(authority: Authority, tmp_p
         assert await ask(node.address, authority.believed) == "|"
         assert await ask(node.address, edge) == "|"  # not asked for there
         assert await ask(at_node_port, edge) == "edge/berlin/one|"
+        operator = authority.issue("ann", name="operator/ann")
+        assert await ask(at_node_port, operator) == "operator/ann|"
         for refused in (authority.believed, stranger):
             with pytest.raises(Unreachable, match="client certificate"):
                 await ask(at_node_port, refused)
@@ -155,7 +157,8 @@ async def test_nodes_are_known_by_their_certificates(authority: Authority, tmp_p
         (b"edge/berlin/one",),
         (b"segue:edge/berlin",),
         (b"segue:edge/berlin/#",),
-        (b"segue:operator/x",),
+        (b"segue:operator/x/y",),
+        (b"segue:operator/",),
         (b"segue:edge/\xff/one",),
         (b"segue:edge/berlin/one", b"segue:cloud/one"),
     ],
@@ -170,7 +173,8 @@ class _Context:
     def __init__(self, names: tuple[bytes, ...], kind: Sequence[bytes] = (b"ssl",)) -> None:
         self._facts = {
             "transport_security_type": list(kind),
-            "x509_subject_alternative_name": names,
+            "peer_uri": names,
+            "x509_subject_alternative_name": (b"segue:edge/of/mail", *names),
         }
 
     def auth_context(self) -> dict[str, Sequence[bytes]]:
@@ -306,7 +310,7 @@ async def test_a_port_for_nodes_needs_certificates() -> None:
             pass
 
 
-@pytest.mark.parametrize("name", ["edge/a/b", "cloud/a", "edge/A-1/b_2.c"])
+@pytest.mark.parametrize("name", ["edge/a/b", "cloud/a", "edge/A-1/b_2.c", "operator/ann"])
 def test_names_of_nodes(name: str) -> None:
     assert check_node_name(name) == name
 

@@ -215,6 +215,7 @@ async def _serve(
         tls=settings.listener_tls,
         clients=settings.tls_clients,
         node_port=settings.node_port,
+        health=settings.health,
         gate=gate,
     )
 
@@ -275,5 +276,7 @@ def _print_ready(cloud: Cloud, seconds: float) -> None:
     }
     if cloud.server.node_port is not None:
         ready["node_port"] = cloud.server.node_port
+    if cloud.server.health_port is not None:
+        ready["health_port"] = cloud.server.health_port
     os.write(1, msgspec.json.encode(ready) + b"\n")
     log.info(EVENT_READY, address=cloud.server.address, seconds=ready["seconds"])

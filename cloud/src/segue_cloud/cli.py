@@ -15,6 +15,8 @@ from segue_contract.transport.settings import (
     CaOption,
     CertOption,
     ClientsOption,
+    HealthHostOption,
+    HealthPortOption,
     KeyOption,
     TenantKeysOption,
 )
@@ -39,6 +41,8 @@ def cloud(
     tls_ca: CaOption = None,
     tls_clients: ClientsOption = None,
     tenant_keys: TenantKeysOption = None,
+    health_port: HealthPortOption = None,
+    health_host: HealthHostOption = None,
     model: Annotated[str | None, typer.Option(help="Built model: a name or a folder.")] = None,
     redis_url: Annotated[
         str | None,
@@ -46,6 +50,13 @@ def cloud(
     ] = None,
     redis_ca: Annotated[
         Path | None, typer.Option(help="Authority of a rediss:// store. [--tls-ca]")
+    ] = None,
+    redis_trusted_network: Annotated[
+        bool | None,
+        typer.Option(
+            "--redis-trusted-network",
+            help="The store's password may go over the network without TLS: nobody listens there.",
+        ),
     ] = None,
     mqtt_url: Annotated[
         str | None, typer.Option(help="mqtt://… or mqtts://… ; embedded broker where not given.")

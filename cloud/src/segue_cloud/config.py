@@ -15,7 +15,7 @@ from segue_contract.errors import InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import MAX_RANKS, MAX_TURNS_PER_CLOUD
 from segue_contract.model.manifest import DEFAULT_MODEL
-from segue_contract.store_url import with_tls_files
+from segue_contract.store_url import check_login_stays, with_tls_files
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.mqtt import MqttLogin, parse_mqtt_url, read_mqtt_login
 from segue_contract.transport.settings import TlsSettings
@@ -54,6 +54,7 @@ class CloudSettings(TlsSettings):
         "", validation_alias=AliasChoices("SEGUE_MQTT_URL", "SEGUE_CLOUD_MQTT_URL")
     )
     redis_ca: Path | None = None  # None: as tls_ca
+    redis_trusted_network: bool = False  # a password may go to the store without TLS
     # What devices are told, and the operator's word that this broker checks who reads what. Empty:
     # its own address where they reach it and everybody may read everything, else none.
     public_mqtt_url: str = Field(
@@ -78,7 +79,13 @@ class CloudSettings(TlsSettings):
 
     @property
     def store_url(self) -> str:
-        """`redis_url` with the certificates that it does not name itself."""
+        """`redis_url` with the certificates that it does not name itself.
+
+        Raises:
+            InvalidArgument: it is none, or its password would travel unencrypted.
+        """
+        if self.redis_url:
+            check_login_stays(self.redis_url, trusted=self.redis_trusted_network)
         ca = self.redis_ca or self.tls_ca
         return with_tls_files(
             self.redis_url,

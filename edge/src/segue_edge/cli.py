@@ -21,6 +21,8 @@ from segue_contract.transport.settings import (
     CaOption,
     CertOption,
     ClientsOption,
+    HealthHostOption,
+    HealthPortOption,
     KeyOption,
     TenantKeysOption,
 )
@@ -59,6 +61,8 @@ def edge(
     tls_ca: CaOption = None,
     tls_clients: ClientsOption = None,
     tenant_keys: TenantKeysOption = None,
+    health_port: HealthPortOption = None,
+    health_host: HealthHostOption = None,
     model: Annotated[
         str | None, typer.Option(help="Name of a built model, or its directory.")
     ] = None,
@@ -95,6 +99,8 @@ def edge(
             tls_ca=tls_ca,
             tls_clients=tls_clients,
             tenant_keys=tenant_keys,
+            health_port=health_port,
+            health_host=health_host,
             model=model,
             plan=plan,
             threads=threads,
@@ -143,6 +149,8 @@ def _say_ready(node: EdgeNode) -> None:
         "cloud": list(node.config.cloud),
         "plan": node.config.plan,
     }
+    if node.server.health_port is not None:
+        ready["health_port"] = node.server.health_port
     sys.stdout.write(msgspec.json.encode(ready).decode() + "\n")
     sys.stdout.flush()
     log.info(EVENT_READY, **{key: value for key, value in ready.items() if key != "event"})

@@ -252,6 +252,7 @@ class EdgeNode:
             ],
             tls=self.config.listener_tls,
             clients=self.config.tls_clients,
+            health=self.config.health,
             gate=self._gate,
         )
         self._stack.push_async_callback(self._stop_serving, service)

@@ -126,6 +126,10 @@ RENEW_LEAD_S: Final = 60.0
 RENEW_PAUSE_S: Final = 5.0
 # How often a server looks for calls whose time is over; also what a reader gets that takes nothing.
 GATE_LOOK_S: Final = 1.0
+# Of the port for orchestrators' probes: one asks every few seconds, anybody may.
+HEALTH_CALLS: Final = 16
+HEALTH_MESSAGE_BYTES: Final = 4 * KIB
+HEALTH_IDLE_MS: Final = 60_000
 PROBE_INTERVAL_S: Final = 5.0  # an edge asks each cloud for its facts at this pace
 PROBE_TIMEOUT_S: Final = 2.0  # no answer within it: the cloud counts as out of reach
 RECONNECT_WAIT_S: Final = 0.5  # and 3 round trips, for a cloud that was gone: above its back-off

@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, u
 
 from segue_contract.errors import InvalidArgument
 from segue_contract.limits import STORE_WAIT_MAX_MS, STORE_WAIT_MAX_REPLICAS, STORE_WAIT_MS
+from segue_contract.transport.hosts import is_loopback
 from segue_contract.urls import without_password
 
 Address = tuple[str, int]
@@ -90,6 +91,27 @@ def parse_store_url(url: str) -> StoreUrl:
         # What the parser says may quote a part of the password, in a traceback, too.
         reason = f": {error}" if shown == url or isinstance(error, _Wrong) else ""
         raise InvalidArgument(f"{shown!r} is no Redis address{reason}.", hint=_FORMS) from None
+
+
+def check_login_stays(url: str, *, trusted: bool = False) -> str:
+    """Return `url` where its login, and all that is stored, stays on this machine or has TLS.
+
+    Args:
+        trusted: an operator's word that nobody else listens on the network in between.
+
+    Raises:
+        InvalidArgument: a password would leave this machine unencrypted.
+    """
+    store = parse_store_url(url)
+    far = [host for host, _ in store.seeds if not is_loopback(host)]
+    secret = store.password or store.sentinel_password
+    if far and secret and not trusted and not urlsplit(url).scheme.startswith("rediss"):
+        raise InvalidArgument(
+            f"The store's password, and every session, would travel to {far[0]} unencrypted.",
+            hint="Write rediss:// (--redis-ca FILE); or, in a network of your own that nobody else "
+            "listens to, give --redis-trusted-network.",
+        )
+    return url
 
 
 def with_tls_files(url: str, *, ca: str = "", certificate: str = "", key: str = "") -> str:

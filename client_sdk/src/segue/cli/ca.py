@@ -66,7 +66,10 @@ def init(
 @app.command(name="issue")
 def issue_(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="edge/SITE/NAME, cloud/NAME; '-': hosts only.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="edge/SITE/NAME, cloud/NAME, operator/NAME; '-': hosts only."
+        ),
     ],
     host: Annotated[
         list[str] | None,

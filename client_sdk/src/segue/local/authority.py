@@ -76,8 +76,8 @@ def issue(
     """A node's certificate. What it says is `name` and `hosts`, whatever `request` asks for.
 
     Args:
-        name: "edge/SITE/NAME", "cloud/NAME"; "": a server's without such a name (a broker, a
-            store).
+        name: "edge/SITE/NAME", "cloud/NAME"; "operator/NAME", of a person who looks after nodes;
+            "": a server's without such a name (a broker, a store).
         hosts: names and IP addresses that it is reached by.
         request: the PEM of a signing request, whose key is certified; empty: a key is made.
 
@@ -104,9 +104,7 @@ def issue(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(
-            x509.ExtendedKeyUsage(
-                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-            ),
+            x509.ExtendedKeyUsage(_uses(name)),
             critical=False,
         )
         .add_extension(
@@ -115,6 +113,16 @@ def issue(
         .sign(signer, hashes.SHA256())
     )
     return Issued(_pem(certificate), _key_pem(key) if key is not None else b"")
+
+
+def _uses(name: str) -> list[x509.ObjectIdentifier]:
+    """A person serves nobody, and a server without a name is nobody's client."""
+    uses = []
+    if not name.startswith("operator/"):
+        uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
+    if name:
+        uses.append(ExtendedKeyUsageOID.CLIENT_AUTH)
+    return uses
 
 
 def new_request() -> tuple[bytes, bytes]:
@@ -182,7 +190,7 @@ def _alternative_names(name: str, hosts: Sequence[str]) -> list[x509.GeneralName
     if not names:
         raise InvalidArgument(
             "A certificate needs a name or a host.",
-            hint="Write edge/SITE/NAME or cloud/NAME, and --host for each address.",
+            hint="Write edge/SITE/NAME, cloud/NAME or operator/NAME, and --host for each address.",
         )
     return names
 
@@ -209,7 +217,9 @@ def _requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
             "The signing request cannot be read, or is not signed by its own key.",
             hint="Make one with `segue ca request`.",
         ) from None
-    if not isinstance(public, ec.EllipticCurvePublicKey):
+    if not (
+        isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1)
+    ):
         raise InvalidArgument("The request's key must be on P-256.")
     return public
 

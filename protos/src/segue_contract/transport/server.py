@@ -17,6 +17,7 @@ from segue_contract.errors import Internal, InvalidArgument, NotLoopback, PortIn
 from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.limits import MAX_GRPC_MESSAGE_BYTES, PING_TIMEOUT_S, SHUTDOWN_GRACE_S
 from segue_contract.transport.gate import Gate
+from segue_contract.transport.health_port import health_server
 from segue_contract.transport.hosts import is_loopback
 from segue_contract.transport.status import ErrorInterceptor
 from segue_contract.transport.tls import Clients, TlsFiles, server_credentials
@@ -79,6 +80,8 @@ class RunningServer:
     gate: Gate
     node_port: int | None = None
     tls: bool = False
+    health_port: int | None = None
+    _health_server: grpc.aio.Server | None = None
 
     @property
     def address(self) -> str:
@@ -93,6 +96,8 @@ class RunningServer:
         """Say NOT_SERVING, let running calls end within `grace_s`, then close."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        if self._health_server is not None:
+            await self._health_server.stop(None)
         self.gate.close()
 
 
@@ -104,6 +109,7 @@ async def start_server(
     tls: TlsFiles | None = None,
     clients: Clients = "none",
     node_port: int | None = None,
+    health: tuple[str, int] | None = None,
     gate: Gate | None = None,
 ) -> RunningServer:
     """Listen and serve.
@@ -116,6 +122,7 @@ async def start_server(
         clients: whether callers need a certificate signed by `tls.ca`.
         node_port: the same services here too, always with client certificates: for edges, where
             devices come without. 0 picks a free one, None: not at all.
+        health: host and port where anybody may ask whether the server serves, and nothing else.
         gate: checks each call; by default everybody on this machine is the default tenant's.
 
     Raises:
@@ -124,7 +131,7 @@ async def start_server(
     """
     gate = gate or Gate(DEFAULT_TENANT)
     check_listener(host, tls=tls, authenticated=gate.authenticates)
-    for asked in (port, node_port or 0):
+    for asked in (port, node_port or 0, health[1] if health is not None else 0):
         if not 0 <= asked <= 65535:
             raise InvalidArgument(
                 f"{asked} is no port.", hint="Use 0 to 65535; 0 picks a free one."
@@ -137,8 +144,8 @@ async def start_server(
     server = grpc.aio.server(interceptors=[ErrorInterceptor(), gate], options=_OPTIONS)
     for _, add in services:
         add(server)
-    health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    servicer = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     names = [name for name, _ in services]
     reflection.enable_server_reflection(
         (*names, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
@@ -147,10 +154,17 @@ async def start_server(
     node_bound = None
     if node_port is not None:
         node_bound = _listen(server, host, node_port, tls, "required")
+    probed, probed_port = None, None
+    if health is not None:
+        probed = health_server(servicer)
+        probed_port = _listen(probed, *health, None, "none")
+        await probed.start()
     await server.start()
-    running = RunningServer(server, host, bound, health, gate, node_bound, tls is not None)
+    running = RunningServer(
+        server, host, bound, servicer, gate, node_bound, tls is not None, probed_port, probed
+    )
     for name in names:
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     await running.set_serving(True)
     return running
 

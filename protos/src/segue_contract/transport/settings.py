@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import typer
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings
 
 from segue_contract.errors import InvalidArgument
@@ -38,6 +38,19 @@ TenantKeysOption = Annotated[
 ]
 
 
+HealthPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--health-port",
+        help="One more port, gRPC health alone, without TLS and tokens: for orchestrators' probes.",
+    ),
+]
+HealthHostOption = Annotated[
+    str | None,
+    typer.Option("--health-host", help="Address of --health-port; a pod's own. [127.0.0.1]"),
+]
+
+
 class TlsSettings(BaseSettings):
     """To inherit from. Nodes that it connects to have TLS where `tls_ca` is given."""
 
@@ -46,6 +59,13 @@ class TlsSettings(BaseSettings):
     tls_ca: Path | None = None
     tls_clients: Clients = "none"
     tenant_keys: Path | None = None
+    health_port: int | None = Field(None, ge=0, le=65535)  # None: no such port
+    health_host: str = "127.0.0.1"
+
+    @property
+    def health(self) -> tuple[str, int] | None:
+        """Where probes ask whether this node serves."""
+        return None if self.health_port is None else (self.health_host, self.health_port)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -28,7 +28,7 @@ SYSTEM = Path("system")
 """As `ca`: the public authorities that this installation knows."""
 
 NODE_SCHEME = "segue:"
-_NODE_NAME = re.compile(r"(edge/[\w.-]{1,64}/[\w.-]{1,64}|cloud/[\w.-]{1,64})", re.ASCII)
+_NODE_NAME = re.compile(r"(edge/[\w.-]{1,64}/[\w.-]{1,64}|(cloud|operator)/[\w.-]{1,64})", re.ASCII)
 _MAX_FILE_BYTES = 1 << 20  # a bundle of authorities has 200 KiB
 
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -67,7 +67,7 @@ class _Loaded:
 
 
 def check_node_name(name: str) -> str:
-    """Return `name` where it reads "edge/SITE/NAME" or "cloud/NAME".
+    """Return `name` where it reads "edge/SITE/NAME", "cloud/NAME" or "operator/NAME".
 
     Raises:
         InvalidArgument: it does not.
@@ -75,7 +75,8 @@ def check_node_name(name: str) -> str:
     if not _NODE_NAME.fullmatch(name):
         raise InvalidArgument(
             f"{name!r} is no name of a node.",
-            hint="Write edge/SITE/NAME or cloud/NAME with letters, digits, '.', '_' and '-'.",
+            hint="Write edge/SITE/NAME, cloud/NAME or operator/NAME with letters, digits, '.', '_' "
+            "and '-'.",
         )
     return name
 
@@ -89,7 +90,8 @@ def peer_name(context: Any) -> str:
     if facts.get("transport_security_type") != [b"ssl"]:
         return ""
     names = set()
-    for value in facts.get("x509_subject_alternative_name", ()):
+    # Of the URIs alone: an authority that signs e-mail addresses checks them as such.
+    for value in facts.get("peer_uri", ()):
         text = value.decode("utf-8", "replace")
         if text.startswith(NODE_SCHEME):
             names.add(text.removeprefix(NODE_SCHEME))
