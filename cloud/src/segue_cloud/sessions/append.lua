@@ -124,18 +124,22 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
 
   local now = now_ms()
   runs = add_run(runs, news, tail + 1, tonumber(runs_bound))
-  extend(set, field, string.format('%.0f|%.0f|%s', epoch, last, runs))
+  local n = #set
+  set[n + 1], set[n + 2] = field, int(epoch) .. '|' .. int(last) .. '|' .. runs
   if turn ~= '' and ends == '1' then
-    extend(set, 'x:' .. turn, '1|' .. nonce)
-    if current == turn then extend(set, 'cur', '', 'lease', 0, 'stop', '') end
+    set[n + 3], set[n + 4] = 'x:' .. turn, '1|' .. nonce
+    if current == turn then
+      set[n + 5], set[n + 6], set[n + 7] = 'cur', '', 'lease'
+      set[n + 8], set[n + 9], set[n + 10] = 0, 'stop', ''
+    end
   elseif turn ~= '' and current == turn then
-    extend(set, 'lease', now + tonumber(lease_ms))
+    set[n + 3], set[n + 4] = 'lease', now + tonumber(lease_ms)
   end
   local offset = first == news and tail + 1 or offset_of(runs, first)
   tail = write(generation, tail, log, from, now, set)
   if turn == '' then
-    redis.call('ZADD', PRODUCERS, now, producer)
-    forget_producers(tonumber(bound), now)
+    local new = redis.call('ZADD', PRODUCERS, now, producer) == 1
+    if new then forget_producers(tonumber(bound), now) end -- `open` did it for the others
   end
   return answer('ok', offset, last + 1, last - seq)
 end

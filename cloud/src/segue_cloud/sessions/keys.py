@@ -9,10 +9,11 @@ in between they name a session that is missing or clean, which readers skip.
 from __future__ import annotations
 
 from binascii import crc_hqx
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from segue_contract.ids import SessionName
-from segue_contract.limits import ACTIVE_SHARDS
+from segue_contract.limits import ACTIVE_SHARDS, SESSION_CACHE
 
 _SLOTS = 16384
 
@@ -28,10 +29,11 @@ class SessionKeys:
     devices: str
     snapshot: str
 
-    @classmethod
-    def of(cls, session: SessionName) -> SessionKeys:
+    @staticmethod
+    @lru_cache(SESSION_CACHE)  # they are asked for with every append
+    def of(session: SessionName) -> SessionKeys:
         tag = f"segue:{{{session}}}"
-        return cls(*(f"{tag}:{name}" for name in cls.__dataclass_fields__))
+        return SessionKeys(*(f"{tag}:{one.name}" for one in fields(SessionKeys)))
 
     def staged(self, nonce: str) -> SessionKeys:
         """The keys under which an import is written before it becomes the session."""

@@ -58,8 +58,7 @@ end
 -- Tell whoever watches the session (see changes.py) where its log ends now: "<generation> <offset>
 -- <digest>". A store that lets nobody publish is looked at instead.
 local function tell(generation, tail, digest)
-  digest = digest or redis.call('HGET', META, 'ck') or ''
-  redis.pcall('PUBLISH', META, string.format('%.0f %.0f %s', generation, tail, digest))
+  redis.pcall('PUBLISH', META, generation .. ' ' .. tail .. ' ' .. digest)
 end
 
 -- Go on under another generation, whose first offset is `start`: what was acknowledged from there
@@ -87,7 +86,7 @@ local function meta(...)
     -- alone would give it again: the step is of the life's own random id, and at most 2^20.
     generation = generation + 1 + (tonumber(string.sub(life, 1, 5), 16) or 0)
     new_generation(generation, tail + 1, life, now_ms())
-    tell(generation, tail)
+    tell(int(generation), int(tail), redis.call('HGET', META, 'ck') or '')
   end
   values[1], values[2] = generation, tail
   return values
@@ -126,26 +125,24 @@ local function log_facts(published, largest, digest, written, folded, snapshot)
     size = since + tonumber(snapshot or '0')}
 end
 
-local function extend(list, ...)
-  for i = 1, select('#', ...) do list[#list + 1] = select(i, ...) end
-end
-
 -- Append ARGV[from..] behind `tail`, and set further fields of `meta`, given as names and values;
 -- returns the new tail. Marks the session dirty. One command sets all fields: each costs the store
 -- more than what it does.
 local function write(generation, tail, log, from, now, set)
   local size, largest = size_of(from)
-  if log.published >= tail then extend(set, 'da', now) end
-  local digest = log.digest
+  local clean = log.published >= tail
+  local digest, life, at = log.digest, int(generation), nil
   for i = from, #ARGV do
     tail = tail + 1
+    at = int(tail)
     digest = string.sub(redis.sha1hex(digest .. ARGV[i]), 1, DIGEST_CHARS)
-    redis.call('XADD', LOG, string.format('%.0f-%.0f', generation, tail), 'o', ARGV[i])
+    redis.call('XADD', LOG, life .. '-' .. at, 'o', ARGV[i])
   end
+  if clean then set[#set + 1], set[#set + 2] = 'da', now end
   log.written, log.since = log.written + size, log.since + size
   redis.call('HSET', META, 'tail', tail, 'u', now, 'ck', digest, 'wb', log.written,
     'mx', math.max(largest, log.largest), unpack(set))
-  tell(generation, tail, digest)
+  tell(life, at or int(tail), digest)
   return tail
 end
 
@@ -174,6 +171,7 @@ end
 
 -- Whether a token, "<valid since, ms>|<its device>" ("": there is none), was revoked.
 local function void(bearer)
+  if bearer == '' then return false end
   local issued, device = string.match(bearer, '^(%d+)|(.*)$')
   if not issued then return false end
   return tonumber(issued) < tonumber(redis.call('HGET', META, 'rv:' .. device) or '0')

@@ -35,13 +35,16 @@ def replicas(row: list[Any]) -> int | None:
     return int(row[-1]) if row[0] in (b"ok", b"dup") else None
 
 
+_STATUS = {status.value.encode(): status for status in Status}
+
+
 def append_result(row: list[Any]) -> AppendResult:
     """Of the verbs append and renew."""
     (
         status, generation, first, tail, epoch, expected, stopping, appended, since, size, lost, _,
     ) = row  # fmt: skip
     return AppendResult(
-        status=Status(status.decode()),
+        status=_STATUS[status],
         generation=generation,
         first_offset=first,
         tail=tail,

@@ -64,7 +64,7 @@ function verbs.open(must_exist, device, devices_bound, producer, producers_bound
     recover_generations()
     new_generation(generation, tail + 1, (store_life()), now)
     redis.call('HSET', META, unpack(tail == 0 and {'da', 0, 'mx', 0} or {'bare', 1}))
-    tell(generation, tail)
+    tell(int(generation), int(tail), redis.call('HGET', META, 'ck') or '')
     known, created = {generation, tail}, tail == 0 and 1 or 0
   end
   if device ~= '' then
@@ -203,7 +203,7 @@ function verbs.mend(generation, offset, state, kept, endless, last)
     redis.call('HSET', META, 'cur', last, 'lease', now_ms())
   end
   new_generation(known[1] + 1, missing, (store_life()), now_ms())
-  tell(known[1] + 1, known[2])
+  tell(int(known[1] + 1), int(known[2]), redis.call('HGET', META, 'ck') or '')
   redis.call('SET', SNAPSHOT, int(known[1] + 1) .. ' ' .. int(known[2]) .. '\n' .. state)
   redis.call('HSET', META, 'so', int(known[2]), 'wo', known[3] or '0', 'sb', #state)
   redis.call('XTRIM', LOG, 'MAXLEN', 0)

@@ -110,8 +110,8 @@ function verbs.begin(turn, lease_ms, bound, title, nonce, digest, wait_ms, aband
   local epoch = tonumber(known[7] or '0') + 1
   local set = {'t:' .. turn, int(epoch) .. '|0|', 'x:' .. turn, '0|' .. nonce, 'stop', '',
     'cur', turn, 'lease', now + tonumber(lease_ms)}
-  if digest ~= '' then extend(set, 'd:' .. turn, digest) end
-  if known[6] == '' and title ~= '' then extend(set, 'title', title) end
+  if digest ~= '' then set[#set + 1], set[#set + 2] = 'd:' .. turn, digest end
+  if known[6] == '' and title ~= '' then set[#set + 1], set[#set + 2] = 'title', title end
   tail = write(generation, tail, log, OPS, now, set)
   if known[7] then redis.call('HDEL', META, 'e:' .. turn) end
   local list = waiting(now, wait_ms)
