@@ -64,11 +64,11 @@ class CloudProgram:
         self.process.kill()
         self.cloud = None
 
-    async def stop(self) -> None:
-        """As SIGTERM."""
+    def terminate(self) -> None:
+        """As SIGTERM: its connections end once it is done."""
+        process, outside = self.process, self.world.network._outside.copy()
         self._stop.set()
-        await asyncio.wait({self._task})
-        self.process.kill()
+        self._task.add_done_callback(lambda _: process.kill(), context=outside)
 
     @property
     def serving(self) -> bool:

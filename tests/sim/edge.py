@@ -146,3 +146,9 @@ class EdgeProgram:
 
     def kill(self) -> None:
         self.process.kill()
+
+    def terminate(self) -> None:
+        """As SIGTERM: its connections end once it is done."""
+        process, outside = self.process, self.world.network._outside.copy()
+        self._stop.set()
+        self._task.add_done_callback(lambda _: process.kill(), context=outside)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
+from segue_contract.limits import CHILD_STOP_S
+
 if TYPE_CHECKING:
     from tests.sim.cluster import CloudProgram
     from tests.sim.edge import EdgeProgram
@@ -82,6 +84,31 @@ def _kill(scene: Scene, program: CloudProgram | EdgeProgram, fault: Fault) -> No
 def kill_edge(scene: Scene, rng: Random, fault: Fault) -> None:
     if scene.edges:
         _kill(scene, rng.choice(scene.edges), fault)
+
+
+def _stop(scene: Scene, program: CloudProgram | EdgeProgram, fault: Fault) -> None:
+    """As planned, by whoever starts it again: with SIGKILL where that takes too long."""
+    process = program.process
+    if not process.alive:
+        return
+    program.terminate()
+
+    def restart() -> None:
+        if program.process is process:
+            program.kill()
+            program.start()
+
+    outside = scene.world.network._outside.copy()
+    scene.world.loop.call_later(CHILD_STOP_S + fault.lasts_s, restart, context=outside)
+
+
+def stop_cloud(scene: Scene, rng: Random, fault: Fault) -> None:
+    _stop(scene, scene.clouds[_cloud(scene, rng)], fault)
+
+
+def stop_edge(scene: Scene, rng: Random, fault: Fault) -> None:
+    if scene.edges:
+        _stop(scene, rng.choice(scene.edges), fault)
 
 
 def pause_edge(scene: Scene, rng: Random, fault: Fault) -> None:
@@ -290,8 +317,10 @@ def refuse_publishes(scene: Scene, rng: Random, fault: Fault) -> None:
 
 KINDS: dict[str, tuple[float, Begin]] = {
     "kill cloud": (2.0, kill_cloud),
+    "stop cloud": (1.0, stop_cloud),
     "pause cloud": (1.5, pause_cloud),
     "kill edge": (1.0, kill_edge),
+    "stop edge": (0.7, stop_edge),
     "pause edge": (1.0, pause_edge),
     "isolate edge": (1.5, isolate_edge),
     "pause device": (0.7, pause_device),
