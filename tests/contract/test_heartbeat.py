@@ -211,6 +211,23 @@ async def test_a_loop_that_stood_still_is_not_the_peer_s_silence() -> None:
     listening.cancel()
 
 
+async def test_who_slept_knows_it_for_as_long_as_the_peer_may_have_given_up() -> None:
+    import time
+
+    call = ScriptedCall(FRAME, FRAME)
+    listening = Listening(call, silence_s=0.1)
+    assert await listening.read() == FRAME
+    assert not listening.slept
+    time.sleep(0.3)  # noqa: ASYNC251 - as a process that was stopped
+    assert listening.slept
+    assert await listening.read() == FRAME, "what the peer said before it gave up"
+    assert listening.slept
+    async with asyncio.timeout(20):
+        while listening.slept:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    listening.cancel()
+
+
 async def test_the_end_and_being_cancelled_stay_what_they_are() -> None:
     listening = Listening(ScriptedCall(FRAME, EOF))
     assert [message async for message in listening] == [FRAME]

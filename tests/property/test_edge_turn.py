@@ -248,7 +248,8 @@ class World:
         if self.random.random() < 0.2:
             self.feed(s.NoMoreClouds(number))
         else:
-            self.feed(s.Broke(number, self.random.choice(errors)))
+            slept = self.random.random() < 0.2
+            self.feed(s.Broke(number, self.random.choice(errors), slept))
 
     def stale(self) -> None:
         """What earlier attempts still say has no effect."""
@@ -342,3 +343,14 @@ def test_without_faults_the_turn_ends_with_the_logs_text(shape: Shape) -> None:
         assert world.reader.ended is not None or world.reader.error is not None
         if world.reader.ended is not None and world.reader.ended.durable:
             assert world.reader.tokens == world.log
+
+
+@pytest.mark.parametrize("slept", [False, True])
+def test_an_edge_that_slept_takes_nothing_from_whoever_goes_on(slept: bool) -> None:
+    turn = TurnState("t", 1, 2, Shape.TEXT, LIMITS)
+    turn.begin(0.0)
+    turn.on(s.Opened(1, 1, 0, attached=False, ships=False), 0.1)
+    said = Frame(1, 0, (5,), (word(5),), True, 3, MadeBy.CLOUD)
+    turn.on(s.Logged(1, said), 0.2)
+    out = turn.on(s.Broke(1, Unreachable("The stream broke."), slept), 9.0)
+    assert isinstance(out[-1], s.Follow if slept else s.TakeOver)

@@ -35,6 +35,7 @@ class TurnStream:
     Attributes:
         sent_kv_bytes: KV bytes that passed flow control.
         busy_s: seconds in which KV was on its way, without the waits for the prefill.
+        slept: as of `Listening`, once `replies` has ended.
     """
 
     def __init__(self, cloud: Cloud, spec: dpb.TurnSpec, pacer: Pacer, token: str = "") -> None:
@@ -42,6 +43,7 @@ class TurnStream:
         self.cloud = cloud
         self.sent_kv_bytes = 0
         self.busy_s = 0.0
+        self.slept = False
         self._pacer = pacer
         self._token = token
         self._control: deque[dpb.RunRequest] = deque([dpb.RunRequest(open=spec)])
@@ -122,8 +124,11 @@ class TurnStream:
                 others=not self.cloud.alone,
                 prepare=prepare,
             )
-            async for reply in heard:
-                yield reply
+            try:
+                async for reply in heard:
+                    yield reply
+            finally:
+                self.slept = heard.slept
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         except asyncio.CancelledError:

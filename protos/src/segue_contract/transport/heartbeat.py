@@ -120,6 +120,8 @@ class Listening:
     Attributes:
         silent: the peer said nothing for `silence_s`, or that its compute hangs: the call was
             cancelled for that.
+        slept: this process itself stood still for longer than `silence_s`, and went on less than
+            that ago: the peer may have taken it for lost.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Listening:
         self._prepare = prepare
         self._preparing: dict[bool, asyncio.Task[None]] = {}
         self._left = False
+        self._woke = float("-inf")
         self._others = others
         self._call = call
         self._patient = patient
@@ -145,6 +148,12 @@ class Listening:
         self._waiting = False
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(self._pause_s, self._look)
+
+    @property
+    def slept(self) -> bool:
+        now = self._loop.time()
+        late = now > self._timer.when() + self._silence_s
+        return late or now < self._woke + self._silence_s
 
     async def read(self) -> Any:
         """The next message, or `EOF` where the peer ended the call.
@@ -220,6 +229,8 @@ class Listening:
             self._call.cancel()
 
     def _look(self) -> None:
+        if self._loop.time() > self._timer.when() + self._silence_s:
+            self._woke = self._loop.time()
         listening = self._waiting and (self._begun or not self._patient())
         if listening and self._silence.look():
             self.silent = True

@@ -75,7 +75,7 @@ class CloudLink:
             self.cloud.failed(error)
         else:
             self.cloud.refused(error)
-        self._emit(s.Broke(self._number, error))
+        self._emit(s.Broke(self._number, error, self.stream.slept))
 
     def _take(self, message: dpb.RunReply) -> None:
         number = self._number

@@ -93,10 +93,14 @@ class Logged:
 
 @dataclass(frozen=True)
 class Broke:
-    """The link is gone before the turn's end: refused, lost, silent, or closed without an end."""
+    """The link is gone before the turn's end: refused, lost, silent, or closed without an end.
+
+    `slept`: this node itself stood still, for so long that the others took it for lost.
+    """
 
     link: int
     error: SegueError
+    slept: bool = False
 
 
 @dataclass(frozen=True)

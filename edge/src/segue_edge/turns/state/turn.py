@@ -15,6 +15,7 @@
     the edge ends it alone the outbox takes it, and the end says that it is not durable
     the log lost the turn  offline to the end: the outbox begins it anew
     a cloud refuses it     for good, twice: follow the log; somebody there finishes it
+    the edge itself slept  follow the log: the turn may be served elsewhere by now
 
 Readers are told one end. It is the log's, or the outbox's where no cloud was there; a link that
 closes without an end, or with one that is not durable, is a broken link.
@@ -193,6 +194,8 @@ class TurnState:
             case s.Logged():
                 return self._on_logged(link, signal, now)
             case s.Broke():
+                # Whoever it lost may be alive, and the turn served elsewhere: nothing is taken.
+                self._follow_only |= signal.slept and link.opened and not self.offline
                 return self._on_broke(link, signal.error, now)
             case s.NoMoreClouds():
                 return self._on_no_more_clouds(now)
