@@ -11,13 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import segue
 from segue_cloud.rpc.directory import EdgeDirectory
 from segue_contract.errors import InvalidArgument
 from segue_contract.limits import EDGE_UNHEARD_S, MAX_URL_CHARS
 from segue_contract.servers import Valkey
+from segue_contract.transport.server import start_server
 from segue_contract.transport.status import error_from_rpc
 from segue_contract.v1 import agent_pb2 as pb
+from segue_contract.v1 import agent_pb2_grpc
 from segue_contract.v1 import decode_pb2 as dpb
+from segue_edge.api.agent import AgentService
+from segue_edge.turns.history import HistoryCache
+from segue_edge.turns.offline.outbox import OfflineTurn, Outbox
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
 from tests.support.cloud_rpc import CloudRpc, cloud_rpc
@@ -61,6 +67,34 @@ async def test_what_is_no_address_is_refused(cloud: CloudRpc, url: str) -> None:
         await cloud.decode.Probe(dpb.ProbeRequest(public_url=url), timeout=20)
     assert isinstance(error_from_rpc(caught.value), InvalidArgument)
     assert await _told(cloud) == []
+
+
+async def test_an_edge_hands_on_what_its_cloud_tells(cloud: CloudRpc) -> None:
+    clouds = CloudSet([cloud.address], Pacer(None), public_url="edge.example:7411")
+    clouds.start()
+    await clouds.probed()
+    service = AgentService(
+        None,  # type: ignore[arg-type]
+        clouds, HistoryCache(), Outbox(_deliver), instance="edge", model="m", context=1,
+    )  # fmt: skip
+    edge = await start_server(
+        "127.0.0.1",
+        0,
+        [("segue.v1.Agent", lambda s: agent_pb2_grpc.add_AgentServicer_to_server(service, s))],
+    )
+    try:
+        async with segue.Client(edge.address, device="phone", find_edges=True) as client:
+            known = await client._nodes.unary("Nodes", pb.NodesRequest())
+            assert [one.url for one in known.edges] == ["edge.example:7411"]
+            assert (await client.session("trip")).created
+    finally:
+        service.close()
+        await edge.stop(0)
+        await clouds.close()
+
+
+async def _deliver(turn: OfflineTurn) -> None:
+    raise AssertionError("nothing was said offline")
 
 
 def test_a_certificate_stands_for_one_address() -> None:

@@ -165,6 +165,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self.dismissed: asyncio.Queue[str] = asyncio.Queue()
         self.appends: list[pb.AppendRequest] = []
         self.reads = 0
+        self.edges: list[str] = []
         self.attaches = 0
         self.tail_calls = 0
         self.tails_error: SegueError | None = None  # of every such call
@@ -360,6 +361,10 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
             for session in request.sessions
         ]
         return pb.TailsReply(tails=tails, publishing=self.publishing)
+
+    async def Nodes(self, request: pb.NodesRequest, _: Any) -> pb.NodesReply:
+        self._called("Nodes")
+        return pb.NodesReply(edges=[pb.NodeAddress(url=url) for url in self.edges])
 
     async def ListSessions(self, request: pb.ListSessionsRequest, _: Any) -> pb.ListSessionsReply:
         self._called("ListSessions")

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 
 from segue._access import Access
+from segue._connecting import HEALTH_METHOD, SERVING, Node, connected
 from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, typed
 from segue.options import Options, passed
 from segue_contract.errors import (
@@ -34,30 +35,10 @@ from segue_contract.limits import (
     RPC_TIMEOUT_S,
 )
 from segue_contract.transport.heartbeat import answered
-from segue_contract.transport.status import concerns_tls, error_from_rpc
 from segue_contract.transport.together import end
 from segue_contract.v1 import agent_pb2_grpc
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-
-_HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-
-
-@dataclass(slots=True)
-class Node:
-    """One address. `failed_at` is a monotonic time; -inf: it did not fail lately.
-
-    `full_until`, alike: it refused, and may have room by then.
-    `reviving` runs while it counts as silent: until a new connection gets an answer.
-    """
-
-    address: str
-    failed_at: float = float("-inf")
-    full_until: float = float("-inf")
-    channel: grpc.aio.Channel | None = None
-    stub: Any = None
-    reviving: asyncio.Task[None] | None = None
-    files: tuple[object, ...] = ()  # the certificates as its channel was opened with them
 
 
 @dataclass(slots=True)
@@ -86,6 +67,7 @@ class Nodes:
                 f"{len(addresses)} addresses were given; {MAX_ADDRESSES} are allowed."
             )
         self._nodes = [Node(access.check(address)) for address in dict.fromkeys(addresses)]
+        self._spare: dict[str, Node] = {}  # measured, or preferred before
         self._access = access
         self._clock = clock
         self._shared = _Shared()
@@ -125,6 +107,51 @@ class Nodes:
             wait_s = ADDRESS_RETRY_S
         node.full_until = self._clock() + min(wait_s, RPC_TIMEOUT_S)
 
+    # -- other addresses than those that were given: see `segue._finding` --------------------------
+    def node_at(self, address: str) -> Node:
+        """The node there, preferred or not; a new one where it is not known.
+
+        Raises:
+            InvalidArgument: no channel may be opened to it.
+        """
+        known = [one for one in (*self._nodes, *self._spare.values()) if one.address == address]
+        if known:
+            return known[0]
+        node = self._spare[address] = Node(self._access.check(address))
+        return node
+
+    async def round_trip_s(self, node: Node) -> float:
+        """Of a small call over a connection that stands. Raises Unreachable: it does not serve."""
+        await self.stub(node)
+        assert node.channel is not None
+        ask = node.channel.unary_unary(HEALTH_METHOD, None, None)
+        began = self._clock()
+        async with self.calling(node):
+            reply = await ask(b"", timeout=CONNECT_TIMEOUT_S)
+        if reply != SERVING:
+            raise Unreachable(f"{node.address} does not serve now.", address=node.address)
+        return self._clock() - began
+
+    async def prefer(self, addresses: Sequence[str]) -> None:
+        """These in this order from now on. What runs at others goes on there."""
+        chosen = [self.node_at(address) for address in addresses[:MAX_ADDRESSES]]
+        self._spare |= {one.address: one for one in self._nodes}
+        for one in chosen:
+            self._spare.pop(one.address, None)
+        self._nodes[:] = chosen
+
+    async def forget_spares(self) -> None:
+        """Close what is not preferred any more."""
+        spares = list(self._spare.values())
+        self._spare.clear()
+        for node in spares:
+            await self._let_go(node)
+
+    async def _let_go(self, node: Node) -> None:
+        if node.reviving is not None:
+            await end(node.reviving)
+        await self._disconnect(node)
+
     async def stub(self, node: Node) -> Any:
         """The `Agent` stub of a connected node.
 
@@ -144,7 +171,7 @@ class Nodes:
                 node.channel = self._channel(node.address)
                 node.stub = agent_pb2_grpc.AgentStub(node.channel)  # type: ignore[no-untyped-call]
             async with asyncio.timeout(connect_s):
-                await _connected(node.channel)
+                await connected(node.channel)
         except (TimeoutError, Unreachable) as error:
             await self.failed(node)
             if isinstance(error, TimeoutError):
@@ -227,7 +254,7 @@ class Nodes:
         try:
             channel = self._channel(address)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await _connected(channel)
+                await connected(channel)
         except Exception:  # also what the app's token function raises
             return False
         else:
@@ -364,7 +391,7 @@ class Nodes:
         assert channel is not None
 
         async def ping(timeout_s: float) -> None:
-            await channel.unary_unary(_HEALTH_METHOD, None, None)(b"", timeout=timeout_s)
+            await channel.unary_unary(HEALTH_METHOD, None, None)(b"", timeout=timeout_s)
 
         try:
             return await answered(call, ping)
@@ -398,39 +425,5 @@ class Nodes:
 
     async def close(self) -> None:
         self._shared.closed = True
-        for node in self._nodes:
-            if node.reviving is not None:
-                await end(node.reviving)
-            await self._disconnect(node)
-
-
-async def _connected(channel: grpc.aio.Channel) -> None:
-    """Wait until the channel is ready; a refused connection fails at once.
-
-    Raises:
-        Unreachable: with a hint where it is known what is wrong.
-    """
-    while True:
-        state = channel.get_state(try_to_connect=True)
-        if state is grpc.ChannelConnectivity.READY:
-            return
-        if state in (
-            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
-            grpc.ChannelConnectivity.SHUTDOWN,
-        ):
-            raise await _why(channel)
-        await channel.wait_for_state_change(state)
-
-
-async def _why(channel: grpc.aio.Channel) -> Unreachable:
-    """Why the last attempt to connect failed: only a call is told."""
-    refused = Unreachable("The connection was refused.")
-    try:
-        await channel.unary_unary(_HEALTH_METHOD, None, None)(b"", timeout=CONNECT_TIMEOUT_S)
-    except grpc.aio.AioRpcError as error:
-        found = error_from_rpc(error)
-        if isinstance(found, Unreachable) and concerns_tls(error.details() or ""):
-            return found
-    except grpc.aio.UsageError:  # closed meanwhile
-        pass
-    return refused
+        for node in (*self._nodes, *self._spare.values()):
+            await self._let_go(node)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from segue._access import Access, read_access
 from segue._config_file import config_path, read_contexts
+from segue._finding import Finding
 from segue._nodes import Nodes
 from segue._renewing import keep_renewed
 from segue._settings import find_settings
@@ -60,6 +61,9 @@ class Client:
         max_retries: how often a call is repeated after all addresses were tried: where none can
             be reached or has room, or the error says when to come back (`retry_after_s`), which is
             then waited for. None: for 2.5 s in calls of an open session, else not.
+        find_edges: ask the nodes which edges there are (`segue edge --public-url`), measure how far
+            each is, and use the nearest one; a clearly nearer one is moved to, and running turns
+            end where they are. The addresses that were given are measured, too.
 
     Raises:
         InvalidArgument: an address or the name cannot be one, a file is missing its partner, the
@@ -81,6 +85,7 @@ class Client:
         tls_key: str | Path | None = None,
         timeout: Timeout | float | None = None,
         max_retries: int | None = None,
+        find_edges: bool = False,
     ) -> None:
         settings = find_settings(
             os.environ, lambda: read_contexts(config_path(os.environ)), address=address
@@ -91,7 +96,8 @@ class Client:
         if address is None:
             address = settings.addresses
         addresses = (address,) if isinstance(address, str) else tuple(address)
-        self._begin(access, addresses, device, limits, Options().changed(timeout, max_retries))
+        options = Options().changed(timeout, max_retries)
+        self._begin(access, addresses, device, limits, options, find_edges)
 
     @classmethod
     def _over(
@@ -117,6 +123,7 @@ class Client:
         device: str,
         limits: ClientLimits,
         options: Options,
+        find_edges: bool = False,
     ) -> None:
         self.device = check_id(device, "device") if device else new_id("device-", os.urandom)
         self.addresses = tuple(addresses)
@@ -128,6 +135,8 @@ class Client:
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._renewing: asyncio.Task[None] | None = None
+        self._finding = Finding(self._nodes, self.addresses) if find_edges else None
+        self._looking: asyncio.Task[None] | None = None
 
     def with_options(
         self, *, timeout: Timeout | float | None = None, max_retries: int | None = None
@@ -160,6 +169,9 @@ class Client:
         if self._access.renews and self._access.token is not None:
             work = keep_renewed(self._access.token, self._renew)
             self._renewing = asyncio.create_task(work, name="token")
+        if self._finding is not None:
+            await self._finding.first()
+            self._looking = asyncio.create_task(self._finding.run(), name="nearest edge")
         return self
 
     async def __aexit__(
@@ -176,6 +188,8 @@ class Client:
             return
         if self._renewing is not None:
             await end(self._renewing)
+        if self._looking is not None:
+            await end(self._looking)
         for follower in list(self._followers):
             await follower.aclose()
         await self._tails.close()

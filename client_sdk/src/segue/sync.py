@@ -65,6 +65,9 @@ class SyncClient:
         max_retries: how often a call is repeated after all addresses were tried: where none can
             be reached or has room, or the error says when to come back (`retry_after_s`), which is
             then waited for. None: for 2.5 s in calls of an open session, else not.
+        find_edges: ask the nodes which edges there are (`segue edge --public-url`), measure how far
+            each is, and use the nearest one; a clearly nearer one is moved to, and running turns
+            end where they are. The addresses that were given are measured, too.
 
     Raises:
         InvalidArgument: an address or the name cannot be one, a file is missing its partner, the
@@ -89,6 +92,7 @@ class SyncClient:
         tls_key: str | Path | None = None,
         timeout: Timeout | float | None = None,
         max_retries: int | None = None,
+        find_edges: bool = False,
     ) -> None:
         self._portal = Portal()
         self._owner = True
@@ -103,6 +107,7 @@ class SyncClient:
                 tls_key=tls_key,
                 timeout=timeout,
                 max_retries=max_retries,
+                find_edges=find_edges,
             )
         )
 

@@ -11,8 +11,9 @@ from types import TracebackType
 
 import grpc
 
+from segue._connecting import Node
 from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, ran_out, typed
-from segue._nodes import Node, Nodes
+from segue._nodes import Nodes
 from segue._reading import join_again
 from segue._reply import ReplyView
 from segue.events import Ended, Frame, Reply, Timing, TurnEvent
