@@ -89,6 +89,19 @@ async def test_a_revoked_device_gets_nothing_more_at_any_instance(here: Place) -
     await here.call(1, later, "Read", read)
 
 
+async def test_who_may_only_read_fences_no_writer(here: Place) -> None:
+    laptop = here.token("laptop")
+    epoch = (await opened(here, laptop, "laptop")).epoch
+    reader = here.token("phone", rights=frozenset({Right.READ, Right.STOP}))
+    request = pb.OpenSessionRequest(session="trip", device="phone", producer="laptop")
+    assert (await here.call(1, reader, "OpenSession", request)).epoch == 0
+    op = encode_op(Set(id="a", device="laptop", name="a", value=b""))
+    append = pb.AppendRequest(
+        session="trip", device="laptop", producer="laptop", epoch=epoch, first_seq=1, ops=[op]
+    )
+    await here.call(0, laptop, "Append", append)
+
+
 async def test_a_token_of_an_issuer_whose_clock_is_ahead_is_void_as_well(here: Place) -> None:
     """Such a token is taken, up to half a minute before its time; it outlived a revocation."""
     laptop, ahead = here.token("laptop"), here.token("phone", age_s=-25)

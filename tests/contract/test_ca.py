@@ -74,6 +74,20 @@ async def _serves(address: str, tls: TlsFiles) -> None:
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_a_rotation_that_was_broken_off_leaves_an_authority_that_signs(folder: Path) -> None:
+    """ca.crt has the new one first, and ca.key is still the old one's."""
+    key = folder / "ca/ca.key"
+    old = key.read_bytes()
+    (before,) = show(folder / "ca/ca.crt")
+    ca("rotate", "--authority", "--ca", folder / "ca")
+    key.write_bytes(old)
+    issued(folder, "cloud/one", "--host", HERE)
+    ca("rotate", "--authority", "--ca", folder / "ca")
+    both = show(folder / "ca/ca.crt")
+    assert [one["serial"] for one in both[1:]] == [before["serial"]]
+    issued(folder, "cloud/two", "--host", HERE)
+
+
 def test_keys_are_their_owners_alone(folder: Path) -> None:
     files = issued(folder, "edge/berlin/one", "--host", "localhost")
     assert files.key is not None

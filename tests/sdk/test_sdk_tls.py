@@ -127,5 +127,9 @@ def test_arguments_come_before_the_environment() -> None:
     assert access.token is not None
     assert access.token() == "given"
     assert read_access(_settings(env), token="").token is None
+    shown = {"SEGUE_CERT": "a.crt", "SEGUE_KEY": "a.key"}
+    with pytest.raises(InvalidArgument, match="TLS is off"):
+        read_access(_settings(shown))
+    assert read_access(_settings(shown), tls_ca="").tls is None
     with pytest.raises(InvalidArgument, match="its key"):
         read_access(_settings({}), tls_cert="a.crt")

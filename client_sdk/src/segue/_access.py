@@ -74,6 +74,11 @@ def read_access(
             "A certificate goes with its key, and one of the two is not given.",
             hint="Give both: tls_cert= and tls_key=, or SEGUE_CERT and SEGUE_KEY.",
         )
+    if certificate is not None and ca is None and tls_ca is None:
+        raise InvalidArgument(
+            "A certificate is shown over TLS alone, and TLS is off.",
+            hint="Say whom to believe: tls_ca=, or SEGUE_CA.",
+        )
     given = settings.token.value if token is None else token
     if token is None and not given and settings.token_command.value:
         given = TokenCommand(settings.token_command.value)

@@ -24,6 +24,7 @@ from segue.local.authority import (
     new_authority,
     new_request,
     read_certificates,
+    signing_certificate,
 )
 from segue_contract.errors import InvalidArgument
 
@@ -181,21 +182,16 @@ def _as_json(one: Facts) -> dict[str, object]:
 
 def _rotate_authority(folder: Path, now: datetime) -> None:
     old = _authority(folder)
-    known = read_certificates(old.certificate, str(folder / CERTIFICATE))
+    signing = signing_certificate(old)
+    known = read_certificates(signing, str(folder / CERTIFICATE))
     made = new_authority(known[0].subject.removeprefix("CN="), now)
     # First what says whom to believe: between the two writes the old key still signs, and what it
-    # signs is believed.
-    both = made.certificate + _first_certificate(old.certificate)
+    # signs is believed. Older ones than the last are believed no more.
+    both = made.certificate + signing
     _write(folder / CERTIFICATE, both)
     _write(folder / KEY, made.key, private=True)
     typer.echo(str(folder / CERTIFICATE))
     _remark("It holds both authorities: give it to all, then rotate every node's certificate.")
-
-
-def _first_certificate(pem: bytes) -> bytes:
-    """A bundle's newest: older ones than the last are believed no more."""
-    end = b"-----END CERTIFICATE-----\n"
-    return pem.partition(end)[0] + end
 
 
 def _authority(folder: Path) -> Issued:

@@ -197,13 +197,21 @@ def _alternative_names(name: str, hosts: Sequence[str]) -> list[x509.GeneralName
 
 def _authority(authority: Issued) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     try:
-        root = x509.load_pem_x509_certificates(authority.certificate)[0]
+        roots = x509.load_pem_x509_certificates(authority.certificate)
         key = serialization.load_pem_private_key(authority.key, password=None)
     except (ValueError, TypeError):
         raise InvalidArgument("The authority's files cannot be read.") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != root.public_key():
-        raise InvalidArgument("The authority's key is not that of its certificate.")
-    return root, key
+    # Where a rotation was broken off, the newest certificate of the bundle has no key yet.
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        for root in roots:
+            if root.public_key() == key.public_key():
+                return root, key
+    raise InvalidArgument("The authority's key is that of none of its certificates.")
+
+
+def signing_certificate(authority: Issued) -> bytes:
+    """Of its certificates the one whose key signs, PEM. Raises InvalidArgument: there is none."""
+    return _pem(_authority(authority)[0])
 
 
 def _requested_key(request: bytes) -> ec.EllipticCurvePublicKey:

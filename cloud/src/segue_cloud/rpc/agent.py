@@ -32,7 +32,7 @@ from segue_contract.errors import (
     UnknownSession,
     UnknownTurn,
 )
-from segue_contract.identity.rights import access_revoked, check_op, may_create
+from segue_contract.identity.rights import access_revoked, check_op, may_append, may_create
 from segue_contract.ids import SessionName, check_id
 from segue_contract.limits import (
     MAX_APPEND_OPS,
@@ -103,6 +103,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
                 hint="Leave the model out, or ask a node that serves it.",
             )
         producer = check_id(request.producer, "producer") if request.producer else ""
+        if not may_append(caller()):  # an epoch would fence a writer of that name
+            producer = ""
         self._usage.device(session.tenant, device)
         makes = may_create(caller()) and not request.must_exist
         reached = await self._sessions.reached(session.tenant) if makes else None

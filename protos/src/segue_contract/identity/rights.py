@@ -182,6 +182,11 @@ def may_create(principal: Principal) -> bool:
     return Right.SEND in principal.rights
 
 
+def may_append(principal: Principal) -> bool:
+    """Whether there is any op that it may append."""
+    return bool(principal.rights & {Right.SEND, Right.CONTROL, Right.TOOL})
+
+
 def check_op(principal: Principal, op: ops.Op) -> None:
     """Whether the caller may append that op. Raises PermissionDenied."""
     right = _OP_RIGHTS.get(type(op))
