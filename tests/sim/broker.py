@@ -122,6 +122,7 @@ class Client:
     """As `MqttClient`, as far as the product uses it."""
 
     limits = BrokerLimits()
+    ended_by = 0
 
     def __init__(self, world: World, host: str, port: int = 1883, **options: Any) -> None:
         self._world = world

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from segue_cloud.log.session_log import SessionLog
+from segue_cloud.mqtt.dynsec import DynamicSecurity
+from segue_cloud.mqtt.logins import BrokerLogins
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.live import LiveView
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.tenants.usage import TenantUsage
@@ -25,6 +28,7 @@ from segue_contract.limits import COMPACT_AFTER_BYTES, COMPACT_AFTER_ENTRIES, Tu
 from segue_contract.model.manifest import Manifest, read_manifest
 from segue_contract.transport.channel import open_channel
 from segue_contract.transport.gate import Gate
+from segue_contract.transport.mqtt import MqttLogin
 from segue_contract.transport.server import start_server
 from segue_contract.v1 import agent_pb2_grpc, decode_pb2_grpc
 from tests.support.scripted_engine import ScriptedEngine
@@ -41,6 +45,7 @@ class CloudRpc:
     engine: ScriptedEngine
     manifest: Manifest
     tokenizer: ChatTokenizer
+    logins: BrokerLogins | None = None
 
 
 @asynccontextmanager
@@ -53,6 +58,7 @@ async def cloud_rpc(
     manifest: Manifest | None = None,
     tokenizer: ChatTokenizer | None = None,
     mqtt_url: str = "",
+    mqtt_login: MqttLogin = MqttLogin(),
     limits: TurnLimits = TurnLimits(),
     folds: bool = True,
     gate: Gate | None = None,
@@ -60,7 +66,8 @@ async def cloud_rpc(
     **listener: Any,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
-    that devices follow over. `folds`: False keeps every entry of a log.
+    that devices follow over. `mqtt_login`: of an administered one, beside a gate. `folds`: False
+    keeps every entry of a log.
     `listener`: of its server (TLS)."""
     manifest = manifest or read_manifest(model_dir)
     tokenizer = tokenizer or tokenizer_of(model_dir)
@@ -69,7 +76,9 @@ async def cloud_rpc(
         publisher = None
         after, size = (COMPACT_AFTER_ENTRIES, COMPACT_AFTER_BYTES) if folds else (2**53, 2**53)
         if mqtt_url:
-            publisher = await stack.enter_async_context(Publisher(mqtt_url, store))
+            publisher = await stack.enter_async_context(
+                Publisher(mqtt_url, store, login=mqtt_login)
+            )
         log = await stack.enter_async_context(
             SessionLog(store, publisher, compact_after=after, compact_bytes=size)
         )
@@ -92,14 +101,25 @@ async def cloud_rpc(
             usage=usage,
         )  # fmt: skip
         edges = EdgeDirectory()
+        live = logins = None
+        if publisher is not None:
+            told = lambda: mqtt_url  # noqa: E731
+            if gate is not None and mqtt_login.username:
+                admin = await stack.enter_async_context(DynamicSecurity(told, mqtt_login))
+                tokens = gate._tokens
+                record = store.login_record()
+                logins = BrokerLogins(record, admin, publisher.keys, gate, tokens)
+                await stack.enter_async_context(logins)
+                assert await admin.wait_known(), admin.why_not
+            live = LiveView(log, told, publisher.keys.of, logins)
         agent = AgentService(
-            Identity("cloud-1", manifest.name, lambda: mqtt_url, context),
+            Identity("cloud-1", manifest.name, context),
             manager,
             log,
             publishing=lambda: publisher is None or publisher.publishing,
             edges=edges,
-            **({} if publisher is None else {"live_key": publisher.keys.of}),
             usage=usage,
+            live=live,
         )
         facts = FactsSource(
             engine,
@@ -133,6 +153,7 @@ async def cloud_rpc(
                 engine,
                 manifest,
                 tokenizer,
+                logins,
             )
         finally:
             await channel.close()

@@ -67,7 +67,7 @@ async def end_of(stream: Any) -> SegueError:
 
 @asynccontextmanager
 async def keyed_clouds(
-    url: str, directory: Path, engine: ScriptedEngine | None = None, *, clouds: int = 2
+    url: str, directory: Path, engine: ScriptedEngine | None = None, *, clouds: int = 2, **more: Any
 ) -> AsyncIterator[Place]:
     place = Place(KnownTokens())
     engine = engine or ScriptedEngine([*b"words"])
@@ -75,7 +75,13 @@ async def keyed_clouds(
         for _ in range(clouds):
             gate = Gate("default", place.tokens, now_s=lambda: place.now_s, peer_name=lambda _: "")
             cloud = cloud_rpc(
-                url, directory, engine, manifest=MANIFEST, tokenizer=tiny_tokenizer(), gate=gate
+                url,
+                directory,
+                engine,
+                manifest=MANIFEST,
+                tokenizer=tiny_tokenizer(),
+                gate=gate,
+                **more,
             )
             place.clouds.append(await stack.enter_async_context(cloud))
         yield place

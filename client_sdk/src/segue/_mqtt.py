@@ -1,4 +1,5 @@
-"""One MQTT connection, shared by all followed sessions of a client.
+"""One MQTT connection, shared by all followed sessions of a client, or of one session where the
+broker wants a login for each.
 
 It reconnects by itself and subscribes again; the sinks are told when messages flow and when they
 stop. Messages are handed over as they come: the bound on what waits is the sink's.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from random import Random
@@ -15,18 +17,27 @@ from typing import Protocol
 
 import aiomqtt
 
-from segue_contract.errors import InvalidArgument
+from segue._broker_login import Admit, BrokerLogin
+from segue_contract.errors import InvalidArgument, PermissionDenied, SegueError
 from segue_contract.limits import (
     BROKER_KEEPALIVE_S,
     BROKER_RETRY_MAX_S,
     BROKER_RETRY_S,
     CONNECT_TIMEOUT_S,
+    LOGIN_PAUSE_S,
     SUBSCRIBE_TIMEOUT_S,
 )
 from segue_contract.transport import mqtt_client
 from segue_contract.transport.mqtt import MqttLogin, connect_options, parse_mqtt_url
 from segue_contract.transport.tls import TlsFiles
 from segue_contract.transport.together import end
+
+log = logging.getLogger("segue.mqtt")
+log.addHandler(logging.NullHandler())  # an app's terminal is its own
+
+# Reason codes of MQTT 5: bad user name or password, not authorized, banned, ended by an
+# administrator (who deleted the login).
+_REFUSALS = (0x86, 0x87, 0x8A, 0x98)
 
 
 class Sink(Protocol):
@@ -45,14 +56,22 @@ class Broker:
     Args:
         url: "mqtt://host:port" or "mqtts://...", with a user and a password where it needs them.
         tls: whom mqtts:// believes, and our certificate.
+        admit: gives this device a login, where the broker wants one of each device and session.
+
+    Attributes:
+        refusal: why the broker let us not in, or not read; None: it did, or was not reached.
 
     Raises:
         InvalidArgument: the url is not a broker's.
     """
 
-    def __init__(self, url: str, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, url: str, tls: TlsFiles | None = None, *, admit: Admit | None = None
+    ) -> None:
         self._server = parse_mqtt_url(url)
-        self._login = MqttLogin(tls=tls or TlsFiles())
+        self._tls = tls or TlsFiles()
+        self._own = BrokerLogin(admit, self._tls) if admit is not None else None
+        self.refusal: SegueError | None = None
         self._sinks: dict[str, list[Sink]] = {}
         self._mqtt: mqtt_client.MqttClient | None = None
         self._down = False  # the last attempt failed
@@ -67,6 +86,7 @@ class Broker:
         for topic in topics:
             self._sinks.setdefault(topic, []).append(sink)
         if self._task is None:
+            self._stopping.clear()
             self._task = asyncio.create_task(self._run(), name=f"mqtt {self._server.url}")
         elif self._mqtt is not None:
             sink.on_link(await self._subscribe(self._mqtt, topics))
@@ -85,6 +105,8 @@ class Broker:
         if unused and self._mqtt is not None:
             with contextlib.suppress(aiomqtt.MqttError):
                 await self._mqtt.unsubscribe(unused, timeout=SUBSCRIBE_TIMEOUT_S)
+        if self._own is not None and not self._sinks:
+            await self.close()  # of one session, which nobody follows now
 
     async def close(self) -> None:
         task, self._task = self._task, None
@@ -98,42 +120,83 @@ class Broker:
 
     async def _run(self) -> None:
         while not self._stopping.is_set():
+            pause_s = self._pause_s
             try:
-                async with mqtt_client.MqttClient(
-                    *self._server.address,
-                    **connect_options(self._server, self._login),
-                    clean_start=True,
-                    keepalive=BROKER_KEEPALIVE_S,
-                    timeout=CONNECT_TIMEOUT_S,
-                ) as mqtt:
-                    await self._serve(mqtt)
+                login = await self._logged_in()
+                if login is None:
+                    pause_s = LOGIN_PAUSE_S
+                else:
+                    await self._connect(login)
+            except aiomqtt.MqttCodeError as error:
+                self._refused(error.rc)
             except (aiomqtt.MqttError, InvalidArgument):
                 pass  # sessions are followed over gRPC meanwhile
             finally:
                 self._mqtt, self._down = None, True
                 self._tell(False)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pause_s * self._random.uniform(0.5, 1.5)):
+                async with asyncio.timeout(pause_s * self._random.uniform(0.5, 1.5)):
                     await self._stopping.wait()
             self._pause_s = min(2 * self._pause_s, BROKER_RETRY_MAX_S)
+
+    async def _logged_in(self) -> MqttLogin | None:
+        """None: the cloud gives us no login now."""
+        if self._own is None:
+            return MqttLogin(tls=self._tls)
+        return self._own.login or await self._own.ask()
+
+    async def _connect(self, login: MqttLogin) -> None:
+        """Until the connection is lost, not wanted any more, or another login is to be used."""
+        async with mqtt_client.MqttClient(
+            *self._server.address,
+            **connect_options(self._server, login),
+            identifier=self._own.user if self._own is not None else None,
+            clean_start=True,
+            keepalive=BROKER_KEEPALIVE_S,
+            timeout=CONNECT_TIMEOUT_S,
+        ) as mqtt:
+            try:
+                await self._serve(mqtt)
+            except aiomqtt.MqttError:
+                self._refused(mqtt.ended_by)
+                raise
+
+    def _refused(self, code: object, *, known: bool = False) -> None:
+        """A reason code of MQTT 5 (`known`: of somebody whom it let in): a login that was ended, or
+        may not read this. Said once, and to whoever asks the follower, which goes on over gRPC."""
+        value = code if isinstance(code, int) else getattr(code, "value", 0)
+        if value not in _REFUSALS:
+            return
+        if self._own is not None and not known:
+            self._own.forget()  # the next one is asked for
+        if self.refusal is None:
+            log.warning("%s does not take us: %s; sessions go on over gRPC", self._server.url, code)
+        self.refusal = PermissionDenied(
+            f"The broker {self._server.url} refused: {code}.",
+            hint="The session is followed over gRPC. See the broker's access rules.",
+        )
 
     async def _serve(self, mqtt: mqtt_client.MqttClient) -> None:
         """Until the connection is lost (MqttError), `close`, or a refused subscription."""
         self._mqtt = mqtt
         pump = asyncio.create_task(self._pump(mqtt), name="mqtt messages")
         stopping = asyncio.create_task(self._stopping.wait(), name="mqtt stopping")
+        ends = {pump, stopping}
+        if self._own is not None:
+            ends.add(asyncio.create_task(self._own.keep(), name="mqtt login"))
         try:
             topics = list(self._sinks)
             if topics and not await self._subscribe(mqtt, topics):
                 return
             self._down = False
+            self.refusal = None
             self._pause_s = BROKER_RETRY_S
             self._tell(True)
-            await asyncio.wait({pump, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 pump.result()
         finally:
-            await end(pump, stopping)
+            await end(*ends)
 
     async def _subscribe(self, mqtt: mqtt_client.MqttClient, topics: Sequence[str]) -> bool:
         try:
@@ -143,7 +206,10 @@ class Broker:
         except aiomqtt.MqttError:
             return False
         # MQTT 5 reason codes from 128 on are refusals
-        return all((code if isinstance(code, int) else code.value) < 128 for code in codes)
+        refused = [c for c in codes if (c if isinstance(c, int) else c.value) >= 128]
+        for code in refused:
+            self._refused(code, known=True)
+        return not refused
 
     async def _pump(self, mqtt: mqtt_client.MqttClient) -> None:
         async for message in mqtt.messages:

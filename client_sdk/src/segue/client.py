@@ -131,7 +131,7 @@ class Client:
         self._nodes = Nodes(self.addresses, access=access, options=options)
         self._is_copy = False
         self._limits = limits
-        self._brokers: dict[str, Broker] = {}
+        self._brokers: dict[tuple[str, str], Broker] = {}  # by URL, and session or ""
         self._tails = Tails(self._nodes, self.device)
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._renewing: asyncio.Task[None] | None = None
@@ -326,17 +326,32 @@ class Client:
         return await import_session(self._nodes, Path(file), name)
 
     def _follow(self, mqtt_url: str, where: Where) -> Follower:
-        follower = Follower(self._nodes, self._broker(mqtt_url), where, self._tails, self._limits)
+        broker = self._broker(mqtt_url, where)
+        follower = Follower(self._nodes, broker, where, self._tails, self._limits)
         self._followers.add(follower)
         return follower
 
-    def _broker(self, url: str) -> Broker | None:
-        """One connection per broker; None where only gRPC carries the live view."""
-        if url and url not in self._brokers:
+    def _broker(self, url: str, where: Where) -> Broker | None:
+        """One connection per broker, or session where each has a login; None where only gRPC
+        carries the live view."""
+        session = where.name.session if where.needs_login else ""
+        if url and (url, session) not in self._brokers:
             from segue._mqtt import Broker  # aiomqtt is loaded only where a session is followed
 
+            async def admit(user: str) -> pb.OpenSessionReply:
+                request = pb.OpenSessionRequest(
+                    session=session,
+                    device=self.device,
+                    must_exist=True,
+                    wants_login=True,
+                    mqtt_user=user,
+                )
+                reply: pb.OpenSessionReply = await self._nodes.unary("OpenSession", request)
+                return reply
+
             try:
-                self._brokers[url] = Broker(url, self._access.tls)
+                broker = Broker(url, self._access.tls, admit=admit if session else None)
             except InvalidArgument:
                 return None  # a kind of broker that we do not speak to
-        return self._brokers.get(url)
+            self._brokers[url, session] = broker
+        return self._brokers.get((url, session))

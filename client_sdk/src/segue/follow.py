@@ -64,7 +64,8 @@ if TYPE_CHECKING:
 class Where:
     """Which log a follower follows, from which place on, and as whom.
 
-    `live_key`: of what is published in that generation.
+    `live_key`: of what is published in that generation. `needs_login`: the broker takes this device
+    with a login of its own for this session.
     """
 
     name: SessionName
@@ -72,6 +73,7 @@ class Where:
     generation: int
     from_offset: int = 0
     live_key: bytes = field(default=b"", repr=False)
+    needs_login: bool = False
 
 
 class Follower:
@@ -128,6 +130,12 @@ class Follower:
     def unauthentic(self) -> int:
         """Messages that came over MQTT and that no cloud had sealed; none of them was taken."""
         return self._seal.unauthentic
+
+    @property
+    def mqtt_refusal(self) -> SegueError | None:
+        """Why the broker does not take this device, which then follows over gRPC; None: it does, or
+        was not reached."""
+        return self._broker.refusal if self._broker is not None else None
 
     @property
     def cursor(self) -> Cursor:

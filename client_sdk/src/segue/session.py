@@ -90,6 +90,7 @@ class Session:
         self._nodes = nodes
         self._mqtt_url = opened.mqtt_url
         self._live_key = opened.live_key
+        self._needs_login = opened.needs_login
         self._follow = follow
         self._limits = limits
         self._writer = _Writer(producer, opened.epoch)
@@ -189,7 +190,14 @@ class Session:
             from_offset: 0 folds everything so far into the snapshot. N: the snapshot is the state
                 at N (or the first later one that the log still has), and entries follow one by one.
         """
-        where = Where(self._name, self.device, self.tail.generation, from_offset, self._live_key)
+        where = Where(
+            self._name,
+            self.device,
+            self.tail.generation,
+            from_offset,
+            self._live_key,
+            self._needs_login,
+        )
         return self._follow(self._mqtt_url, where)
 
     async def read(self, from_offset: int = 0) -> list[Snapshot | Entry]:

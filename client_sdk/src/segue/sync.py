@@ -34,6 +34,7 @@ from segue.follow import Follower
 from segue.options import Timeout
 from segue.session import Session
 from segue.turn import Turn
+from segue_contract.errors import SegueError
 from segue_contract.limits import MAX_SESSIONS_LISTED, ClientLimits
 from segue_contract.sync.export import Export
 from segue_contract.sync.ops import Op
@@ -570,6 +571,12 @@ class SyncFollower:
     def unauthentic(self) -> int:
         """Messages that came over MQTT and that no cloud had sealed; none of them was taken."""
         return self._inner.unauthentic
+
+    @property
+    def mqtt_refusal(self) -> SegueError | None:
+        """Why the broker does not take this device, which then follows over gRPC; None: it does, or
+        was not reached."""
+        return self._inner.mqtt_refusal
 
     @property
     def cursor(self) -> Cursor:

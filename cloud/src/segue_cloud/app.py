@@ -19,12 +19,15 @@ from segue_cloud.engine.port import Engine
 from segue_cloud.log.keeping import expiring
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.metrics import CloudMetrics
+from segue_cloud.mqtt.dynsec import DynamicSecurity
+from segue_cloud.mqtt.logins import BrokerLogins
 from segue_cloud.mqtt.one_broker import OneBroker
 from segue_cloud.mqtt.publisher import Publisher
 from segue_cloud.rpc.agent import AgentService, Identity
 from segue_cloud.rpc.decode import DecodeService
 from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.live import LiveView
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.tenants.quotas_file import quotas_of
@@ -63,6 +66,8 @@ class Cloud:
     model: str
     redis_url: str
     mqtt_url: str
+    mqtt_devices: str  # how they follow over MQTT: with "logins" of their own, as "shared" by all,
+    # or "none"
 
 
 async def serve(settings: CloudSettings) -> None:
@@ -167,19 +172,18 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         usage=usage,
     )
     await stack.enter_async_context(recovering(manager, running))
-    identity = Identity(
-        instance,
-        manifest.name,
-        lambda: settings.told_mqtt_url(publisher.url),
-        manifest.geometry.context,
-    )
     edges = EdgeDirectory()
+    logins = await _device_logins(stack, settings, store, publisher, gate, tokens)
+
+    def told_url() -> str:
+        return settings.told_mqtt_url(publisher.url, logins=logins is not None and logins.ready)
+
     agent = AgentService(
-        identity,
+        Identity(instance, manifest.name, manifest.geometry.context),
         manager,
         session_log,
         publishing=lambda: publisher.publishing,
-        live_key=publisher.keys.of,
+        live=LiveView(session_log, told_url, publisher.keys.of, logins),
         usage=usage,
         edges=edges,
     )
@@ -193,7 +197,33 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)
     stack.push_async_callback(manager.close)  # first: the streams of turns that move end by it
-    return Cloud(server, manager, engine, instance, manifest.name, redis_url, publisher.url)
+    with_logins = logins is not None and logins.ready
+    devices = ("logins" if with_logins else "shared") if told_url() else "none"
+    return Cloud(
+        server, manager, engine, instance, manifest.name, redis_url, publisher.url, devices
+    )
+
+
+async def _device_logins(
+    stack: AsyncExitStack,
+    settings: CloudSettings,
+    store: RedisStore,
+    publisher: Publisher,
+    gate: Gate,
+    tokens: TenantKeys | None,
+) -> BrokerLogins | None:
+    """Where devices are known, and our login of the broker may administer it: one for each of them.
+    None: the operator wants it otherwise, or there is no such login."""
+    login = settings.broker_login
+    public = settings.public_mqtt_url
+    shows = login.username or login.tls.certificate is not None
+    if tokens is None or not shows or (public and parse_mqtt_url(public).username):
+        return None
+    admin = await stack.enter_async_context(DynamicSecurity(lambda: publisher.url, login))
+    logins = BrokerLogins(store.login_record(), admin, publisher.keys, gate, tokens)
+    await stack.enter_async_context(logins)
+    await admin.wait_known()
+    return logins
 
 
 async def _serve(
@@ -272,6 +302,7 @@ def _print_ready(cloud: Cloud, seconds: float) -> None:
         "tls": cloud.server.tls,
         "redis_url": without_password(cloud.redis_url),
         "mqtt_url": without_password(cloud.mqtt_url),
+        "mqtt_devices": cloud.mqtt_devices,
         "seconds": round(seconds, 3),
     }
     if cloud.server.node_port is not None:

@@ -55,8 +55,8 @@ class CloudSettings(TlsSettings):
     )
     redis_ca: Path | None = None  # None: as tls_ca
     redis_trusted_network: bool = False  # a password may go to the store without TLS
-    # What devices are told, and the operator's word that this broker checks who reads what. Empty:
-    # its own address where they reach it and everybody may read everything, else none.
+    # What devices are told, and the operator's word that this broker checks who reads what, where
+    # it takes no logins of ours or this has one. Empty: its own address where they reach it.
     public_mqtt_url: str = Field(
         "", validation_alias=AliasChoices("SEGUE_PUBLIC_MQTT_URL", "SEGUE_CLOUD_PUBLIC_MQTT_URL")
     )
@@ -105,11 +105,12 @@ class CloudSettings(TlsSettings):
             MqttLogin(tls=tls) if self.mqtt_login is None else read_mqtt_login(self.mqtt_login, tls)
         )
 
-    def told_mqtt_url(self, own: str) -> str:
+    def told_mqtt_url(self, own: str, *, logins: bool = False) -> str:
         """What devices are told where this instance publishes through `own`; "": they follow over
         gRPC. A broker on this machine's loopback is none that others reach; and where callers are
-        known, the broker has to know them too, which only the operator can say."""
-        if self.public_mqtt_url or self.tenant_keys is not None:
+        known, the broker has to know them too: by `logins` that it is given, or by the operator's
+        word."""
+        if self.public_mqtt_url or (self.tenant_keys is not None and not logins):
             return self.public_mqtt_url
         reached = is_loopback(self.host) or not is_loopback(parse_mqtt_url(own).host)
         return own if reached else ""

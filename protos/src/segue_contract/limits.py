@@ -162,6 +162,18 @@ MAX_TAILS: Final = 256  # sessions in one such question
 TAILS_JOIN_S: Final = 0.05  # an edge's devices' questions are joined for so long
 BROKER_LEASE_S: Final = 5.0  # which broker a store's clouds use is kept so long after the last one
 BROKER_KEEPALIVE_S: Final = 15
+# Of devices at a broker that is administered. Mosquitto writes all of them to its file with each
+# one that comes or goes: 15 ms at so many, in which it brings nobody anything.
+BROKER_LOGINS: Final = 1024
+BROKER_CONNECTIONS: Final = 2 * BROKER_LOGINS  # and clouds, and who shows a login that is none
+BROKER_QUEUED_BYTES: Final = 16 * MIB  # of one client that reads slowly; then it reads the log
+BROKER_LOGINS_OF_DEVICE: Final = 32  # sessions that one device follows so; the rest over gRPC
+BROKER_LOGINS_OF_SESSION: Final = 4  # of one device: an app that was started anew replaces its own
+BROKER_ADMIN_TIMEOUT_S: Final = 2.0  # of a command; whoever opens a session waits for it
+BROKER_ADMIN_RETRY_S: Final = 30.0  # a broker that cannot be administered is asked again
+BROKER_LOGINS_LOOK_S: Final = 0.2  # at revocations; with GATE_LOOK_S and a command: below 2 s
+BROKER_TIDY_S: Final = 60.0  # a login that the store does not have is removed after so long
+LOGIN_PAUSE_S: Final = 60.0  # a follower that was given no login asks again
 FOLLOW_HEAL_S: Final = 0.25  # a gap waits this long for the missing entry, then Read
 SHUTDOWN_GRACE_S: Final = 5.0
 LOG_FLUSH_S: Final = 1.0  # at the end of a program, for log lines that wait

@@ -60,6 +60,8 @@ COMMANDS = (
     Command("cloud", _SERVE, "Run a cloud instance.", extra="cloud"),
     Command("model", _SERVE, "Build, list and verify models.", "segue.cli.model:app", "convert"),
     Command("ca", _SERVE, "Make certificates for a small site.", "segue.cli.ca:app"),
+    Command("broker", _SERVE, "Make the files of a broker that clouds administer.",
+            "segue.cli.broker:app"),
     Command("tenant", _SERVE, "Add, list and revoke tenants' API keys.", "segue.cli.tenant:app"),
     Command("token", _SERVE, "Issue session tokens, and read them.", "segue.cli.token:app"),
     Command("plan", _SERVE, "Explain who would compute which part of a turn.", extra="edge"),

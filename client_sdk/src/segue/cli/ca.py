@@ -55,13 +55,13 @@ def init(
 ) -> None:
     """Make an authority: ca.crt for everybody, ca.key for nobody else."""
     for file in (folder / KEY, folder / CERTIFICATE):
-        _must_be_new(file, "`segue ca rotate --authority` replaces an authority.")
+        must_be_new(file, "`segue ca rotate --authority` replaces an authority.")
     made = new_authority(name, datetime.now(UTC), days=days)
-    _make_folder(folder, 0o700)
-    _write(folder / KEY, made.key, private=True)
-    _write(folder / CERTIFICATE, made.certificate)
+    make_folder(folder, 0o700)
+    write_file(folder / KEY, made.key, private=True)
+    write_file(folder / CERTIFICATE, made.certificate)
     typer.echo(str(folder / CERTIFICATE))
-    _remark(f"Give it to nodes (--tls-ca) and devices (SEGUE_CA). Keep {folder / KEY} offline.")
+    remark(f"Give it to nodes (--tls-ca) and devices (SEGUE_CA). Keep {folder / KEY} offline.")
 
 
 @app.command(name="issue")
@@ -90,10 +90,10 @@ def issue_(
     request = _read(csr) if csr is not None else b""
     made = issue(_authority(ca), node, hosts, datetime.now(UTC), days=days, request=request)
     certificate, key = to / f"{stem}.crt", to / f"{stem}.key"
-    _must_be_new(certificate, "`segue ca rotate` replaces it.")
+    must_be_new(certificate, "`segue ca rotate` replaces it.")
     if made.key:
-        _must_be_new(key, "`segue ca rotate` replaces it.")
-    _make_folder(to, 0o755)
+        must_be_new(key, "`segue ca rotate` replaces it.")
+    make_folder(to, 0o755)
     _put(made, certificate, key)
 
 
@@ -103,12 +103,12 @@ def request(
 ) -> None:
     """Make a key and a signing request, on the machine that the key shall not leave."""
     asked, key = file.with_name(f"{file.name}.csr"), file.with_name(f"{file.name}.key")
-    _must_be_new(key, "Remove it first, or choose another name.")
+    must_be_new(key, "Remove it first, or choose another name.")
     signed, secret = new_request()
-    _write(key, secret, private=True)
-    _write(asked, signed)
+    write_file(key, secret, private=True)
+    write_file(asked, signed)
     typer.echo(str(asked))
-    _remark(f"Where the authority is: segue ca issue NAME --host HOST --csr {asked.name}")
+    remark(f"Where the authority is: segue ca issue NAME --host HOST --csr {asked.name}")
 
 
 @app.command()
@@ -188,10 +188,10 @@ def _rotate_authority(folder: Path, now: datetime) -> None:
     # First what says whom to believe: between the two writes the old key still signs, and what it
     # signs is believed. Older ones than the last are believed no more.
     both = made.certificate + signing
-    _write(folder / CERTIFICATE, both)
-    _write(folder / KEY, made.key, private=True)
+    write_file(folder / CERTIFICATE, both)
+    write_file(folder / KEY, made.key, private=True)
     typer.echo(str(folder / CERTIFICATE))
-    _remark("It holds both authorities: give it to all, then rotate every node's certificate.")
+    remark("It holds both authorities: give it to all, then rotate every node's certificate.")
 
 
 def _authority(folder: Path) -> Issued:
@@ -205,17 +205,17 @@ def _authority(folder: Path) -> Issued:
 
 def _put(made: Issued, certificate: Path, key: Path) -> None:
     if made.key:
-        _write(key, made.key, private=True)
-    _write(certificate, made.certificate)
+        write_file(key, made.key, private=True)
+    write_file(certificate, made.certificate)
     typer.echo(str(certificate))
 
 
-def _must_be_new(file: Path, hint: str) -> None:
+def must_be_new(file: Path, hint: str) -> None:
     if file.exists():
         raise InvalidArgument(f"{file} is there already.", hint=hint)
 
 
-def _make_folder(folder: Path, mode: int) -> None:
+def make_folder(folder: Path, mode: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
     except OSError as error:
@@ -229,7 +229,7 @@ def _read(file: Path) -> bytes:
         raise InvalidArgument(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def _write(file: Path, data: bytes, *, private: bool = False) -> None:
+def write_file(file: Path, data: bytes, *, private: bool = False) -> None:
     """Whole, or not at all; a private one is never readable by others, not for a moment."""
     fresh = file.with_name(f".{file.name}.new")
     try:
@@ -244,5 +244,5 @@ def _write(file: Path, data: bytes, *, private: bool = False) -> None:
         raise InvalidArgument(f"{file} cannot be written: {error.strerror}.") from error
 
 
-def _remark(text: str) -> None:
+def remark(text: str) -> None:
     err().print(text, style="dim", soft_wrap=True)

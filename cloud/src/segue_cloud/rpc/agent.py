@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from segue_cloud.rpc.convert import (
 from segue_cloud.rpc.directory import EdgeDirectory
 from segue_cloud.rpc.follow_turn import follow_turn
 from segue_cloud.rpc.keeping import KeepingRpc
+from segue_cloud.rpc.live import LiveView
 from segue_cloud.rpc.revoking import caller_bearer, tell
 from segue_cloud.sessions.port import LogOp, Producer, Status
 from segue_cloud.tenants.sessions import SessionQuota
@@ -58,12 +59,7 @@ class Identity:
 
     instance: str
     model: str
-    mqtt_url: Callable[[], str]  # it may change while this instance runs
     max_context: int
-
-
-async def _no_key(session: SessionName, generation: int) -> bytes:
-    return b""
 
 
 class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
@@ -74,19 +70,19 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         log: SessionLog,
         *,
         publishing: Callable[[], bool] = lambda: True,
-        live_key: Callable[[SessionName, int], Awaitable[bytes]] = _no_key,
+        live: LiveView | None = None,
         usage: TenantUsage | None = None,
         edges: EdgeDirectory | None = None,
     ) -> None:
-        """`publishing`: whether the broker takes what is appended here, now. `live_key`: of what is
-        published of a session in a generation. `usage`: what tenants may have, and use; without it
-        they have no quotas."""
+        """`publishing`: whether the broker takes what is appended here, now. `live`: what devices
+        are told of it; None: they follow over gRPC. `usage`: what tenants may have, and use;
+        without it they have no quotas."""
         self._usage = usage or unlimited(time.monotonic)
         self._sessions = SessionQuota(self._usage, log.keeping.count, time.monotonic)
         super().__init__(log.keeping, self._sessions)
         self._identity = identity
         self._publishing = publishing
-        self._live_key = live_key
+        self._live = live
         self._manager = manager
         self._log = log
         self._edges = edges or EdgeDirectory()
@@ -121,18 +117,20 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             raise (reached or error) from None
         if opened.created:
             self._sessions.made(session.tenant)
+        live = {}
+        if self._live is not None:
+            live = await self._live.told(session, opened.tail.generation, request)
         return pb.OpenSessionReply(
             session=session.session,
             tail=cursor_message(opened.tail),
             created=opened.created,
             epoch=opened.epoch,
             model=me.model,
-            mqtt_url=me.mqtt_url(),
-            live_key=await self._live_key(session, opened.tail.generation),
             tenant=session.tenant,
             role="cloud",
             instance=me.instance,
             max_context_tokens=me.max_context,
+            **live,
         )
 
     def RunTurn(self, request: pb.RunTurnRequest, context: Any) -> AsyncIterator[pb.TurnEvent]:

@@ -85,6 +85,11 @@ def void_key(tenant: str, device: str) -> str:
 SECRET_KEY = "segue:secret"
 
 
+# Devices' logins at the broker, as `logins.lua` says.
+LOGIN_OWNERS_KEY = "segue:{logins}:owners"
+LOGIN_ENDS_KEY = "segue:{logins}:ends"
+
+
 def beat_channel(name: str) -> str:
     """Where a listener named so hears what it publishes itself."""
     return f"segue:beat:{name}"

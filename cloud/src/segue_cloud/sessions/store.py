@@ -17,6 +17,7 @@ from segue_cloud.sessions.changes import ChangeLink
 from segue_cloud.sessions.keeper import KEEP, SessionKeeper
 from segue_cloud.sessions.keys import SECRET_KEY, SessionKeys, index_key
 from segue_cloud.sessions.known import known_fields, known_turns, running_turn, title_of
+from segue_cloud.sessions.logins import LOGINS, LoginRecord
 from segue_cloud.sessions.news import LogTail
 from segue_cloud.sessions.port import (
     AppendResult,
@@ -65,7 +66,7 @@ _APPEND = scripts.load("log.lua", "append.lua")
 _TURNS = scripts.load("log.lua", "turns.lua")
 _SESSION = scripts.load("log.lua", "session.lua")
 _TURN_VERBS = frozenset(("begin", "wait", "take", "renew", "release", "stop"))
-SCRIPTS = (_APPEND, _TURNS, _SESSION, ACTIVE, RUNNING, KEEP, BROKER)
+SCRIPTS = (_APPEND, _TURNS, _SESSION, ACTIVE, RUNNING, KEEP, BROKER, LOGINS)
 
 
 def unknown_session(session: SessionName) -> UnknownSession:
@@ -370,6 +371,10 @@ class RedisStore:
     def broker_record(self) -> BrokerRecord:
         """Through which broker all clouds of this store publish."""
         return BrokerRecord(self._wire)
+
+    def login_record(self) -> LoginRecord:
+        """Which devices may log in at that broker."""
+        return LoginRecord(self._wire)
 
     def changes(self, name: str) -> ChangeLink:
         """As the port says."""

@@ -44,6 +44,7 @@ class MqttClient(aiomqtt.Client):
 
     Attributes:
         limits: known once it is connected.
+        ended_by: the reason code with which the broker ended the connection; 0: it did not.
     """
 
     def __init__(self, host: str, port: int, **options: Any) -> None:
@@ -57,6 +58,7 @@ class MqttClient(aiomqtt.Client):
         )
         self.pending_calls_threshold = sys.maxsize
         self.limits = BrokerLimits()
+        self.ended_by = 0
         self._refusals: dict[int, str] = {}
 
     async def __aexit__(
@@ -77,6 +79,12 @@ class MqttClient(aiomqtt.Client):
             max_packet_bytes=int(getattr(properties, "MaximumPacketSize", 0)),
         )
         super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(
+        self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None
+    ) -> None:
+        self.ended_by = int(getattr(reason_code, "value", 0))
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
     def _on_publish(
         self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any

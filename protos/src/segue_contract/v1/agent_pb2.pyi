@@ -104,6 +104,8 @@ class OpenSessionRequest(_message.Message):
     MUST_EXIST_FIELD_NUMBER: _builtins.int
     PRODUCER_FIELD_NUMBER: _builtins.int
     KNOWN_GENERATION_FIELD_NUMBER: _builtins.int
+    WANTS_LOGIN_FIELD_NUMBER: _builtins.int
+    MQTT_USER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     device: _builtins.str
     model: _builtins.str
@@ -114,6 +116,11 @@ class OpenSessionRequest(_message.Message):
     """A fresh random id of whoever will append; it gets an epoch, and earlier ones are refused."""
     known_generation: _builtins.int
     """The generation that the device knows: a session that is made anew has a later one."""
+    wants_login: _builtins.bool
+    """It is about to follow over MQTT, or goes on with it, and wants a login of the broker; the one
+    that it has, or empty.
+    """
+    mqtt_user: _builtins.str
     def __init__(
         self,
         *,
@@ -123,10 +130,12 @@ class OpenSessionRequest(_message.Message):
         must_exist: _builtins.bool = ...,
         producer: _builtins.str = ...,
         known_generation: _builtins.int = ...,
+        wants_login: _builtins.bool = ...,
+        mqtt_user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "known_generation", b"known_generation", "model", b"model", "must_exist", b"must_exist", "producer", b"producer", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "known_generation", b"known_generation", "model", b"model", "mqtt_user", b"mqtt_user", "must_exist", b"must_exist", "producer", b"producer", "session", b"session", "wants_login", b"wants_login"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,6 +157,10 @@ class OpenSessionReply(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     OFFLINE_TURNS_FIELD_NUMBER: _builtins.int
     LIVE_KEY_FIELD_NUMBER: _builtins.int
+    NEEDS_LOGIN_FIELD_NUMBER: _builtins.int
+    MQTT_USER_FIELD_NUMBER: _builtins.int
+    MQTT_PASSWORD_FIELD_NUMBER: _builtins.int
+    MQTT_VALID_MS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     created: _builtins.bool
     model: _builtins.str
@@ -164,6 +177,14 @@ class OpenSessionReply(_message.Message):
     """Authenticates what is published of this session in the tail's generation: see
     segue_contract.topics. Empty where nothing is.
     """
+    needs_login: _builtins.bool
+    """The broker takes devices with logins of their own: ask for one (`wants_login`) to follow."""
+    mqtt_user: _builtins.str
+    """User and client id, for this device, this session and so long, unless it is asked for again
+    before. Empty where there is none now.
+    """
+    mqtt_password: _builtins.str
+    mqtt_valid_ms: _builtins.int
     @_builtins.property
     def tail(self) -> Global___Cursor: ...
     @_builtins.property
@@ -185,10 +206,14 @@ class OpenSessionReply(_message.Message):
         epoch: _builtins.int = ...,
         offline_turns: _abc.Iterable[Global___OfflineTurn] | None = ...,
         live_key: _builtins.bytes = ...,
+        needs_login: _builtins.bool = ...,
+        mqtt_user: _builtins.str = ...,
+        mqtt_password: _builtins.str = ...,
+        mqtt_valid_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "live_key", b"live_key", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_url", b"mqtt_url", "offline_turns", b"offline_turns", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "instance", b"instance", "live_key", b"live_key", "max_context_tokens", b"max_context_tokens", "model", b"model", "mqtt_password", b"mqtt_password", "mqtt_url", b"mqtt_url", "mqtt_user", b"mqtt_user", "mqtt_valid_ms", b"mqtt_valid_ms", "needs_login", b"needs_login", "offline_turns", b"offline_turns", "role", b"role", "session", b"session", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
