@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from segue_contract.ids import DEFAULT_TENANT
 from segue_contract.kv.layout import ROOT_PARENT
 from segue_edge.prefill.prefix_cache import PrefixCache
 
@@ -127,3 +128,17 @@ class Cache(RuleBasedStateMachine):
 
 TestCacheMachine = Cache.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_what_a_tenant_keeps_is_found_by_no_other() -> None:
+    cache = PrefixCache(10 * SIZE)
+    acme, other = cache.of("acme"), cache.of("other")
+    ids = chain(1, 2)
+    for block, parent in zip(ids, (ROOT_PARENT, *ids), strict=False):
+        assert acme.put(block, BLOCK, BLOCK, parent)
+    assert (acme.lookup(ids), other.lookup(ids), cache.of(DEFAULT_TENANT).lookup(ids)) == (2, 0, 0)
+    assert other.get(ids[0]) is None
+    found = acme.get(ids[0])
+    assert found is not None
+    assert found[0] is BLOCK
+    cache.check_integrity()

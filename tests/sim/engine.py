@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from random import Random
 
+from segue_cloud.engine.domains import OPEN
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_contract.kv.layout import KvBlock
 from segue_contract.sync.ops import Sampling
@@ -47,12 +48,17 @@ class SimEngine:
         finally:
             self._running -= 1
 
-    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
+    async def offer_blocks(self, blocks: Sequence[KvBlock], domain: bytes = OPEN) -> int:
+        assert domain == OPEN, "an open loopback tells nobody apart"
         self._blocks.update((block.id, block) for block in blocks)
         return len(blocks)
 
-    def have_blocks(self, ids: Sequence[bytes]) -> int:
+    def have_blocks(self, ids: Sequence[bytes], domains: Sequence[bytes] = (OPEN,)) -> int:
+        assert tuple(domains) == (OPEN,), "an open loopback tells nobody apart"
         return next((n for n, one in enumerate(ids) if one not in self._blocks), len(ids))
+
+    async def computed_block(self, turn: EngineTurn) -> KvBlock | None:
+        return None
 
     def stats(self) -> EngineStats:
         return EngineStats(self._running, 0, 100, 100, 0.0, 1000.0, 0.05, 0, 0)

@@ -20,9 +20,11 @@ from segue_cloud.rpc.facts import FactsSource
 from segue_cloud.rpc.live import LiveView
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
+from segue_cloud.tenants.trust import EVERYBODY, EdgeTrust
 from segue_cloud.tenants.usage import TenantUsage
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
+from segue_cloud.turns.spot_checks import SpotChecks
 from segue_contract.chat import ChatTokenizer
 from segue_contract.limits import COMPACT_AFTER_BYTES, COMPACT_AFTER_ENTRIES, TurnLimits
 from segue_contract.model.manifest import Manifest, read_manifest
@@ -63,6 +65,7 @@ async def cloud_rpc(
     folds: bool = True,
     gate: Gate | None = None,
     usage: TenantUsage | None = None,
+    trust: EdgeTrust | None = None,
     **listener: Any,
 ) -> AsyncIterator[CloudRpc]:
     """`manifest`, `tokenizer`: in place of those that lie in `model_dir`. `mqtt_url`: of a broker
@@ -95,6 +98,7 @@ async def cloud_rpc(
             now_ms=lambda: time.time_ns() // 1_000_000,
             monotonic=time.monotonic,
             limits=limits,
+            domains=trust.domains if trust else lambda tenant, edge: EVERYBODY,
         )
         manager = TurnManager(
             deps, store.running_turns(manifest.name), model=manifest.name, max_turns=max_turns,
@@ -127,8 +131,10 @@ async def cloud_rpc(
             manifest,
             "cloud-1",
             authenticates=gate is not None and gate.authenticates,
+            refuses=trust.refuses if trust else lambda edge: False,
         )
-        decode = DecodeService(manager, log, engine, manifest, facts, edges)
+        checks = await stack.enter_async_context(SpotChecks(engine, trust)) if trust else None
+        decode = DecodeService(manager, log, engine, manifest, facts, edges, trust, checks)
         server = await start_server(
             "127.0.0.1",
             0,

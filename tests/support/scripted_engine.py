@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from segue_cloud.engine.domains import OPEN, named
 from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_contract.errors import SegueError
 from segue_contract.kv.layout import KvBlock
@@ -25,6 +26,7 @@ class ScriptedEngine:
         self.blocks: dict[bytes, KvBlock] = {}
         self.died = asyncio.Event()
         self.stalled = False
+        self.computed: KvBlock | None = None  # what it says that it computed itself
         self.waiting = 0  # how many turns wait for a place in the batch, it says
         self._free = free
         self._allowed = asyncio.Semaphore(0)
@@ -56,12 +58,16 @@ class ScriptedEngine:
             if not done:
                 self.cancelled += 1
 
-    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
-        self.blocks.update((block.id, block) for block in blocks)
+    async def offer_blocks(self, blocks: Sequence[KvBlock], domain: bytes = OPEN) -> int:
+        self.blocks.update((named(domain, block.id), block) for block in blocks)
         return len(blocks)
 
-    def have_blocks(self, ids: Sequence[bytes]) -> int:
-        return next((n for n, one in enumerate(ids) if one not in self.blocks), len(ids))
+    def have_blocks(self, ids: Sequence[bytes], domains: Sequence[bytes] = (OPEN,)) -> int:
+        has = [any(named(domain, one) in self.blocks for domain in domains) for one in ids]
+        return has.index(False) if False in has else len(has)
+
+    async def computed_block(self, turn: EngineTurn) -> KvBlock | None:
+        return self.computed
 
     def stats(self) -> EngineStats:
         return EngineStats(0, self.waiting, 100, 100, 0.0, 1000.0, 0.01, 0, 0, self.stalled)

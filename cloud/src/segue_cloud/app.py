@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import random
 import threading
 import time
 from contextlib import AsyncExitStack
@@ -31,10 +32,12 @@ from segue_cloud.rpc.live import LiveView
 from segue_cloud.rpc.revoking import following_revocations
 from segue_cloud.sessions.store import RedisStore
 from segue_cloud.tenants.quotas_file import quotas_of
+from segue_cloud.tenants.trust import EdgeTrust
 from segue_cloud.tenants.usage import TenantUsage
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import OwnerDeps
 from segue_cloud.turns.recovery import recovering
+from segue_cloud.turns.spot_checks import SpotChecks
 from segue_contract.chat import ChatTokenizer
 from segue_contract.errors import EngineGone, SegueError
 from segue_contract.ids import new_id
@@ -120,6 +123,9 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     gate = Gate(settings.tenant, tokens)
     quotas = quotas_of(settings.quotas, keyed=tokens is not None)
     usage = TenantUsage(quotas, time.monotonic)
+    trust = EdgeTrust(
+        keyed=tokens is not None, chance=random.SystemRandom().random, monotonic=time.monotonic
+    )
     login = settings.broker_login
     if settings.public_mqtt_url:
         parse_mqtt_url(settings.public_mqtt_url)
@@ -161,6 +167,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         now_ms=lambda: time.time_ns() // 1_000_000,
         monotonic=time.monotonic,
         weight=usage.weight,
+        domains=trust.domains,
     )
     running = store.running_turns(manifest.name)
     manager = TurnManager(
@@ -187,12 +194,15 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
         usage=usage,
         edges=edges,
     )
-    facts = FactsSource(engine, manager, manifest, instance, authenticates=gate.authenticates)
-    decode = DecodeService(manager, session_log, engine, manifest, facts, edges)
+    facts = FactsSource(
+        engine, manager, manifest, instance, authenticates=gate.authenticates, refuses=trust.refuses
+    )
+    checks = await stack.enter_async_context(SpotChecks(engine, trust))
+    decode = DecodeService(manager, session_log, engine, manifest, facts, edges, trust, checks)
     if tokens is not None:
         await stack.enter_async_context(following_revocations(session_log, gate))
     if settings.metrics_port:
-        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits)
+        metrics = CloudMetrics(engine, manager, lambda: store.replica_waits, trust.checks)
         await stack.enter_async_context(metrics.listening(settings.metrics_port))
     server = await _serve(settings, agent, decode, gate)
     stack.push_async_callback(server.stop)

@@ -22,7 +22,9 @@ class CloudMetrics(Collector):
         engine: Engine,
         manager: TurnManager,
         replica_waits: Callable[[], Mapping[str, int]],
+        kv_checks: Mapping[str, int],
     ) -> None:
+        self._kv_checks = kv_checks
         self._engine = engine
         self._replica_waits = replica_waits
         self._manager = manager
@@ -50,6 +52,14 @@ class CloudMetrics(Collector):
         for result, count in self._replica_waits().items():
             waits.add_metric([result], float(count))
         yield waits
+        checks = CounterMetricFamily(
+            telemetry.KV_CHECKS.removesuffix("_total"),
+            "Blocks of edges that were computed again, by whether they were right",
+            labels=["result"],
+        )
+        for result, count in self._kv_checks.items():
+            checks.add_metric([result], float(count))
+        yield checks
 
     @asynccontextmanager
     async def listening(self, port: int) -> AsyncIterator[None]:

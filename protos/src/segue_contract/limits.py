@@ -267,6 +267,17 @@ MIN_TENANT_WEIGHT: Final = 0.01  # beside the largest, a token in ten thousand: 
 MAX_TENANT_WEIGHT: Final = 100.0
 PLACE_CLAIM_S: Final = 2.0  # who was refused a place and does not ask again by then has given up
 
+# -- trust in edges ---------------------------------------------------------------------------
+KV_CHECK_SHARE: Final = 1 / 64  # of an edge's blocks is computed again, with what is before it
+KV_CHECK_SHARE_TRUSTED: Final = 1 / 512  # and once it is trusted: some percent
+KV_CHECKS_TRUSTED: Final = 16  # found right: some thousand blocks; then all edges' turns use them
+KV_MAX_ERROR: Final = 0.3  # relative; eight-bit edges with four-bit V have 0.14, other text 1.3
+KV_REFUSED_S: Final = 3600.0  # an edge whose block was wrong ships nothing for so long
+KV_CHECK_QUEUE_BYTES: Final = 64 * MIB  # of blocks that wait: eight of an 8B model
+KV_CHECK_LOOK_S: Final = 0.25  # for an engine with nothing else to do
+KV_CHECK_PATIENCE_S: Final = 30.0  # then it is checked beside turns
+MAX_EDGES_KNOWN: Final = 4096  # edges of one cloud; one that is forgotten begins again
+
 # -- real servers as child processes ----------------------------------------------------------
 PORT_ATTEMPTS: Final = 8  # a free port may be taken between the look and the bind
 CHILD_LOG_LINES: Final = 200  # its last words, for an error message

@@ -14,6 +14,7 @@ ENGINE_BATCH: Final = "segue_engine_batch_sequences"
 ENGINE_PAGES_FREE: Final = "segue_engine_pages_free"
 ENGINE_PREFIX_HITS: Final = "segue_engine_prefix_hit_tokens_total"
 STORE_WAITS: Final = "segue_store_replica_waits_total"  # result (confirmed, short, none)
+KV_CHECKS: Final = "segue_kv_checks_total"  # result (right, wrong)
 
 # -- structured log events --------------------------------------------------------------------
 EVENT_READY: Final = "ready"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from segue_cloud.engine.domains import OPEN, names
 from segue_contract.limits import KV_BLOCK_TOKENS, KV_PAGE_TOKENS
 
 PAGE_TOKENS = KV_PAGE_TOKENS
@@ -107,12 +108,16 @@ class BlockPool:
             return block
         return self._aliases.get(block)
 
-    def count_prefix(self, ids: Sequence[bytes]) -> int:
-        """Length of the longest prefix of `ids` that is cached (or kept in the tier)."""
+    def count_prefix(self, ids: Sequence[bytes], domains: Sequence[bytes] = (OPEN,)) -> int:
+        """Length of the longest prefix of `ids` that is cached (or kept in the tier) there."""
         for index, block in enumerate(ids):
-            if self.resolve(block) is None and not self.tier_offers(block):
+            if not any(self.resolve(n) or self.tier_offers(n) for _, n in names(domains, block)):
                 return index
         return len(ids)
+
+    def pages_of(self, block: bytes) -> tuple[int, ...]:
+        """Pages of a cached block, for reading them now."""
+        return self._cached[block].pages
 
     def tier_offers(self, name: bytes) -> bool:
         return self.tier is not None and self.tier.offers(name)

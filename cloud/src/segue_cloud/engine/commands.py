@@ -30,6 +30,15 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Look:
+    """`found` gets the KV of the last full block before the last token of the turn's prompt, as the
+    cache has it for the turn; None where it has not."""
+
+    turn: EngineTurn
+    found: asyncio.Future[KvBlock | None]
+
+
+@dataclass(frozen=True)
 class Die:
     """Nothing more can be computed: the engine thread ends with this error."""
 
@@ -41,4 +50,4 @@ class Close:
     pass
 
 
-Command: TypeAlias = Submit | Cancel | Offer | Die | Close
+Command: TypeAlias = Submit | Cancel | Offer | Look | Die | Close

@@ -23,11 +23,11 @@ import structlog
 import torch
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
-from segue_cloud.engine.commands import Cancel, Close, Command, Die, Offer, Submit
+from segue_cloud.engine.commands import Cancel, Close, Command, Die, Look, Offer, Submit
 from segue_cloud.engine.devices import build_tier
 from segue_cloud.engine.host_tier import BLOCKS_PER_STEP, STEP, TARGET_SHARE, HostTier
 from segue_cloud.engine.options import EngineOptions, rank_threads
-from segue_cloud.engine.port import EngineOutput, EngineStats
+from segue_cloud.engine.port import EngineOutput, EngineStats, EngineTurn
 from segue_cloud.engine.rates import Rates
 from segue_cloud.engine.runner import StepRunner
 from segue_cloud.engine.scheduler import Scheduler, Step
@@ -186,6 +186,8 @@ class EngineThread:
                     self.scheduler.cancel(key)
                 case Offer(blocks, taken):
                     self._post(_finish_future, taken, self._take_blocks(blocks))
+                case Look(turn, found):
+                    self._post(_finish_future, found, self._look(turn))
                 case Die(error):
                     raise error
                 case Close():
@@ -291,6 +293,13 @@ class EngineThread:
             self._pool.enter(block.id, pages, refs=0, kept_as=block.id)
             taken += 1
         return taken
+
+    def _look(self, turn: EngineTurn) -> KvBlock | None:
+        name = self.scheduler.cached_block(turn)
+        if name is None:
+            return None
+        k, v = self._runner.pages.read_block(self._pool.pages_of(name))
+        return KvBlock(name, "", k, v)
 
     def _publish_stats(self) -> None:
         scheduler, rates = self.scheduler, self.rates

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from segue_cloud.engine.block_pool import PAGES_PER_BLOCK, BlockPool
+from segue_cloud.engine.domains import named, names
 from segue_cloud.engine.sequence import HOLE, Sequence, pages_for
-from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
+from segue_contract.kv.layout import BLOCK_TOKENS, block_id
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,33 @@ class Placement:
         """Cached blocks that a waiting sequence may start from, one token left to compute.
 
         A chain may change hands at any block: ours where we computed it, the edge's where it was
-        shipped. Ours wins, because it has no codec loss.
+        shipped. Ours wins, because it has no codec loss. Also notes the domain of the chain.
         """
         matched: list[bytes] = []
-        given = sequence.turn.prompt_blocks
+        sequence.domain = 0
         for index in range((len(sequence.tokens) - 1) // BLOCK_TOKENS):
-            parent = matched[-1] if matched else ROOT_PARENT
+            parent = matched[-1] if matched else sequence.root
             ours = block_id(self._recipes.own, parent, sequence.block_tokens(index))
-            found = self.pool.resolve(ours) or self.pool.resolve(
-                sequence.shipped_name(self._recipes.edge, index)
-            )
-            if found is None and index < len(given):
-                found = self.pool.resolve(given[index])  # shipped under another allowed recipe
+            found = self.pool.resolve(ours) or self._shipped(sequence, index)
             if found is None:
                 break
             matched.append(found)
         return matched
+
+    def _shipped(self, sequence: Sequence, index: int) -> bytes | None:
+        for domain, name in self._names(sequence, index):
+            found = self.pool.resolve(name)
+            if found is not None:
+                sequence.domain = max(sequence.domain, domain)
+                return found
+        return None
+
+    def _names(self, sequence: Sequence, index: int) -> Iterator[tuple[int, bytes]]:
+        """What a block may be called that the sequence may use: as the edge names it, or as one
+        that ships under another allowed recipe does."""
+        given = sequence.turn.prompt_blocks[index : index + 1]
+        shipped = sequence.shipped_name(self._recipes.edge, index)
+        return names(sequence.turn.domains, shipped, *given)
 
     def start(self, sequence: Sequence, matched: list[bytes]) -> None:
         """Begin with the matched blocks, and with what the tier has after them."""
@@ -93,16 +106,16 @@ class Placement:
         sequence.table_version += 1
 
     def _bring(self, sequence: Sequence) -> None:
-        given = sequence.turn.prompt_blocks
         for index in range(len(sequence.chain), (len(sequence.tokens) - 1) // BLOCK_TOKENS):
-            names = [sequence.shipped_name(self._recipes.edge, index), *given[index : index + 1]]
-            name = next((n for n in names if self.pool.tier_offers(n)), None)
-            if name is None or self.pool.resolve(name) is not None:
+            offers = (one for one in self._names(sequence, index) if self.pool.tier_offers(one[1]))
+            domain, name = next(offers, (0, b""))
+            if not name or self.pool.resolve(name) is not None:
                 return
             pages = self.pool.allocate(PAGES_PER_BLOCK)
             if pages is None:
                 return
             self.pool.bring(name, pages)
+            sequence.domain = max(sequence.domain, domain)
             sequence.pages.extend(pages)
             sequence.chain.append(name)
             sequence.held.append(name)
@@ -128,7 +141,8 @@ class Placement:
         while (len(sequence.chain) + 1) * BLOCK_TOKENS <= sequence.computed:
             index = len(sequence.chain)
             name = block_id(self._recipes.own, sequence.parent, sequence.block_tokens(index))
-            shipped = sequence.shipped_name(self._recipes.edge, index)
+            domain = sequence.turn.domains[sequence.domain]
+            shipped = named(domain, sequence.shipped_name(self._recipes.edge, index))
             pages = sequence.block_pages(index)
             entered = self.pool.enter(name, pages, refs=1, kept_as=shipped)
             if entered:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from segue_cloud.engine.domains import OPEN
 from segue_contract.kv.layout import KvBlock
 from segue_contract.sync.ops import Sampling
 
@@ -20,6 +21,7 @@ class EngineTurn:
     `prompt_blocks`: ids of the prompt's full 64-token blocks under the edge's recipe, in order;
     empty where only the engine's own recipe applies. `max_tokens` counts `made` as well.
     `tenant`, `weight`: whose turn it is, and how large a part of the engine that tenant may claim.
+    `domains`: whose KV it may use, see `domains`.
     """
 
     turn: str
@@ -31,6 +33,7 @@ class EngineTurn:
     end_tokens: frozenset[int] = frozenset()
     tenant: str = ""
     weight: float = 1.0
+    domains: tuple[bytes, ...] = (OPEN,)
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,9 @@ class Engine(Protocol):
         """
         ...
 
-    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
-        """Put committed blocks into the prefix cache; returns how many were taken (0: no room).
+    async def offer_blocks(self, blocks: Sequence[KvBlock], domain: bytes = OPEN) -> int:
+        """Put committed blocks into the prefix cache, for turns that may use that domain; returns
+        how many were taken (0: no room).
 
         Raises:
             BadRecipe: the model's manifest does not allow the block's recipe.
@@ -93,8 +97,13 @@ class Engine(Protocol):
         """
         ...
 
-    def have_blocks(self, ids: Sequence[bytes]) -> int:
-        """Length of the longest prefix of `ids` that the cache holds right now."""
+    def have_blocks(self, ids: Sequence[bytes], domains: Sequence[bytes] = (OPEN,)) -> int:
+        """Length of the longest prefix of `ids` that the cache holds in these domains now."""
+        ...
+
+    async def computed_block(self, turn: EngineTurn) -> KvBlock | None:
+        """The KV of the last full block of the turn's prompt, its last token left out, as the cache
+        has it now for the first of its domains; None where it has not. `k`, `v`: float32."""
         ...
 
     def stats(self) -> EngineStats: ...

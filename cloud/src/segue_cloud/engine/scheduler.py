@@ -41,6 +41,7 @@ from segue_cloud.engine.placement import ALL, Placement, Reach, Recipes
 from segue_cloud.engine.port import EngineOutput, EngineTurn
 from segue_cloud.engine.sequence import Sequence
 from segue_cloud.engine.tenants import MIN_SHARE, Tenants
+from segue_contract.kv.layout import BLOCK_TOKENS
 
 # Stands for a token that a running step is about to sample.
 PENDING = -1
@@ -168,6 +169,14 @@ class Scheduler:
         self._tenants.left(sequence.turn)
         self._place.release(sequence)
         return True
+
+    def cached_block(self, turn: EngineTurn) -> bytes | None:
+        """Name of the last full block of the turn's prompt, its last token left out, where the
+        cache has all blocks up to it."""
+        sequence = Sequence.of(turn, 0)
+        matched = self._place.match(sequence)
+        whole = (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        return matched[-1] if whole and len(matched) == whole else None
 
     # -- one step -----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK
+from segue_cloud.engine.domains import named
 from segue_cloud.engine.port import EngineTurn
 from segue_contract.kv.layout import BLOCK_TOKENS, ROOT_PARENT, block_id
 
@@ -21,6 +22,7 @@ class Sequence:
     `shipped_names`: what the edge calls the blocks of `tokens`, as far as they were asked for.
     Blocks before `trimmed`, sinks excepted, were given back: their pages are `HOLE`.
     `shared_pages`: pages that others held when it began, so that it took none for them.
+    `domain`: place among the turn's domains of the least trusted block in it.
     `table_version` changes whenever `pages` does, so that readers can keep copies.
     """
 
@@ -38,6 +40,7 @@ class Sequence:
     cached_tokens: int = 0
     preempted: int = 0
     told_cached: bool = False
+    domain: int = 0
 
     @staticmethod
     def of(turn: EngineTurn, arrival: int) -> Sequence:
@@ -63,7 +66,12 @@ class Sequence:
 
     @property
     def parent(self) -> bytes:
-        return self.chain[-1] if self.chain else ROOT_PARENT
+        return self.chain[-1] if self.chain else self.root
+
+    @property
+    def root(self) -> bytes:
+        """What the first block comes after: all that follows is named after it."""
+        return named(self.turn.domains[0], ROOT_PARENT)
 
     @property
     def tokens_left(self) -> int:

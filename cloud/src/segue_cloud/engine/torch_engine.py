@@ -22,8 +22,9 @@ import torch
 
 from segue_cloud.engine.admission import check_block, check_turn
 from segue_cloud.engine.block_pool import PAGE_TOKENS, PAGES_PER_BLOCK, BlockPool
-from segue_cloud.engine.commands import Cancel, Close, Die, Offer, Submit
+from segue_cloud.engine.commands import Cancel, Close, Die, Look, Offer, Submit
 from segue_cloud.engine.devices import build_runner, count_pages
+from segue_cloud.engine.domains import OPEN, named
 from segue_cloud.engine.engine_thread import Delivery, EngineThread
 from segue_cloud.engine.host_tier import HostTier
 from segue_cloud.engine.options import (
@@ -214,7 +215,7 @@ class TorchEngine:
         if self._streams.pop(key, None) is not None:
             self._commands.put(Cancel(key))
 
-    async def offer_blocks(self, blocks: Sequence[KvBlock]) -> int:
+    async def offer_blocks(self, blocks: Sequence[KvBlock], domain: bytes = OPEN) -> int:
         """See `port.Engine.offer_blocks`; returns once the blocks can be found."""
         if not blocks:
             return 0
@@ -223,7 +224,8 @@ class TorchEngine:
         if self._closed:
             return 0
         taken: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._commands.put(Offer(tuple(blocks), taken))
+        here = tuple(replace(block, id=named(domain, block.id)) for block in blocks)
+        self._commands.put(Offer(here, taken))
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 return await taken
@@ -232,10 +234,22 @@ class TorchEngine:
                 "The engine did not take the KV blocks in time.", hint="It is overloaded."
             ) from error
 
-    def have_blocks(self, ids: Sequence[bytes]) -> int:
+    async def computed_block(self, turn: EngineTurn) -> KvBlock | None:
+        """See `port.Engine.computed_block`. Raises DeadlineExceeded."""
+        if self._closed:
+            return None
+        found: asyncio.Future[KvBlock | None] = asyncio.get_running_loop().create_future()
+        self._commands.put(Look(replace(turn, domains=turn.domains[:1]), found))
+        try:
+            async with asyncio.timeout(RPC_TIMEOUT_S):
+                return await found
+        except TimeoutError as error:
+            raise DeadlineExceeded("The engine did not look in time.") from error
+
+    def have_blocks(self, ids: Sequence[bytes], domains: Sequence[bytes] = (OPEN,)) -> int:
         # Single look-ups in dictionaries that the engine thread writes: each is atomic, and an
         # answer can be outdated by the next step whatever we do.
-        return self._pool.count_prefix(ids)
+        return self._pool.count_prefix(ids, domains)
 
     def stats(self) -> EngineStats:
         stats = self._thread.stats

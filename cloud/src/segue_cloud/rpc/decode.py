@@ -12,14 +12,16 @@ from segue_cloud.engine.port import Engine
 from segue_cloud.log.session_log import SessionLog
 from segue_cloud.rpc.convert import cursor_message, owned_turn, turn_request
 from segue_cloud.rpc.directory import EdgeDirectory
-from segue_cloud.rpc.facts import FactsSource
+from segue_cloud.rpc.facts import FactsSource, edge_calling
 from segue_cloud.rpc.history import first_unknown, known_digest
 from segue_cloud.rpc.revoking import caller_bearer, revoked_since
 from segue_cloud.rpc.run_stream import RunStream
+from segue_cloud.tenants.trust import EdgeTrust
 from segue_cloud.turns.intake import KvIntake
 from segue_cloud.turns.manager import TurnManager
 from segue_cloud.turns.owner import TurnOwner
 from segue_cloud.turns.spec import OwnedTurn
+from segue_cloud.turns.spot_checks import Shipped, SpotChecks
 from segue_contract.errors import (
     BadBlock,
     BadRecipe,
@@ -31,8 +33,8 @@ from segue_contract.errors import (
 )
 from segue_contract.identity.principal import Kind
 from segue_contract.ids import check_id
-from segue_contract.kv.layout import block_ids
-from segue_contract.limits import RPC_TIMEOUT_S, TURN_HEARTBEAT_S
+from segue_contract.kv.layout import KvBlock, block_ids
+from segue_contract.limits import KV_BLOCK_TOKENS, RPC_TIMEOUT_S, TURN_HEARTBEAT_S
 from segue_contract.model.manifest import Manifest
 from segue_contract.plan import Shape
 from segue_contract.sync.context import first_seen
@@ -56,7 +58,12 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         manifest: Manifest,
         facts: FactsSource,
         edges: EdgeDirectory | None = None,
+        trust: EdgeTrust | None = None,
+        checks: SpotChecks | None = None,
     ) -> None:
+        """`trust`, `checks`: without them every edge's KV is everybody's."""
+        self._trust = trust or EdgeTrust(keyed=False, chance=lambda: 1.0, monotonic=lambda: 0.0)
+        self._checks = checks
         self._manager = manager
         self._log = log
         self._engine = engine
@@ -121,6 +128,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         message = await _first(requests)
         sizes = self._manifest.geometry
         spec = owned_turn(message, caller().tenant, vocabulary=sizes.vocab, context=sizes.context)
+        spec = replace(spec, via=edge_calling())
         # What the log has to its end is told to each edge whose device may read it.
         ended = await self._ended_turn(spec) if message.takeover else None
         if ended is None:
@@ -132,7 +140,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             )
         if spec.blocks and list(spec.blocks) != block_ids(message.recipe, spec.prompt):
             raise BadBlock("The block ids are not those of the prompt under this recipe.")
-        have = self._engine.have_blocks(spec.blocks)
+        have = self._have(spec)
         announced = spec.blocks[: spec.ship_blocks] if spec.shape is Shape.SHIP else ()
         if ended is not None:
             for reply in self._replay(ended, have):
@@ -140,9 +148,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             return
         owner, attached = await self._own(spec, message)
         serve(owner)
-        intake = KvIntake(
-            self._engine, self._manifest.geometry.kv, self._recipes, announced, announced[have:]
-        )
+        intake = self._intake(spec, announced, have)
         stream = RunStream(
             owner,
             intake,
@@ -161,6 +167,33 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         )
         async for reply in stream.serve(requests, opened):
             yield reply
+
+    def _have(self, spec: OwnedTurn) -> int:
+        """Blocks that the edge need not ship: those that are there for this tenant and edge; all,
+        where what it ships would not be used."""
+        if self._trust.refuses(spec.via):
+            return len(spec.blocks)
+        domains = self._trust.domains(spec.key.session.tenant, spec.via)
+        return self._engine.have_blocks(spec.blocks, domains)
+
+    def _intake(self, spec: OwnedTurn, announced: tuple[bytes, ...], have: int) -> KvIntake:
+        tenant, edge = spec.key.session.tenant, spec.via
+        places = {block: place for place, block in enumerate(announced, 1)}
+
+        def shipped(block: KvBlock) -> None:
+            if self._checks is not None:
+                tokens = spec.prompt[: places[block.id] * KV_BLOCK_TOKENS]
+                self._checks.offer(Shipped(edge, tenant, tokens, block))
+
+        return KvIntake(
+            self._engine,
+            self._manifest.geometry.kv,
+            self._recipes,
+            announced,
+            announced[have:],
+            domain=None if self._trust.refuses(edge) else self._trust.shipped_into(tenant, edge),
+            shipped=shipped,
+        )
 
     async def Probe(self, request: dpb.ProbeRequest, context: Any) -> dpb.ProbeReply:
         who = caller()

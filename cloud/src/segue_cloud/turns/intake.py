@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from segue_cloud.engine.domains import OPEN
 from segue_cloud.engine.port import Engine
 from segue_contract.kv.assembler import Assembler, EncodedBlock, decode_encoded
 from segue_contract.kv.layout import KvBlock, KvGeometry
@@ -18,6 +19,8 @@ class KvIntake:
         recipes: digests of the recipes that the model allows, each with its codec step.
         announced: ids of the blocks that may come; any other is refused.
         missing: those of them that the engine lacks; with the last one the intake is complete.
+        domain: where the blocks go in the engine's cache; None: nowhere, the edge is not believed.
+        shipped: told each of them, for spot checks.
         monotonic: for the receive time that the edge's bandwidth estimate uses.
     """
 
@@ -29,9 +32,13 @@ class KvIntake:
         announced: Sequence[bytes],
         missing: Sequence[bytes],
         *,
+        domain: bytes | None = OPEN,
+        shipped: Callable[[KvBlock], None] = lambda block: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._domain = domain
+        self._shipped = shipped
         self._assembler = Assembler(geometry, recipes, frozenset(announced))
         self._monotonic = monotonic
         self._missing = set(missing)
@@ -61,8 +68,12 @@ class KvIntake:
             raise self._assembler.failure
 
     async def _offer(self, encoded: Sequence[EncodedBlock]) -> None:
+        if self._domain is None:
+            return
         blocks = await asyncio.to_thread(_decode_all, encoded)
-        await self._engine.offer_blocks(blocks)
+        await self._engine.offer_blocks(blocks, self._domain)
+        for block in blocks:
+            self._shipped(block)
         self.received_blocks += len(blocks)
         self._missing.difference_update(block.id for block in blocks)
         if not self._missing:

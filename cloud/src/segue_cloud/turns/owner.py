@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from segue_cloud.engine.port import Engine, EngineOutput, EngineTurn
+from segue_cloud.tenants.trust import EVERYBODY
 from segue_cloud.turns.decoding import decode
 from segue_cloud.turns.frames import Chunk
 from segue_cloud.turns.patience import done_within
@@ -69,6 +70,7 @@ class OwnerDeps:
     monotonic: Callable[[], float]
     limits: TurnLimits = TurnLimits()
     weight: Callable[[str], float] = lambda tenant: 1.0  # of a tenant, in the engine's batch
+    domains: Callable[[str, str], tuple[bytes, ...]] = lambda tenant, edge: EVERYBODY
 
 
 class TurnOwner:
@@ -300,6 +302,7 @@ class TurnOwner:
             end_tokens=deps.end_tokens,
             tenant=spec.key.session.tenant,
             weight=deps.weight(spec.key.session.tenant),
+            domains=deps.domains(spec.key.session.tenant, spec.via),
         )
         return await decode(
             deps.engine,

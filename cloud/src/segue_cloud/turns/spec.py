@@ -15,6 +15,7 @@ class OwnedTurn:
     """`made` and `made_pieces`: tokens of the reply that the log holds already (a take-over),
     `adopted` further ones that an edge knows and the log lacks. `blocks`: ids of the prompt's full
     blocks under the edge's recipe; the first `ship_blocks` of them come over the edge's stream.
+    `via`: the edge, by its certificate's name, whose KV it may use; "": none is named.
     `started`: where the turn's first ops end in the log; `opening` are these ops."""
 
     key: TurnKey
@@ -30,5 +31,6 @@ class OwnedTurn:
     adopted: tuple[int, ...] = ()
     edge_cached_tokens: int = 0
     has_edge: bool = False
+    via: str = ""
     started: Cursor = field(default_factory=Cursor)
     opening: tuple[Op, ...] = ()

@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from segue_contract.ids import DEFAULT_TENANT, digest
 from segue_contract.kv.layout import ROOT_PARENT
 
 Array = NDArray[Any]
@@ -91,6 +92,10 @@ class PrefixCache:
                 self._evict_oldest()
             return id in self._entries
 
+    def of(self, tenant: str) -> TenantCache:
+        """The tenant's part of it: no other one finds what it keeps there."""
+        return TenantCache(self, tenant)
+
     def clear(self) -> None:
         """Forget everything; the counters stay."""
         with self._lock:
@@ -124,3 +129,28 @@ class PrefixCache:
             self._entries[entry.parent].children -= 1
         self.nbytes -= entry.nbytes
         self.evictions += 1
+
+
+class TenantCache:
+    """What one tenant sees of a cache that all share: its name is part of each block's."""
+
+    def __init__(self, cache: PrefixCache, tenant: str) -> None:
+        self._cache = cache
+        # Where nobody is told apart there is the usual tenant alone.
+        self._tenant = b"" if tenant == DEFAULT_TENANT else tenant.encode()
+
+    def lookup(self, ids: Sequence[bytes]) -> int:
+        """See `PrefixCache.lookup`."""
+        return self._cache.lookup([self._name(id) for id in ids])
+
+    def get(self, id: bytes) -> tuple[Array, Array] | None:
+        """See `PrefixCache.get`."""
+        return self._cache.get(self._name(id))
+
+    def put(self, id: bytes, k: Array, v: Array, parent: bytes = ROOT_PARENT) -> bool:
+        """See `PrefixCache.put`."""
+        after = parent if parent == ROOT_PARENT else self._name(parent)
+        return self._cache.put(self._name(id), k, v, after)
+
+    def _name(self, id: bytes) -> bytes:
+        return digest(b"segue-tenant-1", self._tenant, id) if self._tenant else id

@@ -56,7 +56,8 @@ class TurnPlanner:
         ids = block_ids(tools.recipe, begun.prompt)
         cached = early.cached_blocks
         if early is NOTHING_YET:
-            cached = min(tools.cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
+            cache = tools.cache.of(asked.session.tenant)
+            cached = min(cache.lookup(ids), (len(begun.prompt) - 1) // BLOCK_TOKENS)
         load = tools.compute.load()
         ahead = Load(max(0, load.prefill_tokens - early.left_tokens), load.decoding)
         inputs = self._inputs(asked, begun, max_tokens, cached, ahead)

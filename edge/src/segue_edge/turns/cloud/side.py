@@ -18,6 +18,7 @@ from segue_contract.v1 import decode_pb2 as dpb
 from segue_edge.turns.cloud import successor
 from segue_edge.turns.cloud.link import CloudLink, Emit, follow
 from segue_edge.turns.cloud.spec import Sent, TurnFacts, run_request, turn_spec
+from segue_edge.turns.compute.model_port import PrefixCachePort
 from segue_edge.turns.compute.tools import EdgeTools
 from segue_edge.turns.measure import Measure
 from segue_edge.turns.state import signals as s
@@ -137,12 +138,16 @@ class CloudSide:
         planned = self._facts.planned
         assert planned is not None
         ships = wanted.ship and bool(planned.ids) and self._tools.may_ship(cloud.recipes)
-        ships = ships and self._tools.cache.lookup(planned.ids) == len(planned.ids)
+        ships = ships and self._cache.lookup(planned.ids) == len(planned.ids)
         shape = Shape.SHIP if ships else Shape.TEXT
         spec = turn_spec(self._facts, shape, self._tools.recipe, wanted)
         link = self._start(wanted.link, cloud, spec, Measure())
         if ships:
             self._spawn(self._ship_again(wanted.link, link, planned.ids), "ship")
+
+    @property
+    def _cache(self) -> PrefixCachePort:
+        return self._tools.cache.of(self._facts.asked.session.tenant)
 
     async def _ship(self, number: int, link: CloudLink, sender: KvSender) -> None:
         """A block that cannot be sent costs time, not the turn: the cloud computes it."""
@@ -167,7 +172,7 @@ class CloudSide:
         sender = self._tools.sender(blocks)
         try:
             for index, block in enumerate(blocks):
-                kept = self._tools.cache.get(block)
+                kept = self._cache.get(block)
                 if kept is None:  # evicted since: the cloud computes the rest
                     raise Overloaded("The prefix cache dropped a block of the prompt.")
                 sender.offer(index, *kept)

@@ -60,7 +60,7 @@ class EdgePart:
 
         self._job = PrefillJob(
             self._tools.model,
-            self._tools.cache,
+            self._tools.cache.of(self._asked.session.tenant),
             [*self._prompt, *self._made],
             self._planned.ids,
             on_block=on_block if sender is not None else None,

@@ -61,3 +61,9 @@ class PrefixCachePort(Protocol):
     def put(self, id: bytes, k: Array, v: Array, parent: bytes = ...) -> bool:
         """Keep a block that continues `parent`; True where it is there afterwards."""
         ...
+
+
+class PrefixCaches(Protocol):
+    """One cache, of which each tenant sees its own blocks."""
+
+    def of(self, tenant: str) -> PrefixCachePort: ...

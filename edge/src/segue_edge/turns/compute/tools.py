@@ -11,7 +11,7 @@ from segue_contract.model.manifest import Manifest
 from segue_contract.transport.stalls import StallMonitor
 from segue_edge.compute import ComputeThread
 from segue_edge.planner.estimators import EdgeSpeeds
-from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCachePort
+from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCaches
 from segue_edge.uplink.sender import Encode, KvSender
 
 
@@ -24,7 +24,7 @@ class EdgeTools:
     manifest: Manifest
     recipe: str
     tokenizer: ChatTokenizer
-    cache: PrefixCachePort
+    cache: PrefixCaches
     compute: ComputeThread
     encoder: Executor
     encode: Encode

@@ -14,7 +14,7 @@ from segue_contract.limits import WARM_QUEUE_TURNS
 from segue_contract.transport.together import end
 from segue_edge.compute import ComputeThread, Priority
 from segue_edge.prefill.chunks import SMALL_CHUNK
-from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCachePort
+from segue_edge.turns.compute.model_port import EdgeModelPort, PrefixCachePort, PrefixCaches
 from segue_edge.turns.compute.prefill_job import PrefillJob
 
 log = structlog.get_logger("segue.warm")
@@ -28,7 +28,7 @@ class Warmer:
     """
 
     def __init__(
-        self, model: EdgeModelPort, cache: PrefixCachePort, compute: ComputeThread, recipe: str
+        self, model: EdgeModelPort, cache: PrefixCaches, compute: ComputeThread, recipe: str
     ) -> None:
         self._model = model
         self._cache = cache
@@ -77,17 +77,17 @@ class Warmer:
                 continue
             session, tokens = self._waiting.popitem(last=True)
             try:
-                await self._warm(tokens)
+                await self._warm(self._cache.of(session.tenant), tokens)
             except SegueError as error:
                 log.warning("warm_up_failed", session=session.session, error=str(error))
 
-    async def _warm(self, tokens: list[int]) -> None:
+    async def _warm(self, cache: PrefixCachePort, tokens: list[int]) -> None:
         whole = tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS]
         ids = block_ids(self._recipe, whole)
-        known = self._cache.lookup(ids)
+        known = cache.lookup(ids)
         if known == len(ids):
             return
-        job = PrefillJob(self._model, self._cache, whole, ids, chunk=SMALL_CHUNK)
+        job = PrefillJob(self._model, cache, whole, ids, chunk=SMALL_CHUNK)
         try:
             await self._compute.submit(job, Priority.WARM)
         finally:
