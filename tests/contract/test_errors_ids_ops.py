@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import random
 import re
 
@@ -312,6 +313,8 @@ def test_sealed_payloads_open_with_their_key_on_their_topic_as_they_are(
     key, topic = topics.live_key(b"secret", trip, 1), topics.log_topic(trip)
     sealed = topics.seal(key, topic, body)
     assert topics.unseal(key, topic, sealed) == body
+    whole = hmac.digest(key, topic.encode() + b"\0" + body, "sha256")
+    assert sealed == whole[: topics.TAG_BYTES] + body
     changed = bytearray(sealed)
     changed[at % len(sealed)] ^= 1 << bit
     others = [

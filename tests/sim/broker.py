@@ -195,12 +195,11 @@ class Client:
         number = self._numbers
         self._acks[number] = answer = self._world.loop.create_future()
         self._end.send((kind, number, *parts))
+        late = self._world.loop.call_later(timeout or self._timeout_s, _expire, answer)
         try:
-            async with asyncio.timeout(timeout or self._timeout_s):
-                return await answer
-        except TimeoutError:
-            raise aiomqtt.MqttError("Operation timed out") from None
+            return await answer
         finally:
+            late.cancel()
             self._acks.pop(number, None)
 
     async def _ping(self) -> None:
@@ -232,3 +231,8 @@ class Client:
             if not answer.done():
                 answer.set_exception(aiomqtt.MqttError("Disconnected"))
         self._inbox.put_nowait(None)
+
+
+def _expire(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(aiomqtt.MqttError("Operation timed out"))
