@@ -43,7 +43,7 @@ STORY = (
     "about this keeper and the sea, year by year, as he would have told it."
 )
 WAYS = (Way("ship"), Way("text"), Way("direct"))
-REPLY_TOKENS = 1200  # more than a round takes; what is left is stopped
+REPLY_TOKENS = 400  # as long as usual ones: whoever takes one over computes all of it again
 SHORT = (32, 320)  # one reply of a round has so many: its end may fall beside a fault
 STRIKES = 3  # faults in a round
 BEFORE, AFTER = 12, 8  # frames that every reply gets before the first fault, and after each
@@ -184,7 +184,7 @@ class Round:
         other = await laptop.session(self._names[index])
         background(self._followers[index].follow(other))
         background(write_values(session, self._values[index]))
-        short = index == self._number % len(self._readers)
+        short = (self._number + index) % len(WAYS) == 0
         tokens = self._random.randint(*SHORT) if short else REPLY_TOKENS
         prompt = STORY.format(number=f"{self._number}.{index}")
         return reader.read(session, prompt, tokens)

@@ -7,6 +7,8 @@ store lose. A fault strikes several replies, so it gives several samples; each r
 `SEGUE_BENCH_FAULTS` faults of each of the ten kinds, else 100, so 1,000 in all: about an hour on
 two quiet cores. The kinds take turns, and after `SEGUE_BENCH_MINUTES`, or Ctrl-C, the rows are
 those of the faults that were seen by then. `SEGUE_BENCH_SEED` repeats a run's choices.
+`SEGUE_BENCH_REPLIES`: so many at once, else one for each two cores. Whoever takes a reply over
+computes its prompt and text again, so with more of them the pauses are those of the machine.
 `SEGUE_BENCH_APPENDS`: written to each store, else 100,000; 0 leaves the stores out.
 """
 
@@ -28,7 +30,7 @@ from tests.bench.suites._fault_house import House, Kind, house
 from tests.bench.suites._fault_round import HOLD_S, STRIKES, WAYS, Fault, Round
 from tests.bench.suites._fault_stock import Stock
 from tests.bench.suites._fault_store import store_rows
-from tests.bench.suites._fault_turn import Found, Way
+from tests.bench.suites._fault_turn import Found
 
 HOW = ("killed", "silent", "planned")
 KINDS = (
@@ -126,6 +128,7 @@ async def _run(report: Report, quick: bool) -> None:
     count = 1 if quick else number_from("SEGUE_BENCH_FAULTS", FAULTS, 1)
     minutes = 0 if quick else number_from("SEGUE_BENCH_MINUTES", 0, 0)
     appends = QUICK_APPENDS if quick else number_from("SEGUE_BENCH_APPENDS", APPENDS, 0)
+    replies = number_from("SEGUE_BENCH_REPLIES", max(1, (os.cpu_count() or 1) // 2), 1)
     seed = number_from("SEGUE_BENCH_SEED", int.from_bytes(os.urandom(4)), 0)
     print(f"SEGUE_BENCH_SEED={seed}", file=sys.stderr)
     report.details["seed"] = seed
@@ -135,8 +138,8 @@ async def _run(report: Report, quick: bool) -> None:
             await _warm_up(parts)
             async with Stock(parts) as stock:
                 until = time.monotonic() + (60.0 * minutes or float("inf"))
-                ways = WAYS[:2] if quick else WAYS
-                await _strike_all(stock, kinds, count, until, Random(seed), seen, ways)
+                at_once = 2 if quick else min(replies, len(WAYS))
+                await _strike_all(stock, kinds, count, until, Random(seed), seen, at_once)
     finally:
         rows(report, kinds, seen)
     if appends:
@@ -150,13 +153,14 @@ async def _strike_all(
     until: float,
     random: Random,
     seen: Seen,
-    ways: Sequence[Way],
+    at_once: int,
 ) -> None:
     campaign = Campaign(stock, kinds, count, until, random)
     began = time.monotonic()
     number = failed = 0
     while not campaign.over:
         number += 1
+        ways = [WAYS[(number * at_once + place) % len(WAYS)] for place in range(at_once)]
         one = Round(stock, number, random, ways)
         try:
             await one.run(campaign.next, STRIKES)
