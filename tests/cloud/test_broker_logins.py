@@ -4,6 +4,7 @@ Mosquitto with TLS as `segue broker init` sets it up, two instances on one store
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ import pytest_asyncio
 from typer.testing import CliRunner
 
 import segue
+from segue._broker_login import BrokerLogin
 from segue.cli.broker import app as broker_cli
 from segue_cloud.cli import load_settings
 from segue_cloud.mqtt.dynsec import DynamicSecurity
@@ -25,7 +27,7 @@ from segue_cloud.mqtt.logins import PREFIX
 from segue_cloud.sessions.logins import LoginRecord
 from segue_cloud.sessions.port import LogOp
 from segue_cloud.sessions.store import RedisStore
-from segue_contract.errors import PermissionDenied, Revoked
+from segue_contract.errors import PermissionDenied, Revoked, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
     BROKER_LOGINS_OF_DEVICE,
@@ -43,8 +45,11 @@ from segue_contract.topics import (
 )
 from segue_contract.transport.mqtt import MqttLogin
 from segue_contract.transport.mqtt_client import MqttClient, PublishRefused
+from segue_contract.transport.tls import TlsFiles
 from segue_contract.v1 import agent_pb2 as pb
 from tests.support.administered_broker import Administered, administered_mosquitto
+from tests.support.fake_agent import FakeAgent, FakeLog
+from tests.support.followers import following, op
 from tests.support.keyed_clouds import Place, keyed_clouds
 from tests.support.producers import producer
 from tests.support.servers import require_valkey
@@ -82,8 +87,8 @@ class House:
         """Append an entry, which is published."""
         seq = self.at[session] = self.at.get(session, 0) + 1
         log = self.place.clouds[0].log
-        op = LogOp.of(Set(id=f"o{seq}", name="n", value=text.encode()))
-        await log.append(session, await producer(log, session, "p", seq), [op])
+        entry = LogOp.of(Set(id=f"o{seq}", name="n", value=text.encode()))
+        await log.append(session, await producer(log, session, "p", seq), [entry])
 
     @asynccontextmanager
     async def admin(self) -> AsyncIterator[DynamicSecurity]:
@@ -343,6 +348,74 @@ async def test_a_client_follows_with_its_login_and_gets_another_where_that_ends(
             assert seen.follower.mqtt_refusal is None
             assert seen.texts == [b"one", b"two", *(b"%d" % n for n in range(3, number + 1))]
             task.cancel()
+
+
+async def test_clouds_administer_a_broker_again_after_their_links_were_lost(house: House) -> None:
+    async with house.admin() as admin:
+        (made,) = await admin.run({"command": "createRole", "rolename": "more"})
+        assert not made.error
+        links = [admin, *(cloud.logins._admin for cloud in house.place.clouds)]
+        before = [link._client for link in links]
+        with contextlib.suppress(Unreachable):  # whoever is given a role is cut off
+            user = house.broker.login.username
+            await admin.run({"command": "addClientRole", "username": user, "rolename": "more"})
+        async with asyncio.timeout(WAIT_S):
+            while not all(  # noqa: ASYNC110 - nobody tells
+                link.ready and link._client is not client
+                for link, client in zip(links, before, strict=True)
+            ):
+                await asyncio.sleep(0.02)
+        opened = await house.opened(house.device(), "again")
+        assert opened.mqtt_user in await house.users(admin)
+
+
+async def test_a_refused_subscription_is_a_reason_to_follow_over_grpc(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(house.broker.tls.ca))
+    fake = FakeLog("trip")
+    async with house.admin() as admin:
+        reader = {"username": "reader", "password": "swordfish"}
+        (made,) = await admin.run({"command": "createClient", **reader})
+        assert not made.error
+    url = house.broker.url.replace("://", "://reader:swordfish@")
+    async with FakeAgent(fake, mqtt_url=url) as agent, following([agent.address]) as seen:
+        fake.append(op(1))
+        await seen.until_offset(1)
+        assert seen.lives[-1] == "grpc"
+        assert isinstance(seen.follower.mqtt_refusal, PermissionDenied)
+        assert "swordfish" not in str(seen.follower.mqtt_refusal) + caplog.text
+    assert [record.levelname for record in caplog.records if record.name == "segue.mqtt"] == [
+        "WARNING"
+    ]
+
+
+async def test_a_cloud_that_gives_no_login_now_takes_none_away() -> None:
+    replies = [
+        pb.OpenSessionReply(mqtt_user="one", mqtt_password="p", mqtt_valid_ms=1000),
+        pb.OpenSessionReply(),
+        PermissionDenied("No."),
+        pb.OpenSessionReply(mqtt_user="two", mqtt_password="q", mqtt_valid_ms=1000),
+    ]
+    asked: list[str] = []
+
+    async def admit(user: str) -> pb.OpenSessionReply:
+        asked.append(user)
+        reply = replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    now = 0.0
+    own = BrokerLogin(admit, TlsFiles(), lambda: now)
+    assert own.login is None
+    for user in ("one", "one", "one", "two"):
+        login = await own.ask()
+        assert login is not None
+        assert login.username == user
+    assert asked == ["", "one", "one", "one"]
+    now = 1.0
+    assert own.login is None
 
 
 def _forged() -> Set:

@@ -41,8 +41,9 @@ class BrokerLogin:
             reply = await self._admit(self.user)
         except Exception:  # the app's token function may raise anything
             return self.login
-        self.user, self._password = reply.mqtt_user, reply.mqtt_password
-        self._until = self._now() + reply.mqtt_valid_ms / 1000
+        if reply.mqtt_user:  # else what there is goes on for as long as it was given
+            self.user, self._password = reply.mqtt_user, reply.mqtt_password
+            self._until = self._now() + reply.mqtt_valid_ms / 1000
         return self.login
 
     async def keep(self) -> None:

@@ -166,13 +166,18 @@ class DynamicSecurity:
             raise NotAdministered(f"our login may not read {_TOPIC}")
         self._client = client
         async with Together() as tasks:
-            tasks.start(self._pump(client), name="mqtt admin answers")
-            await self._check()
+            pump = tasks.start(self._pump(client), name="mqtt admin answers")
+            try:
+                await self._check()
+            except NotAdministered as reason:
+                if pump.done():
+                    raise aiomqtt.MqttError("The connection was lost.") from reason
+                raise
             self.ready, self.why_not = True, ""
             log.info("broker_administered", broker=parse_mqtt_url(self._url()).url)
             self._known.set()
             self.on_ready()
-            await asyncio.Event().wait()  # until the link is lost
+            # and until the link is lost
 
     async def _check(self) -> None:
         """Raises NotAdministered where the plugin is not there, or lets everybody read."""
