@@ -16,10 +16,12 @@ from segue_contract.model.manifest import DEFAULT_MODEL, model_home, read_manife
 from tests.bench.harness import Report, median_of
 from tests.bench.suites._device import bench_device
 from tests.bench.suites._noisy import noisy_tenant_rows
+from tests.bench.suites._tls_cost import tls_rows
 
 
 def run(report: Report, quick: bool) -> None:
     _token_rows(report, quick)
+    asyncio.run(tls_rows(report, quick))
     asyncio.run(_engine_rows(report, model_home() / DEFAULT_MODEL, quick))
 
 
