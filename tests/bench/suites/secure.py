@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
+
+import structlog
 
 from segue_cloud.engine.options import EngineOptions
 from segue_cloud.engine.port import EngineTurn
@@ -20,6 +23,8 @@ from tests.bench.suites._tls_cost import tls_rows
 
 
 def run(report: Report, quick: bool) -> None:
+    # Lines of turns would stand between the rows.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     _token_rows(report, quick)
     asyncio.run(tls_rows(report, quick))
     asyncio.run(_engine_rows(report, model_home() / DEFAULT_MODEL, quick))
