@@ -268,3 +268,16 @@ def test_it_needs_neither_pytest_nor_a_stack() -> None:
     )
     loaded = set(done.stdout.split())
     assert not loaded & {"pytest", "segue.local", "segue.local.stack", "numpy", "structlog"}
+
+
+async def test_a_turn_of_a_closed_client_is_told_at_once() -> None:
+    """It was joined again for half a minute; what waited for its settling went on for ever."""
+    async with FakeNode([["one", Wait(asyncio.Event())]]) as node:
+        client = node.client("phone")
+        session = await client.session("trip")
+        async with session.run("go") as turn, asyncio.timeout(5):
+            reading = asyncio.create_task(turn.result())
+            await node.until(lambda: bool(node.state("trip").turns[0].tokens))
+            await client.close()
+            with pytest.raises(errors.Unreachable, match="closed"):
+                await reading

@@ -46,6 +46,11 @@ def is_link_loss(error: BaseException) -> bool:
     return error.code() in _LOST_CODES
 
 
+def client_closed() -> Unreachable:
+    """What is told to those who still wait for a client that was closed."""
+    return Unreachable("The client is closed.", hint="Open a new segue.Client.")
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether the node has no room for now, or no engine any more; another one may."""
     return isinstance(error, Overloaded | EngineGone)

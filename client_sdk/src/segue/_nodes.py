@@ -20,7 +20,7 @@ import grpc
 
 from segue._access import Access
 from segue._connecting import HEALTH_METHOD, SERVING, Node, connected
-from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, typed
+from segue._failures import being_cancelled, client_closed, is_link_loss, is_refusal, pauses, typed
 from segue.options import Options, passed
 from segue_contract.errors import (
     InvalidArgument,
@@ -96,6 +96,10 @@ class Nodes:
         return sorted(self._nodes, key=doubt)
 
     @property
+    def closed(self) -> bool:
+        return self._shared.closed
+
+    @property
     def full_s(self) -> float:
         """Seconds until a node may have room; 0 where one did not refuse lately."""
         return max(0.0, min(node.full_until for node in self._nodes) - self._clock())
@@ -161,7 +165,7 @@ class Nodes:
             InvalidArgument: they never could.
         """
         if self._shared.closed:
-            raise Unreachable("The client is closed.", hint="Open a new segue.Client.")
+            raise client_closed()
         if node.channel is not None and self._outdated(node):
             await self._disconnect(node)
         connect_s = self.options.timeout.connect or CONNECT_TIMEOUT_S

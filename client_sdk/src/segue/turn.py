@@ -12,7 +12,15 @@ from types import TracebackType
 import grpc
 
 from segue._connecting import Node
-from segue._failures import being_cancelled, is_link_loss, is_refusal, pauses, ran_out, typed
+from segue._failures import (
+    being_cancelled,
+    client_closed,
+    is_link_loss,
+    is_refusal,
+    pauses,
+    ran_out,
+    typed,
+)
 from segue._nodes import Nodes
 from segue._reading import join_again
 from segue._reply import ReplyView
@@ -177,7 +185,7 @@ class Turn:
                     # That node's own run of it has only just ended.
                     await asyncio.sleep(self._limits.retry_pause_s)
             except SegueError as error:
-                if not (error.retryable or isinstance(error, NotFound)):
+                if self._nodes.closed or not (error.retryable or isinstance(error, NotFound)):
                     raise
                 if self._node is not None:  # another one may be the edge that keeps it
                     await self._nodes.failed(self._node)
@@ -319,6 +327,8 @@ class Turn:
 
     async def _survive(self, error: BaseException, *, silent: bool = False) -> None:
         """Pause before another attempt; raise where none would help."""
+        if self._nodes.closed:
+            raise client_closed() from error
         failure = typed(error)
         accepted = self._view.started
         if not is_link_loss(error) and not (accepted and failure.retryable):
