@@ -200,7 +200,8 @@ class FairShare:
         for tenant, one in demands.items():
             due = rows * one.weight / weights
             owed = self._owed.get(tenant, 0.0) + due - allowed[tenant]
-            most = 0.0 if allowed[tenant] >= one.turns else _MOST_OWED  # it has all that it wants
+            # Who has all that it wants now keeps what is less than a turn.
+            most = 1.0 if allowed[tenant] >= one.turns else _MOST_OWED
             # What others left to it is no debt, but for the one turn that cannot be cut.
             self._owed[tenant] = min(max(owed, -1.0), most)
 
