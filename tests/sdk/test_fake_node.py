@@ -275,7 +275,7 @@ async def test_a_turn_of_a_closed_client_is_told_at_once() -> None:
     async with FakeNode([["one", Wait(asyncio.Event())]]) as node:
         client = node.client("phone")
         session = await client.session("trip")
-        async with session.run("go") as turn, asyncio.timeout(5):
+        async with session.run("go") as turn, asyncio.timeout(20):
             reading = asyncio.create_task(turn.result())
             await node.until(lambda: bool(node.state("trip").turns[0].tokens))
             await client.close()
