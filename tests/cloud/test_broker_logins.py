@@ -257,11 +257,19 @@ async def test_a_login_ends_with_its_token_unless_that_is_renewed(house: House) 
 
 
 async def test_a_revoked_key_ends_the_logins_of_its_tokens(house: House) -> None:
-    phone = house.device()
-    opened = await house.opened(phone, "keyed")
-    async with connected(house, opened, log_topic(SessionName("acme", "keyed"))) as client:
-        house.place.tokens.forget(phone[1])
-        assert await end_of(client) == 0x98
+    """All of them; and what is revoked later ends, too."""
+    name, devices = SessionName("acme", "keyed"), [house.device() for _ in range(3)]
+    *keyed, other = [await house.opened(device, "keyed") for device in devices]
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(connected(house, one, log_topic(name))) for one in keyed
+        ]
+        last = await stack.enter_async_context(connected(house, other, log_topic(name)))
+        house.place.tokens.forget(*(token for _, token in devices[:2]))
+        assert [await end_of(client) for client in clients] == [0x98, 0x98]
+        request = pb.RevokeRequest(session="keyed", revoked=devices[2][0])
+        await house.place.call(1, house.device()[1], "Revoke", request)
+        assert await end_of(last) == 0x98
 
 
 async def test_what_the_store_has_not_is_removed_from_the_broker(house: House) -> None:

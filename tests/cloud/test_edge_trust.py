@@ -154,6 +154,17 @@ async def test_an_edge_whose_block_is_wrong_ships_nothing_more(here: Place) -> N
     assert (await here.run("acme", TWO))[1] == sorted(MANIFEST.allowed_recipes())
 
 
+async def test_a_check_has_the_weight_of_its_tenant() -> None:
+    """The engine shares by the weight that it saw last of a tenant."""
+    engine, shape = ScriptedEngine([7]), (1, 1, BLOCK_TOKENS, 2)
+    trust = EdgeTrust(keyed=True, chance=lambda: 0.0, monotonic=time.monotonic)
+    checks = SpotChecks(engine, trust, {"acme": 0.01, "other": 4.0}.__getitem__)
+    block = KvBlock(b"", "", np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    for tenant in ("acme", "other"):
+        await checks.check(Shipped(ONE, tenant, tuple(range(BLOCK_TOKENS)), block))
+    assert [(turn.tenant, turn.weight) for turn in engine.turns] == [("acme", 0.01), ("other", 4.0)]
+
+
 # -- the check itself, by a real engine -------------------------------------------------------
 
 
@@ -169,7 +180,7 @@ async def test_a_check_tells_right_from_wrong(tiny: Tiny) -> None:
     engine = await TorchEngine.load(tiny.directory, tiny.manifest, options)
     try:
         trust = EdgeTrust(keyed=True, chance=lambda: 0.0, monotonic=time.monotonic)
-        checks = SpotChecks(engine, trust)
+        checks = SpotChecks(engine, trust, lambda tenant: 1.0)
         prompt = tiny.prompts[0]
         honest = [_coded(tiny, b) for b in tiny.reference.blocks(prompt, tiny.manifest.edge_recipe)]
         other = tiny.reference.blocks(tiny.prompts[1], tiny.manifest.edge_recipe)

@@ -133,7 +133,9 @@ async def cloud_rpc(
             authenticates=gate is not None and gate.authenticates,
             refuses=trust.refuses if trust else lambda edge: False,
         )
-        checks = await stack.enter_async_context(SpotChecks(engine, trust)) if trust else None
+        checks = None
+        if trust is not None:
+            checks = await stack.enter_async_context(SpotChecks(engine, trust, deps.weight))
         decode = DecodeService(manager, log, engine, manifest, facts, edges, trust, checks)
         server = await start_server(
             "127.0.0.1",

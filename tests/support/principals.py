@@ -38,9 +38,10 @@ class KnownTokens:
     def changes(self) -> int:
         return self.changed
 
-    def forget(self, token: str) -> None:
-        """As if its key were revoked."""
-        del self._known[token]
+    def forget(self, *tokens: str) -> None:
+        """As if the key of these were revoked."""
+        for token in tokens:
+            del self._known[token]
         self.changed += 1
 
     def principal(self, token: str, now_s: float, *, late_s: float = 0.0) -> Principal:

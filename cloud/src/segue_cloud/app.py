@@ -197,7 +197,7 @@ async def run_cloud(settings: CloudSettings, stack: AsyncExitStack) -> Cloud:
     facts = FactsSource(
         engine, manager, manifest, instance, authenticates=gate.authenticates, refuses=trust.refuses
     )
-    checks = await stack.enter_async_context(SpotChecks(engine, trust))
+    checks = await stack.enter_async_context(SpotChecks(engine, trust, usage.weight))
     decode = DecodeService(manager, session_log, engine, manifest, facts, edges, trust, checks)
     if tokens is not None:
         await stack.enter_async_context(following_revocations(session_log, gate))

@@ -172,8 +172,10 @@ class BrokerLogins:
                 await self._check_keys()
                 while gone := await self._record.ended(int(looked_s * 1000), _AT_ONCE):
                     await self._end(gone)
-            except SegueError as error:
-                log.warning("logins_not_ended", error=str(error))
+            except Exception as error:  # nobody else would end them here
+                known = isinstance(error, SegueError)
+                log.warning("logins_not_ended", error=str(error), exc_info=not known)
+                self._untidy.set()  # what the store lost meanwhile, the broker may still have
 
     async def _hear(self) -> None:
         """End the logins of whom the gate heard that it was revoked."""
@@ -192,7 +194,7 @@ class BrokerLogins:
                 self._tokens.principal(token, self._now_s(), late_s=float("inf"))
             except Unauthenticated:
                 await self.drop(caller, user)
-                del self._shown[user]
+                self._shown.pop(user, None)
         self._changes = changes
 
     async def _end(self, users: Iterable[str]) -> None:
@@ -228,8 +230,9 @@ class BrokerLogins:
                 continue
             try:
                 await self._tidy()
-            except SegueError as error:
-                log.warning("logins_not_tidied", error=str(error))
+            except Exception as error:
+                known = isinstance(error, SegueError)
+                log.warning("logins_not_tidied", error=str(error), exc_info=not known)
                 await asyncio.sleep(GATE_LOOK_S)
                 self._untidy.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -40,15 +41,17 @@ class Shipped:
 
 
 class SpotChecks:
-    """`async with SpotChecks(engine, trust) as checks:`; `offer` gives it blocks to check.
+    """`async with SpotChecks(...) as checks:`; `offer` gives it blocks to check.
 
     The exact KV comes from the engine, as of any turn of that tenant: the prompt up to the block's
     end is computed (what the tenant's computed domain has of it is not computed again) and stays in
     that domain. An idle engine does it at once; a busy one within `KV_CHECK_PATIENCE_S`.
     """
 
-    def __init__(self, engine: Engine, trust: EdgeTrust) -> None:
+    def __init__(self, engine: Engine, trust: EdgeTrust, weight: Callable[[str], float]) -> None:
+        """`weight`: of a tenant, as its turns have it; the engine goes by the last that it saw."""
         self._engine = engine
+        self._weight = weight
         self._trust = trust
         self._waiting: deque[Shipped] = deque()
         self._bytes = 0
@@ -113,6 +116,7 @@ class SpotChecks:
             prompt=(*shipped.tokens, shipped.tokens[-1]),
             max_tokens=1,
             tenant=shipped.tenant,
+            weight=self._weight(shipped.tenant),
             domains=self._trust.domains(shipped.tenant)[:1],
         )
         async for _ in self._engine.submit(turn):
