@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,14 +268,14 @@ class Nodes:
                 with contextlib.suppress(Exception):
                     await channel.close(None)
 
-    async def connect(self) -> Node:
-        """The first node that can be reached.
+    async def connect(self, *, last: Collection[str] = ()) -> Node:
+        """The first node that can be reached; those at the addresses `last` after all others.
 
         Raises:
             Unreachable: none can.
         """
         lost: Unreachable | None = None
-        for node in self.order():
+        for node in sorted(self.order(), key=lambda node: node.address in last):
             try:
                 await self.stub(node)
             except Unreachable as error:

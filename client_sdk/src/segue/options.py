@@ -15,7 +15,7 @@ class Timeout:
     (`timeout`) and how much it was (`limit_s`).
 
     A turn runs on when one of them has passed: iterate on, or run it again by its id, to see the
-    rest; `stop` ends it.
+    rest; `stop` ends it. `first_token` and `total` are told once of a turn.
 
     Attributes:
         connect: to one address, before the next one is tried; then it is Unreachable.

@@ -84,7 +84,9 @@ class Turn:
         self._begun_at = 0.0
         self._lost_since: float | None = None
         self._next_pause = pauses()
-        self._refused: set[str] = set()
+        self._told: set[str] = set()  # timeouts of the whole turn that were raised
+        self._refused: set[str] = set()  # addresses that were asked since the last pause
+        self._refusal: SegueError | None = None  # of the last of them
         self._joined = False
         self._shown_again = False  # another token
         self._lost = False  # the node that served the turn died or fell silent
@@ -151,7 +153,8 @@ class Turn:
         """The next event; the last one is `Ended`.
 
         Raises:
-            DeadlineExceeded: a `timeout` has passed. The turn runs on, and so may the iteration.
+            DeadlineExceeded: a `timeout` has passed. The turn runs on, and so may the iteration:
+                `total` and `first_token` are told once, `idle` of each wait.
         """
         if not self._entered:
             raise InvalidArgument(
@@ -224,7 +227,7 @@ class Turn:
                 # what its reader did meanwhile is none of the reply's
                 (self._clock(), "idle", limits.idle if known else None),
             )
-            if limit_s is not None
+            if limit_s is not None and name not in self._told
         ]
         return min(found, default=None)
 
@@ -238,6 +241,8 @@ class Turn:
             async with asyncio.timeout(max(0.0, at - self._clock())):
                 await self._receive()
         except TimeoutError as error:
+            if name != "idle":  # which is each wait's own
+                self._told.add(name)
             what = {"total": "had not ended", "first_token": "had no token", "idle": "went not on"}
             raise passed(
                 name,
@@ -254,7 +259,7 @@ class Turn:
                 if self._call is None:
                     self._call = await self._open()
                 wire = await self._call.read()
-            except (Unreachable, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            except (SegueError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                 silent = self._call is not None and self._call.silent
                 self._drop()
                 if being_cancelled():
@@ -268,12 +273,14 @@ class Turn:
             await self._take(wire)
 
     async def _take(self, wire: pb.TurnEvent) -> None:
-        known = self._view.merger.next_index
+        known, started = self._view.merger.next_index, self._view.started
         now = self._clock() - self._begun_at
         for event in self._view.take(wire):
             if isinstance(event, Frame):
                 self.timing.saw(now, event.next_index, event.made_by)
             self._ready.append(event)
+        if self._view.started and not started:
+            self._refused.clear()  # who had no room before may take it over
         if self._view.merger.next_index > known:
             self._lost = self._shown_again = False
             self._lost_since = None  # only tokens are progress: resuming has an end
@@ -285,8 +292,16 @@ class Turn:
             self._drop()
 
     async def _open(self) -> Listening:
-        """Run, or join, the turn at the node that is preferred now."""
-        self._node = await self._nodes.connect()
+        """Run, or join, the turn at the node that is preferred now.
+
+        Raises:
+            Unreachable: none can be reached.
+            SegueError: all that can be were asked since the last pause; the last one's answer.
+        """
+        self._node = None
+        self._node = await self._nodes.connect(last=self._refused)
+        if self._node.address in self._refused and self._refusal is not None:
+            raise self._refusal
         stub = await self._nodes.stub(self._node)
         request = self._request
         if self._view.started:
@@ -344,9 +359,7 @@ class Turn:
             self._lost_since = now
         pause = max(self._next_pause(), self._nodes.full_s)
         if not accepted and self._nodes.options.max_retries is not None:
-            if self._node is not None:
-                self._refused.add(self._node.address)
-            if self._node is None or self._all_refused:
+            if self._ends_round(failure):
                 await self._ask_again(failure, pause)
             return
         bound_s = self._limits.resume_timeout_s if accepted else RPC_TIMEOUT_S / 4
@@ -354,9 +367,17 @@ class Turn:
             raise self._give_up(failure) from error
         await asyncio.sleep(pause)
 
-    @property
-    def _all_refused(self) -> bool:
-        return all(node.address in self._refused for node in self._nodes.order())
+    def _ends_round(self, failure: SegueError) -> bool:
+        """Whether every node was asked, or cannot be reached, now that ours gave `failure`."""
+        node = self._node
+        again = node is None or node.address in self._refused
+        if node is not None:
+            self._refused.add(node.address)
+            self._refusal = failure
+        over = again or all(one.address in self._refused for one in self._nodes.order())
+        if over:
+            self._refused.clear()
+        return over
 
     async def _ask_again(self, failure: SegueError, pause_s: float) -> None:
         """Pause, as often as the options allow and in their time; else raise `failure`."""
@@ -367,7 +388,6 @@ class Turn:
         if not options.may_repeat(failure, self._retries):
             raise failure
         self._retries += 1
-        self._refused.clear()
         await asyncio.sleep(pause_s)
 
     async def _try_next_or_raise(self, failure: SegueError) -> None:
@@ -386,9 +406,8 @@ class Turn:
                 raise failure
             await self._ask_again(failure, max(self._next_pause(), failure.retry_after_s or 0.0))
             return
-        self._refused.add(self._node.address)
         self._nodes.refused(self._node, failure)
-        if self._all_refused:
+        if self._ends_round(failure):
             if self._view.started:
                 raise failure
             await self._ask_again(failure, max(self._next_pause(), self._nodes.full_s))
