@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from segue_contract.errors import InvalidArgument, Unreachable
@@ -25,6 +25,7 @@ class Portal:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="segue", daemon=True)
         self._thread.start()
+        self._gate = threading.RLock()  # what is submitted before the end is cancelled by it
         self._end = weakref.finalize(self, _end, self._loop, self._thread)
 
     def call(self, make: Callable[[], Awaitable[T]]) -> T:
@@ -34,19 +35,42 @@ class Portal:
             Unreachable: the client was closed, or is closed meanwhile.
             InvalidArgument: called on the portal's own thread, which would wait for itself.
         """
+        tasks: list[asyncio.Task[Any]] = []
 
         async def work() -> T:
+            tasks.extend(one for one in [asyncio.current_task()] if one is not None)
             return await make()
 
-        self._check()
-        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        future = self._submit(work())
         try:
             return future.result()
         except concurrent.futures.CancelledError:
             raise _closed() from None
         except BaseException:
-            future.cancel()  # of Ctrl-C: nobody waits for it any more
+            if future.cancel():  # of Ctrl-C: nobody waits for it any more
+                self._unwound(tasks)
             raise
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Raises Unreachable, InvalidArgument: as `call`."""
+        try:
+            with self._gate:
+                self._check()
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except BaseException:
+            work.close()
+            raise
+
+    def _unwound(self, tasks: list[asyncio.Task[Any]]) -> None:
+        """Wait for the end of what was cancelled: only then may what it used be closed. One that
+        had not begun by then never does."""
+
+        async def ended() -> None:
+            if tasks:
+                await asyncio.wait(tasks)
+
+        with contextlib.suppress(Unreachable, TimeoutError, concurrent.futures.CancelledError):
+            self._submit(ended()).result(RPC_TIMEOUT_S)
 
     def run(self, make: Callable[[], T]) -> T:
         """The same for a function that awaits nothing."""
@@ -68,7 +92,7 @@ class Portal:
                 yield item
         finally:
             if inspect.isasyncgen(items):
-                self._leave(items.aclose)
+                self.leave(items.aclose)
 
     @property
     def closed(self) -> bool:
@@ -76,11 +100,18 @@ class Portal:
 
     def close(self) -> None:
         """Cancel what runs, and end the thread. Idempotent."""
-        if threading.current_thread() is not self._thread:
-            self._end()
+        if threading.current_thread() is self._thread:
+            return
+        with self._gate:
+            found = self._end.detach()
+            if found is not None:
+                _wind_up(self._loop)
+        if found is not None:
+            _join(self._loop, self._thread)
 
-    def _leave(self, close: Callable[[], Awaitable[Any]]) -> None:
-        """A generator is collected on whichever thread lets go of it, our own included."""
+    def leave(self, close: Callable[[], Awaitable[Any]]) -> None:
+        """Await `close`, unless the end of everything did. May be called on our own thread: a
+        generator is collected on whichever thread lets go of it."""
         if threading.current_thread() is self._thread:
             asyncio.ensure_future(close())  # noqa: RUF006 - `_end` waits for it
         elif not self.closed:
@@ -103,6 +134,12 @@ def _closed() -> Unreachable:
 
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     """Knows nothing of the portal, which may be gone."""
+    _wind_up(loop)
+    _join(loop, thread)
+
+
+def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+    """Have it cancel all tasks, and stop."""
 
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -114,6 +151,9 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(wind_up(), loop)
+
+
+def _join(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if threading.current_thread() is thread:
         return  # whose last task let go of the portal: the loop stops once that has ended
     thread.join(2 * RPC_TIMEOUT_S)

@@ -493,7 +493,7 @@ class SyncTurn:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._portal.call(lambda: self._inner.__aexit__(exc_type, exc, trace))
+        self._portal.leave(lambda: self._inner.__aexit__(exc_type, exc, trace))
 
     def __iter__(self) -> Iterator[TurnEvent]:
         return self._portal.iterate(lambda: self._inner)
@@ -588,6 +588,6 @@ class SyncFollower:
         """The session folded so far. It changes as items come; do not change it yourself."""
         return self._inner.state
 
-    def aclose(self) -> None:
+    def close(self) -> None:
         """End the iteration, whoever runs it; nothing further comes."""
         return self._portal.call(lambda: self._inner.aclose())
