@@ -402,7 +402,7 @@ async def test_a_turn_whose_owner_leaves_is_prepared_here_and_goes_on_at_once(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
     """Its lease is the owner's meanwhile, and so is the turn until its reader comes here."""
-    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0)
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0, stop_grace_s=0.1)
     engine = ScriptedEngine(words, free=False)
     async with (
         bench_on(valkey.url, model_dir, engine, limits=limits) as leaving,
@@ -412,10 +412,10 @@ async def test_a_turn_whose_owner_leaves_is_prepared_here_and_goes_on_at_once(
         engine.allow(2)
         await shown_tokens(owner, 2)
         assert not await bench.manager.recover(SESSION), "nobody asked for it"
-        computed = await bench.manager.prepare(SESSION, "t1", leaving=True)
+        assert await bench.manager.prepare(SESSION, "t1", leaving=True)
         (prepared,) = bench.engine.turns
         assert (list(prepared.made), prepared.max_tokens) == (words[:2], 3)
-        assert computed == len(prepared.prompt) + 2
+        assert bench.manager.places.held == 0, "it held a place as long as it was computed"
         engine.allow(1)
         await shown_tokens(owner, 3)
         assert (await bench.turn()).epoch == 1, "the owner goes on meanwhile"
@@ -426,13 +426,38 @@ async def test_a_turn_whose_owner_leaves_is_prepared_here_and_goes_on_at_once(
         assert (turn.tokens, turn.epoch) == (words, 2)
         engine.allow(len(words))
         assert (await leaving.ended(owner)).epoch == 2
-    assert bench.engine.turns[0].prompt == bench.engine.turns[1].prompt, "the KV is found again"
+    running = bench.engine.turns[1]
+    assert prepared.prompt == running.prompt, "the KV is found again"
+    assert prepared.tenant == running.tenant == SESSION.tenant
+    assert (prepared.weight, prepared.domains) == (running.weight, running.domains)
+
+
+async def test_a_prepared_turn_is_taken_once_and_from_the_owner_that_left_alone(
+    valkey: Valkey, model_dir: Path, words: list[int]
+) -> None:
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0, stop_grace_s=0.1)
+    engines = [ScriptedEngine(words, free=False) for _ in range(3)]
+    async with (
+        bench_on(valkey.url, model_dir, engines[0], limits=limits) as leaving,
+        bench_on(valkey.url, model_dir, engines[1], limits=limits) as one,
+        bench_on(valkey.url, model_dir, engines[2], limits=limits) as two,
+    ):
+        leaving.manager.start(leaving.spec(await leaving.begin(), has_edge=False))
+        for bench, engine in ((one, engines[1]), (two, engines[2])):
+            engine.allow(1)
+            assert await bench.manager.prepare(SESSION, "t1", leaving=True)
+        name = TurnName(SESSION, "t1")
+        assert await one.manager._takeover.go_on(name)
+        assert not await two.manager._takeover.go_on(name), "it has a new owner since"
+        assert one.manager.owned(SESSION, "t1") is not None
+        assert two.manager.owned(SESSION, "t1") is None
+        assert not await one.manager._takeover.go_on(name)
 
 
 async def test_a_doubt_prepares_nothing_where_others_wait_and_takes_nothing(
     valkey: Valkey, model_dir: Path, words: list[int]
 ) -> None:
-    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0)
+    limits = TurnLimits(lease_s=30.0, lost_owner_quiet_s=30.0, stop_grace_s=0.1)
     engine = ScriptedEngine(words)
     async with (
         bench_on(valkey.url, model_dir, ScriptedEngine(words, free=False)) as living,
@@ -444,9 +469,9 @@ async def test_a_doubt_prepares_nothing_where_others_wait_and_takes_nothing(
             await bench.manager.prepare(SESSION, "t1", leaving=False)
         engine.waiting = 0
         assert await bench.manager.prepare(SESSION, "t1", leaving=False)
-        assert not bench.manager._takeover.awaits(TurnName(SESSION, "t1"))
-        assert await living.manager.prepare(SESSION, "t1", leaving=True) == 0, "it runs there"
-        assert await bench.manager.prepare(SESSION, "unknown", leaving=True) == 0
+        assert not await bench.manager._takeover.go_on(TurnName(SESSION, "t1"))
+        assert not await living.manager.prepare(SESSION, "t1", leaving=True), "it runs there"
+        assert not await bench.manager.prepare(SESSION, "unknown", leaving=True)
         living.manager.leaving.set()
         with pytest.raises(Unreachable):
             await living.manager.prepare(SESSION, "t1", leaving=True)

@@ -252,7 +252,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
     async def Prepare(self, request: pb.PrepareRequest, _: Any) -> pb.PrepareReply:
         self._called("Prepare")
         self.prepared.append(request)
-        return pb.PrepareReply(tokens=1)
+        return pb.PrepareReply(ready=True)
 
     async def _run_turn(
         self, request: pb.RunTurnRequest, context: Any

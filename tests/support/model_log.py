@@ -76,7 +76,13 @@ class ModelLog:
         return TurnClaim(Status.OK, 1, tail, appended=len(ops), nonce=record.nonce)
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float,
+        *,
+        quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim:
         record = self._data.turns.get(turn)
         if record is None or record.ended:

@@ -145,7 +145,7 @@ class ScriptedCloud(decode_pb2_grpc.DecodeServicer, agent_pb2_grpc.AgentServicer
 
     async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareReply:
         self.seen.prepared.append(request)
-        return pb.PrepareReply(tokens=1)
+        return pb.PrepareReply(ready=True)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         self.seen.stopped.set()

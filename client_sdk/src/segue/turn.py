@@ -320,19 +320,26 @@ class Turn:
         )
 
     async def _prepare(self, leaving: bool) -> None:
-        """Let the next node get ready for the turn. Raises Unreachable where there is none."""
+        """Let another node get ready for the turn. Raises SegueError where none can."""
         others = [node for node in self._nodes.order() if node is not self._node]
-        if not others or not self._view.started:
-            raise Unreachable("There is no other node.")
         request = pb.PrepareRequest(
             session=self._request.session,
             device=self._request.device,
             turn=self.id,
             leaving=leaving,
         )
-        async with self._nodes.calling(others[0]):
-            stub = await self._nodes.stub(others[0])
-            await stub.Prepare(request, timeout=TAKEOVER_PREPARE_S)
+        failure: SegueError = Unreachable("No other node can go on with the turn.")
+        for node in others if self._view.started else []:
+            try:
+                async with self._nodes.calling(node):
+                    stub = await self._nodes.stub(node)
+                    reply = await stub.Prepare(request, timeout=TAKEOVER_PREPARE_S)
+            except SegueError as error:
+                failure = error
+                continue
+            if reply.ready:
+                return
+        raise failure
 
     def _drop(self) -> None:
         """Leave the stream; the turn goes on."""

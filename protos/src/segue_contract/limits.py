@@ -142,6 +142,7 @@ TURN_HEARTBEAT_S: Final = 0.2  # the same of a turn's streams: few, and somebody
 TURN_SILENCE_S: Final = 1.2  # a second more than a beat; the rest of 2 s is the next one's prefill
 TAKEOVER_PREPARE_S: Final = 5.0  # a take-over's prefill, beforehand
 PREPARE_ROUNDS: Final = 3  # of it, while the reply grows
+PREPARES_AT_ONCE: Final = 4  # of an instance: those that run there come first
 PREPARED_S: Final = 10.0  # after it the turn is asked for as any other
 EDGE_SILENCE_LOOKS: Final = 7  # at the same pace, of an edge that owes a turn's tokens
 SILENCE_LOOKS: Final = 6  # within it: a reader that was itself not scheduled has not listened

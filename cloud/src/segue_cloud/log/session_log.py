@@ -303,8 +303,11 @@ class SessionLog:
         lease_s: float = TURN_LEASE_S,
         *,
         quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim:
-        return await self._store.take_over(session, turn, lease_s, quiet_s=quiet_s)
+        return await self._store.take_over(
+            session, turn, lease_s, quiet_s=quiet_s, from_epoch=from_epoch
+        )
 
     async def renew_turn(
         self, session: SessionName, hold: TurnHold, lease_s: float = TURN_LEASE_S

@@ -138,7 +138,8 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
 
         def beat() -> pb.TurnEvent:
             stalled = self._manager.stalled(session, request.turn)
-            leaving = self._manager.leaving.is_set()
+            owned = self._manager.owned(session, request.turn) is not None
+            leaving = owned and self._manager.leaving.is_set()
             return pb.TurnEvent(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaving))
 
         leaving = self._manager.leaving
@@ -204,8 +205,10 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
         session = named(request.session)
         await self._check_device(session, request.device)
         turn = check_id(request.turn, "turn")
-        tokens = await self._manager.prepare(session, turn, leaving=request.leaving)
-        return pb.PrepareReply(tokens=tokens)
+        ready = await self._manager.prepare(
+            session, turn, leaving=request.leaving, edge=caller().via
+        )
+        return pb.PrepareReply(ready=ready)
 
     async def StopTurn(self, request: pb.StopTurnRequest, context: Any) -> pb.StopTurnReply:
         session = named(request.session)

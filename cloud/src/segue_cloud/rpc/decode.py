@@ -117,7 +117,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
         def beat() -> dpb.RunReply:
             stalled = any(owner.stalled for owner in served)
-            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaving.is_set()))
+            leaves = leaving.is_set() and any(not owner.ended.is_set() for owner in served)
+            return dpb.RunReply(heartbeat=pb.Heartbeat(stalled=stalled, leaving=leaves))
 
         replies = self._run(aiter(request_iterator), served.append)
         return beating(replies, beat, every_s=TURN_HEARTBEAT_S, news=leaving)

@@ -318,12 +318,19 @@ class Turns(Protocol):
         ...
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float,
+        *,
+        quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim:
         """Raise a running turn's epoch by one: whoever held the old one is fenced off.
 
         MISSING where the turn does not run; with `quiet_s`, BUSY while its lease of
-        `lease_s` holds and was renewed within so long: `lease_s` itself lets it run out.
+        `lease_s` holds and was renewed within so long: `lease_s` itself lets it run out. With
+        `from_epoch`, BUSY where the turn has another epoch by now.
         """
         ...
 

@@ -283,10 +283,16 @@ class RedisStore:
         return RunningTurns(self._wire, model)
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float,
+        *,
+        quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim:
         mode = "quiet" if quiet_s else "now"
-        return await self._take(session, turn, lease_s, mode, quiet_s)
+        return await self._take(session, turn, lease_s, mode, quiet_s, from_epoch)
 
     async def fence_turn(self, session: SessionName, turn: str) -> TurnClaim:
         """Raise the epoch of a turn whose owner is gone, without claiming the session for it."""
@@ -439,11 +445,17 @@ class RedisStore:
         )  # fmt: skip
 
     async def _take(
-        self, session: SessionName, turn: str, lease_s: float, mode: str, quiet_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float,
+        mode: str,
+        quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim:
         nonce = self._nonce()
         lease_ms, quiet_ms = int(lease_s * 1000), int(quiet_s * 1000)
-        verb = self._log(session, "take", turn, lease_ms, mode, nonce, quiet_ms)
+        verb = self._log(session, "take", turn, lease_ms, mode, nonce, quiet_ms, from_epoch)
         return rows.claim((await self._write(session, verb, waits=True))[:-1], nonce)
 
     async def _write(

@@ -151,8 +151,9 @@ function verbs.wait(turn, digest, mode, wait_ms, bound, abandon_ms, bearer)
 end
 
 -- turn, lease ms, mode ("now", "quiet": only where the turn holds its session and nobody renewed its
--- lease for quiet ms, "fence": without claiming the session), nonce, quiet ms -> as begin
-function verbs.take(turn, lease_ms, mode, nonce, quiet_ms)
+-- lease for quiet ms, "fence": without claiming the session), nonce, quiet ms, the epoch that it is
+-- taken from (0: any) -> as begin
+function verbs.take(turn, lease_ms, mode, nonce, quiet_ms, from)
   local known = meta('cur', 'lease', 't:' .. turn)
   if not known or not known[5] then return {'missing', 0, 0, 0, 0, 0, '', 0} end
   local generation, tail, current = known[1], known[2], known[3]
@@ -162,6 +163,9 @@ function verbs.take(turn, lease_ms, mode, nonce, quiet_ms)
   if before == nonce then
     written_before(generation)
     return {'ok', epoch, generation, tail, 1, 0, '', 0}
+  end
+  if tonumber(from) > 0 and epoch ~= tonumber(from) then
+    return {'busy', epoch, generation, tail, 1, 0, current, 0}
   end
   local now = now_ms()
   -- A turn that lost its session to another one is not gone on with.

@@ -90,7 +90,7 @@ class TurnManager:
         self._running = running
         self._usage = usage or unlimited(deps.monotonic)
         self.places = Places(max_turns, self._usage.weight, deps.monotonic)
-        self._takeover = Takeover(deps, self, self.places, running, model=model)
+        self._takeover = Takeover(deps, self, self.places, running, model=model, usage=self._usage)
         self._claims = SessionClaims(
             deps,
             self.places,
@@ -323,16 +323,17 @@ class TurnManager:
         """As `Takeover.take_over`."""
         return await self._takeover.take_over(spec, known_tokens)
 
-    async def prepare(self, session: SessionName, turn: str, *, leaving: bool) -> int:
+    async def prepare(
+        self, session: SessionName, turn: str, *, leaving: bool, edge: str = ""
+    ) -> bool:
         """As `Takeover.prepare`; a caller that is cancelled leaves it to its end.
 
         Raises:
             Overloaded, EngineGone, Unreachable: it cannot be taken over here.
         """
         self._check_serving()
-        preparing = self._spawn(
-            self._takeover.prepare(TurnName(session, turn), leaving=leaving), f"prepare {turn}"
-        )
+        work = self._takeover.prepare(TurnName(session, turn), leaving=leaving, edge=edge)
+        preparing = self._spawn(work, f"prepare {turn}")
         return await asyncio.shield(preparing)
 
     async def recover(self, session: SessionName) -> bool:
@@ -344,8 +345,7 @@ class TurnManager:
     async def succeed(self, session: SessionName, turn: str) -> None:
         """A reader of the turn lost its owner: look whether this one is silent to the log as well,
         and go on here then, before its lease has run out; at once where that owner leaves."""
-        if self._takeover.awaits(TurnName(session, turn)) and not self.leaving.is_set():
-            await self._takeover.recover(session, 0.0)
+        if self.leaving.is_set() or await self._takeover.go_on(TurnName(session, turn)):
             return
         self._spawn(self._succeed(session, turn), f"succeed {turn}")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -71,6 +71,15 @@ class OwnerDeps:
     limits: TurnLimits = TurnLimits()
     weight: Callable[[str], float] = lambda tenant: 1.0  # of a tenant, in the engine's batch
     domains: Callable[[str, str], tuple[bytes, ...]] = lambda tenant, edge: EVERYBODY
+
+    def as_of(self, turn: EngineTurn, tenant: str, edge: str) -> EngineTurn:
+        """`turn` in the name of its tenant: in its part of the batch, with the KV that it may use.
+
+        Args:
+            edge: its name by its certificate, through which the turn comes; empty: none.
+        """
+        domains = self.domains(tenant, edge)
+        return replace(turn, tenant=tenant, weight=self.weight(tenant), domains=domains)
 
 
 class TurnOwner:
@@ -300,14 +309,11 @@ class TurnOwner:
             sampling=spec.sampling,
             max_tokens=max_tokens,
             end_tokens=deps.end_tokens,
-            tenant=spec.key.session.tenant,
-            weight=deps.weight(spec.key.session.tenant),
-            domains=deps.domains(spec.key.session.tenant, spec.via),
         )
         return await decode(
             deps.engine,
             deps.tokenizer,
-            turn,
+            deps.as_of(turn, spec.key.session.tenant, spec.via),
             stop=spec.stop,
             stopping=self.stopping,
             add=lambda tokens, pieces: self._add_own(tokens, pieces, MadeBy.CLOUD),

@@ -40,7 +40,13 @@ class TurnLog(Protocol):
     async def note(self, session: SessionName, op: TurnWaiting | TurnWithdrawn) -> None: ...
 
     async def take_over(
-        self, session: SessionName, turn: str, lease_s: float, *, quiet_s: float = 0.0
+        self,
+        session: SessionName,
+        turn: str,
+        lease_s: float,
+        *,
+        quiet_s: float = 0.0,
+        from_epoch: int = 0,
     ) -> TurnClaim: ...
 
     async def append_turn(

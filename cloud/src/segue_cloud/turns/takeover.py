@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import structlog
 
 from segue_cloud.engine.port import EngineTurn
 from segue_cloud.sessions.port import Status, TurnClaim
+from segue_cloud.tenants.usage import TenantUsage
 from segue_cloud.turns.decoding import leave
 from segue_cloud.turns.opening import opening_of
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
@@ -22,11 +23,26 @@ from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import Overloaded, UnknownTurn
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.kv.layout import BLOCK_TOKENS
-from segue_contract.limits import PREPARE_ROUNDS, PREPARED_S
+from segue_contract.limits import (
+    PREPARE_ROUNDS,
+    PREPARED_S,
+    PREPARES_AT_ONCE,
+    TAKEOVER_PREPARE_S,
+)
 from segue_contract.plan import Shape
 from segue_contract.sync.state import TurnState, find_turn
 
 log = structlog.get_logger("segue.turns")
+
+
+AT_ONCE = 0.0  # seconds of quiet that a take-over waits for, where the owner itself leaves
+
+
+class Awaited(NamedTuple):
+    """A turn that was prepared here: its epoch then, and until when its reader is waited for."""
+
+    epoch: int
+    until: float
 
 
 class TurnsHere(Protocol):
@@ -56,6 +72,7 @@ class Takeover:
         running: RunningTurns,
         *,
         model: str,
+        usage: TenantUsage,
     ) -> None:
         self._deps = deps
         self._lease_s = deps.limits.lease_s
@@ -63,8 +80,10 @@ class Takeover:
         self._places = places
         self._running = running
         self._model = model
+        self._usage = usage
         self._preparing: dict[TurnName, asyncio.Task[int]] = {}
-        self._awaited: dict[TurnName, float] = {}  # until when; `awaits`
+        self._at_work = asyncio.Semaphore(PREPARES_AT_ONCE)
+        self._awaited: dict[TurnName, Awaited] = {}
         self._hands: WeakValueDictionary[TurnName, asyncio.Lock] = WeakValueDictionary()
 
     async def take_over(
@@ -108,70 +127,96 @@ class Takeover:
 
     # -- beforehand ----------------------------------------------------------------------------
 
-    async def prepare(self, name: TurnName, *, leaving: bool) -> int:
+    async def prepare(self, name: TurnName, *, leaving: bool, edge: str = "") -> bool:
         """Compute the KV of a turn that runs elsewhere, so that taking it over is quick.
 
         Args:
             leaving: its owner says that it stops. Else somebody doubts that it lives, and the
                 engine computes nothing while others wait for it.
+            edge: through which the turn comes, by its certificate.
 
         Returns:
-            Tokens whose KV is in the prefix cache now; 0 where there was nothing to do.
+            Whether the KV is in the prefix cache now.
 
         Raises:
             Overloaded: there is no room for it here.
         """
         if self._turns.knows(name.session, name.turn):
-            return 0
-        if not self._places.free or (not leaving and self._deps.engine.stats().waiting):
-            raise Overloaded("This cloud has no room for one turn more.", hint="Ask another one.")
+            return False
+        busy = self._at_work.locked() or self._deps.engine.stats().waiting
         under_way = self._preparing.get(name)
         if under_way is None:
-            under_way = asyncio.ensure_future(self._prefill(name))
+            place = TurnName(name.session, f"{name.turn}.prepared")
+            refused = (busy and not leaving) or not self._places.free
+            if refused or not self._places.take(place):
+                raise Overloaded(
+                    "This cloud has no room to prepare a turn.", hint="Ask another one."
+                )
+            under_way = asyncio.ensure_future(self._prefill(name, place, edge))
             self._preparing[name] = under_way
             under_way.add_done_callback(lambda _: self._preparing.pop(name, None))
-        tokens = await under_way
-        if leaving and tokens:
+        epoch = await under_way
+        if leaving and epoch:
             now = self._deps.monotonic()
-            self._awaited = {one: end for one, end in self._awaited.items() if end > now}
-            self._awaited[name] = now + PREPARED_S
-        return tokens
+            self._awaited = {one: it for one, it in self._awaited.items() if it.until > now}
+            self._awaited[name] = Awaited(epoch, now + PREPARED_S)
+        return epoch > 0
 
-    def awaits(self, name: TurnName) -> bool:
-        """The turn was prepared here because its owner leaves, a short while ago."""
-        return self._awaited.get(name, 0.0) > self._deps.monotonic()
+    async def _prefill(self, name: TurnName, place: TurnName, edge: str) -> int:
+        """And again, while the reply grows meanwhile: a take-over computes the rest. Returns the
+        turn's epoch; 0 where there is nothing to do."""
+        known = epoch = 0
+        try:
+            async with asyncio.timeout(TAKEOVER_PREPARE_S), self._at_work:
+                for _ in range(PREPARE_ROUNDS):
+                    epoch, tokens = await self._prefill_known(name, place, edge, known)
+                    if tokens - known < BLOCK_TOKENS:
+                        break
+                    known = tokens
+        except TimeoutError:
+            raise Overloaded(
+                "This cloud could not prepare a turn in time.", hint="Ask another one."
+            ) from None
+        finally:
+            self._places.give_back(place)
+        return epoch
 
-    async def _prefill(self, name: TurnName) -> int:
-        """And once more, where the reply grew meanwhile: a take-over computes the rest."""
-        known = 0
-        for _ in range(PREPARE_ROUNDS):
-            tokens = await self._prefill_known(name)
-            if tokens - known < BLOCK_TOKENS:
-                return tokens
-            known = tokens
-        return known
-
-    async def _prefill_known(self, name: TurnName) -> int:
+    async def _prefill_known(
+        self, name: TurnName, place: TurnName, edge: str, known: int
+    ) -> tuple[int, int]:
+        """The turn's epoch, and how many tokens are computed; (0, 0): it is not to be taken over.
+        `known`: so many were computed just now."""
         state = await self._deps.log.state(name.session)
         turn = find_turn(state, name.turn)
         if turn is None or turn.ended or turn.model not in ("", self._model):
-            return 0
+            return 0, 0
         earlier = state.turns[: state.turns.index(turn)]
         prompt = await encode_prompt(self._deps, earlier, name.turn, turn.prompt, turn.context_from)
         made = tuple(turn.tokens)
+        tenant = name.session.tenant
         computed = EngineTurn(
-            turn=f"{name.turn}.prepared",
+            turn=place.turn,
             prompt=prompt,
             made=made,
             sampling=turn.sampling,
             max_tokens=len(made) + 1,
         )
-        outputs = self._deps.engine.submit(computed)
+        outputs = self._deps.engine.submit(self._deps.as_of(computed, tenant, edge))
         try:
             await anext(outputs, None)
         finally:
             await leave(outputs)
-        return len(prompt) + len(made)
+        tokens = len(prompt) + len(made)
+        self._usage.computed(tenant, max(0, tokens - known))
+        return turn.epoch, tokens
+
+    async def go_on(self, name: TurnName) -> bool:
+        """Take a turn over at once that was prepared here because its owner leaves; once. False
+        where it was not, or somebody else took it over since."""
+        awaited = self._awaited.pop(name, None)
+        if awaited is None or awaited.until <= self._deps.monotonic():
+            return False
+        return await self.recover(name.session, AT_ONCE, only=name.turn, epoch=awaited.epoch)
 
     # -- taking over ---------------------------------------------------------------------------
 
@@ -180,12 +225,20 @@ class Takeover:
         each other and leave the turn to nobody."""
         return self._hands.setdefault(turn, asyncio.Lock())
 
-    async def recover(self, session: SessionName, quiet_s: float | None = None) -> bool:
+    async def recover(
+        self,
+        session: SessionName,
+        quiet_s: float | None = None,
+        *,
+        only: str = "",
+        epoch: int = 0,
+    ) -> bool:
         """Finish a turn whose decoder and edge are both gone; True where one was found.
 
-        Its lease must have run out, or nobody have renewed it for `quiet_s`, and there must be
-        room: others may have some. Turns that lost their session to a later one, and have no end,
-        get theirs.
+        Its lease must have run out, or nobody have renewed it for `quiet_s` (0: it is taken from
+        whoever holds it), and there must be room: others may have some. Turns that lost their
+        session to a later one, and have no end, get theirs. `only`: this turn, or none, and with
+        this `epoch`.
         """
         if self._deps.engine.died.is_set():
             return False
@@ -196,6 +249,8 @@ class Takeover:
         if not state.turns:
             return False
         last = state.turns[-1]
+        if only and last.turn != only:
+            return False
         if last.ended or last.model not in ("", self._model):
             return False
         name = TurnName(session, last.turn)
@@ -205,17 +260,19 @@ class Takeover:
             started = False
             try:
                 started = await self._finish_orphan(
-                    name, self._lease_s if quiet_s is None else quiet_s
+                    name, self._lease_s if quiet_s is None else quiet_s, epoch
                 )
             finally:
                 if not started:
                     self._places.give_back(name)
             return started
 
-    async def _finish_orphan(self, name: TurnName, quiet_s: float) -> bool:
+    async def _finish_orphan(self, name: TurnName, quiet_s: float, epoch: int) -> bool:
         session = name.session
         await self._running.name([session], self._lease_s)
-        claim = await self._deps.log.take_over(session, name.turn, self._lease_s, quiet_s=quiet_s)
+        claim = await self._deps.log.take_over(
+            session, name.turn, self._lease_s, quiet_s=quiet_s, from_epoch=epoch
+        )
         if claim.status is not Status.OK:
             return False
         state = await self._deps.log.state(session)  # with all that the old owner wrote

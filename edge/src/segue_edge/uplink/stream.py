@@ -129,6 +129,7 @@ class TurnStream:
                     yield reply
             finally:
                 self.slept = heard.slept
+                heard.cancel()
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         except asyncio.CancelledError:

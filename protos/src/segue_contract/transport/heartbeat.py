@@ -173,6 +173,7 @@ class Listening:
                     if self.silent:
                         raise self._lost() from None
                     if self._left:
+                        self._rest()
                         raise Unreachable(
                             "The other side is being stopped.", hint="Another one is ready."
                         ) from None

@@ -654,17 +654,19 @@ Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
 class PrepareReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    TOKENS_FIELD_NUMBER: _builtins.int
-    tokens: _builtins.int
-    """Tokens of prompt and reply whose KV is here now; 0: there was nothing to do."""
+    READY_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """The KV of prompt and reply is here now. False: there was nothing to do, the turn runs here, or
+    nobody here can run it.
+    """
     def __init__(
         self,
         *,
-        tokens: _builtins.int = ...,
+        ready: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

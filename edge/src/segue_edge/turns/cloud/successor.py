@@ -28,15 +28,19 @@ async def prepare(clouds: CloudSet, serving: Cloud | None, asked: Asked, *, leav
         leaving=leaving,
     )
     others = [one for one in clouds.ranked(asked.session) if one is not serving and one.healthy]
-    error: SegueError = Unreachable("No other cloud is there.")
+    error: SegueError = Unreachable("No other cloud can go on with the turn.")
     for cloud in others[:_TRIES]:
         try:
-            await cloud.agent.Prepare(
+            reply: pb.PrepareReply = await cloud.agent.Prepare(
                 request, timeout=TAKEOVER_PREPARE_S, metadata=bearer(asked.token)
             )
         except grpc.aio.AioRpcError as failed:
             error = error_from_rpc(failed)
-            cloud.refused(error)
+            if isinstance(error, Unreachable):
+                cloud.failed(error)
+            else:
+                cloud.refused(error)
         else:
-            return cloud
+            if reply.ready:
+                return cloud
     raise error
