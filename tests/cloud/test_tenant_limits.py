@@ -145,8 +145,15 @@ async def test_followed_sessions_are_counted_while_they_are_followed(here: Place
         await _first(second)
     other = here.cloud.agent.Attach(request, timeout=WAIT_S, metadata=here.said("other"))
     assert await _first(other) == "snapshot"
-    first.cancel()
-    other.cancel()
+    # who joins a turn follows a session, too; whoever begins it does not count twice
+    turn = pb.RunTurnRequest(session="s", device="phone", turn="t1", prompt="Hello", max_tokens=4)
+    begun = here.cloud.agent.RunTurn(turn, timeout=WAIT_S, metadata=here.said("acme"))
+    assert await _first(begun) == "started"
+    with pytest.raises(QuotaExceeded):
+        await _first(here.cloud.agent.RunTurn(turn, timeout=WAIT_S, metadata=here.said("acme")))
+    for call in (first, other, begun):
+        call.cancel()
+    here.cloud.engine.allow(100)
 
 
 async def test_turns_at_once_and_tokens_hold_up_their_own_tenant_alone(here: Place) -> None:

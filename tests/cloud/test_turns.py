@@ -13,7 +13,7 @@ from segue_contract.errors import (
     TurnConflict,
     TurnFailed,
 )
-from segue_contract.limits import StoreLimits, TurnLimits
+from segue_contract.limits import PLACE_CLAIM_S, StoreLimits, TurnLimits
 from segue_contract.plan import Shape
 from segue_contract.servers import Valkey
 from segue_contract.turn.events import Ended, Started
@@ -134,6 +134,10 @@ async def test_beyond_the_bound_it_refuses_with_a_hint(
         with pytest.raises(Overloaded) as refused:
             await bench.begin("t2", session=OTHER)
         assert refused.value.fields["retry_after_s"] > 0
+        engine.queue_s = 60.0  # its claim is kept for longer than it was told to wait
+        with pytest.raises(Overloaded) as refused:
+            await bench.begin("t2", session=OTHER)
+        assert refused.value.fields["retry_after_s"] < PLACE_CLAIM_S
         assert not (await bench.log.state(OTHER)).turns
         engine.allow(len(words))
 

@@ -13,7 +13,12 @@ from segue_contract.errors import Overloaded, Revoked, Unauthenticated
 from segue_contract.identity.bad_tokens import BadTokens, address_of
 from segue_contract.identity.principal import Kind, Principal, covers, local
 from segue_contract.identity.revoked import Watermarks
-from segue_contract.limits import BAD_TOKEN_KEPT_S, BAD_TOKENS_BURST, BAD_TOKENS_PER_S
+from segue_contract.limits import (
+    BAD_TOKEN_KEPT_S,
+    BAD_TOKENS_BURST,
+    BAD_TOKENS_OF_ALL,
+    BAD_TOKENS_PER_S,
+)
 
 NAMES = st.sampled_from(["a", "ab", "abc", "b.1", "b.2"])
 PATTERNS = st.one_of(NAMES, st.sampled_from(["*", "a*", "ab*", "b.*"]))
@@ -88,13 +93,13 @@ def test_bad_tokens_cost_bounded_work() -> None:
         work += 1
         raise Unauthenticated("It is bad.", hint="Ask.")
 
-    seconds = 100
-    for number in range(20 * seconds):
+    seconds, per_s = 10, int(3 * BAD_TOKENS_PER_S)
+    for number in range(per_s * seconds):
         known = (Unauthenticated,) if number < BAD_TOKENS_BURST else (Unauthenticated, Overloaded)
         with pytest.raises(known):
-            bad.checked("10.0.0.1", f"t{number}", number / 20, verify)
+            bad.checked("10.0.0.1", f"t{number}", number / per_s, verify)
     assert work == pytest.approx(BAD_TOKENS_BURST + BAD_TOKENS_PER_S * seconds, abs=2)
-    last_s = seconds - 1 / 20
+    last_s = seconds - 1 / per_s
     assert bad.checked("10.0.0.2", "good", last_s, lambda: 7) == 7
     with contextlib.suppress(Unauthenticated, Overloaded):
         bad.checked("10.0.0.1", "last", last_s, verify)
@@ -110,6 +115,35 @@ def test_bad_tokens_cost_bounded_work() -> None:
         bad.checked("10.0.9.9", "u49", 100.0, lambda: 7)
     assert (told.value.message, told.value.hint, work) == ("It is bad.", "Ask.", before)
     assert bad.checked("10.0.9.9", "u49", 100.0 + BAD_TOKEN_KEPT_S, lambda: 7) == 7
+
+
+def test_bad_tokens_lock_nobody_out_behind_the_same_address() -> None:
+    """Fifty a second for a minute, and each second a device there renews its token."""
+    bad = BadTokens()
+
+    def verify() -> Any:
+        raise Unauthenticated("It is bad.")
+
+    for number in range(50 * 60):
+        with pytest.raises(Unauthenticated):
+            bad.checked("10.0.0.1", f"t{number}", number / 50, verify)
+        if number % 50 == 0:
+            assert bad.checked("10.0.0.1", f"good{number}", number / 50, lambda: 7) == 7
+
+
+def test_bad_tokens_of_many_addresses_cost_bounded_work() -> None:
+    bad, work = BadTokens(), 0
+
+    def verify() -> Any:
+        nonlocal work
+        work += 1
+        raise Unauthenticated("It is bad.")
+
+    most = BAD_TOKENS_OF_ALL * BAD_TOKENS_BURST
+    for number in range(2 * most):
+        with pytest.raises((Unauthenticated, Overloaded)):
+            bad.checked(f"10.0.0.{number}", f"t{number}", 1.0, verify)
+    assert work == most
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class ScriptedEngine:
         self.stalled = False
         self.computed: KvBlock | None = None  # what it says that it computed itself
         self.waiting = 0  # how many turns wait for a place in the batch, it says
+        self.queue_s = 0.0
         self._free = free
         self._allowed = asyncio.Semaphore(0)
 
@@ -70,7 +71,9 @@ class ScriptedEngine:
         return self.computed
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, self.waiting, 100, 100, 0.0, 1000.0, 0.01, 0, 0, self.stalled)
+        return EngineStats(
+            0, self.waiting, 100, 100, self.queue_s, 1000.0, 0.01, 0, 0, self.stalled
+        )
 
     async def close(self) -> None:
         return None

@@ -248,10 +248,11 @@ MAX_WATERMARKS: Final = 65_536  # revocations of the last hour that a node knows
 WATERMARKS_TOLD: Final = 1024  # with one probe: less than 400 KiB where names are longest
 REVOKED_PAGE: Final = 512  # sessions that are marked with one round trip: 10 ms of the store's time
 REVOKED_LOOK_S: Final = 0.5  # an edge asks for them at this pace: it knows within 2 s
-# A check of a signature takes 0.2 ms: an address has BURST of them for bad tokens, then so many a
-# second, and a whole address book of devices behind it still gets in.
-BAD_TOKENS_BURST: Final = 64
-BAD_TOKENS_PER_S: Final = 4.0
+# A check of a signature takes 0.2 ms: for bad tokens an address has BURST of them, then so many a
+# second (2 % of a core), as many devices may stand behind it; all addresses have 20 % of a core.
+BAD_TOKENS_BURST: Final = 200
+BAD_TOKENS_PER_S: Final = 100.0
+BAD_TOKENS_OF_ALL: Final = 10  # times that much
 BAD_TOKEN_PEERS: Final = 4096  # addresses that are counted
 BAD_TOKENS_KEPT: Final = 4096  # tokens that were refused, by hash
 BAD_TOKEN_KEPT_S: Final = 5.0  # a key may be added meanwhile, or its time may come
@@ -266,7 +267,8 @@ QUOTA_RETRY_S: Final = 1.0  # to ask again where something has to end first
 QUOTA_SESSIONS_S: Final = 5.0  # a tenant's sessions are counted again after so long
 MIN_TENANT_WEIGHT: Final = 0.01  # beside the largest, a token in ten thousand: it still goes on
 MAX_TENANT_WEIGHT: Final = 100.0
-PLACE_CLAIM_S: Final = 2.0  # who was refused a place and does not ask again by then has given up
+PLACE_RETRY_MAX_S: Final = 2.0  # who is refused a place is told to ask again by then, and keeps
+PLACE_CLAIM_S: Final = PLACE_RETRY_MAX_S + 2.0  # its claim meanwhile; else it has given up
 
 # -- trust in edges ---------------------------------------------------------------------------
 KV_CHECK_SHARE: Final = 1 / 64  # of an edge's blocks is computed again, with what is before it

@@ -167,8 +167,9 @@ class AgentService(KeepingRpc, agent_pb2_grpc.AgentServicer):
             return
         if request.lost:
             await self._manager.succeed(asked.session, asked.turn)
-        async for event in self._join(asked.session, asked.turn, request.from_index, begun):
-            yield event
+        with self._usage.attached(asked.session.tenant):
+            async for event in self._join(asked.session, asked.turn, request.from_index, begun):
+                yield event
 
     async def _check_known(self, session: SessionName, turn: str) -> None:
         if find_turn(await self._log.state(session), turn) is None:

@@ -34,6 +34,7 @@ from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import (
     LOST_OWNER_LOOKS,
     LOST_OWNER_PAUSE_S,
+    PLACE_RETRY_MAX_S,
     RELEASE_TIMEOUT_S,
     TurnLimits,
 )
@@ -183,7 +184,7 @@ class TurnManager:
         return Overloaded(
             f"This cloud already serves {self.places.held} turns.",
             hint="Try again a little later.",
-            retry_after_s=round(max(0.2, stats.queue_s), 3),
+            retry_after_s=round(min(max(0.2, stats.queue_s), PLACE_RETRY_MAX_S), 3),
         )
 
     async def _run_if_unopened(self, request: TurnRequest, begun: Begun) -> None:

@@ -17,6 +17,7 @@ from segue_contract.limits import (
     BAD_TOKEN_PEERS,
     BAD_TOKENS_BURST,
     BAD_TOKENS_KEPT,
+    BAD_TOKENS_OF_ALL,
     BAD_TOKENS_PER_S,
 )
 
@@ -25,14 +26,28 @@ _K = TypeVar("_K")
 
 @dataclass(slots=True)
 class _Allowance:
-    """Of one address: what it had left at a time (seconds of any clock)."""
+    """Of one address, or of `times` as many: what it had left at a time (seconds of any clock)."""
 
     left: float
     at_s: float
+    times: int = 1
 
     def now(self, now_s: float) -> float:
-        gained = max(0.0, now_s - self.at_s) * BAD_TOKENS_PER_S
-        return min(BAD_TOKENS_BURST, self.left + gained)
+        gained = max(0.0, now_s - self.at_s) * BAD_TOKENS_PER_S * self.times
+        return min(BAD_TOKENS_BURST * self.times, self.left + gained)
+
+    def check(self, now_s: float, where: str) -> None:
+        """Raises Overloaded where nothing is left."""
+        if (left := self.now(now_s)) < 1:
+            wait_s = (1 - left) / (BAD_TOKENS_PER_S * self.times)
+            raise Overloaded(
+                f"Too many bad tokens came from {where}.",
+                hint="Show a good one a little later.",
+                retry_after_s=math.ceil(1000 * wait_s) / 1000,
+            )
+
+    def take(self, now_s: float) -> None:
+        self.left, self.at_s = self.now(now_s) - 1, now_s
 
 
 class BadTokens:
@@ -42,6 +57,8 @@ class BadTokens:
         self._kept, self._most_peers = kept, peers
         self._refused: dict[bytes, tuple[float, str, str]] = {}
         self._peers: dict[str, _Allowance] = {}
+        most = BAD_TOKENS_BURST * BAD_TOKENS_OF_ALL
+        self._all = _Allowance(most, -math.inf, BAD_TOKENS_OF_ALL)
 
     def checked(self, peer: str, token: str, now_s: float, verify: Callable[[], Any]) -> Any:
         """What `verify` gives, where it may be asked at all.
@@ -52,27 +69,24 @@ class BadTokens:
 
         Raises:
             Unauthenticated: `verify` does, or did so for this token a moment ago.
-            Overloaded: of that address came too many bad tokens; this one was not looked at.
+            Overloaded: too many bad tokens came, of that address or of all; this one was not looked
+                at.
         """
         name = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         known = self._refused.get(name)
         if known is not None and now_s < known[0]:
             raise Unauthenticated(known[1], hint=known[2])
-        allowance = self._peers.get(peer)
-        if allowance is not None and allowance.now(now_s) < 1:
-            wait_s = (1 - allowance.now(now_s)) / BAD_TOKENS_PER_S
-            raise Overloaded(
-                "Too many bad tokens came from this address.",
-                hint="Show a good one a little later.",
-                retry_after_s=math.ceil(1000 * wait_s) / 1000,
-            )
+        allowance = self._peers.get(peer) or _Allowance(BAD_TOKENS_BURST, now_s)
+        allowance.check(now_s, "this address")
+        self._all.check(now_s, "everywhere")
         try:
             return verify()
         except Unauthenticated as error:
             said = (now_s + BAD_TOKEN_KEPT_S, error.message, error.hint)
             _remember(self._refused, name, said, self._kept)
-            left = BAD_TOKENS_BURST if allowance is None else allowance.now(now_s)
-            _remember(self._peers, peer, _Allowance(left - 1, now_s), self._most_peers)
+            self._all.take(now_s)
+            allowance.take(now_s)
+            _remember(self._peers, peer, allowance, self._most_peers)
             raise
 
 
