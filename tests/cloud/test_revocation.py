@@ -178,11 +178,11 @@ async def test_revocations_are_heard_of_after_any_error() -> None:
     ]
 
     class Log:
-        async def revocations(self, since_ms: int) -> list[Revocation]:
+        async def revocations(self, since_ms: int) -> tuple[list[Revocation], int]:
             outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
             if isinstance(outcome, Exception):
                 raise outcome
-            return outcome  # type: ignore[no-any-return]
+            return outcome, 1000
 
     class Told(Gate):
         def revoke(self, tenant: str, session: str, device: str, before_s: float) -> None:
@@ -193,13 +193,50 @@ async def test_revocations_are_heard_of_after_any_error() -> None:
         await asyncio.wait_for(heard.wait(), WAIT_S)
 
 
+async def test_a_revocation_is_read_for_some_time_and_no_longer() -> None:
+    """And where an instance could not look for long, nothing that came meanwhile is left out."""
+    looked, marks, now_ms = asyncio.Queue[list[int]](1), [1_030_000], 1_000_000
+    away = False
+
+    class Log:
+        async def revocations(self, since_ms: int) -> tuple[list[Revocation], int]:
+            found, fails = [at for at in marks if at >= since_ms], away
+            await looked.put([] if fails else found)
+            if fails:
+                raise StoreUnavailable("It is away.")
+            return [Revocation(TRIP, "phone", at) for at in found], now_ms
+
+    async def read() -> list[int]:
+        for _ in range(3):  # one lies in the queue, one waits for it, one saw an earlier time
+            await asyncio.wait_for(looked.get(), WAIT_S)
+        return await asyncio.wait_for(looked.get(), WAIT_S)
+
+    gate = Gate("default")
+    log = cast(SessionLog, Log())
+    async with following_revocations(log, gate, every_s=0.0, now_s=lambda: now_ms / 1000):
+        assert await read() == marks
+        now_ms += 30_000
+        assert await read() == marks, "another instance may write one that is older"
+        now_ms += 3600_000
+        assert await read() == []
+        away = True
+        await read()
+        marks.append(now_ms + 1)
+        now_ms += 600_000
+        away = False
+        async with asyncio.timeout(WAIT_S):
+            while await looked.get() != marks[1:]:
+                pass
+        assert gate.watermarks.last == 2
+
+
 async def test_what_another_version_wrote_hides_no_revocation(here: Place, valkey: Valkey) -> None:
     await opened(here, here.token("phone"), "phone")
     store = await RedisStore.connect(valkey.url)
     now_ms = (await store.revoke(TRIP, "phone")).before_ms
     for member in (b"\xff", b"{}", b'["acme","trip"]'):
         await store._wire.call(("ZADD", REVOKED_KEY, now_ms, member))
-    assert [one.device for one in await store.revocations(now_ms)] == ["phone"]
+    assert [one.device for one in (await store.revocations(now_ms))[0]] == ["phone"]
     await store.close()
 
 

@@ -155,7 +155,7 @@ class SessionLog:
     async def revoke(self, session: SessionName, device: str) -> Revocation:
         return await self._store.revoke(session, device)
 
-    async def revocations(self, since_ms: int) -> list[Revocation]:
+    async def revocations(self, since_ms: int) -> tuple[list[Revocation], int]:
         return await self._store.revocations(since_ms)
 
     # -- reading ------------------------------------------------------------------------------

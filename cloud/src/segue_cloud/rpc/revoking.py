@@ -88,8 +88,9 @@ async def following_revocations(
 
 
 async def _look(session_log: SessionLog, gate: Gate, since_ms: int) -> int:
-    """Returns from when on to look the next time."""
-    for revocation in await session_log.revocations(since_ms):
+    """Returns from when on to look the next time: it goes with the store's clock, whether or not
+    anything is revoked, so that each is read for some time and no longer."""
+    found, now_ms = await session_log.revocations(since_ms)
+    for revocation in found:
         tell(gate, revocation)
-        since_ms = max(since_ms, revocation.before_ms - _OVERLAP_MS)
-    return since_ms
+    return now_ms - _OVERLAP_MS

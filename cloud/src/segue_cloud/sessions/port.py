@@ -246,8 +246,9 @@ class Sessions(Protocol):
         """
         ...
 
-    async def revocations(self, since_ms: int) -> list[Revocation]:
-        """Of all sessions, from then on (by the store's clock), oldest first."""
+    async def revocations(self, since_ms: int) -> tuple[list[Revocation], int]:
+        """Of all sessions, from then on (by the store's clock), oldest first; and that clock, ms,
+        before they were read."""
         ...
 
     async def append(

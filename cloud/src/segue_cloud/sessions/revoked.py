@@ -3,7 +3,7 @@ compares; a mark for sessions to come; and a list from which all instances hear 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -53,8 +53,8 @@ class RevokedTokens:
     async def _revoke_all(self, pattern: SessionName, device: str) -> int:
         """The mark for sessions to come is first: whoever makes one names it in the index and looks
         for the mark then, so either that is found, or the session here."""
-        ((seconds, micros),) = await self._wire.call(("TIME",))
-        before_ms = int(seconds) * 1000 + int(micros) // 1000 + _AHEAD_MS
+        (time,) = await self._wire.call(("TIME",))
+        before_ms = _ms(time) + _AHEAD_MS
         key = void_key(pattern.tenant, device)
         await self._wire.call(
             ("HSET", key, pattern.session, before_ms), ("PEXPIRE", key, _KEPT_MS + _AHEAD_MS)
@@ -93,10 +93,10 @@ class RevokedTokens:
             await self._wire.call(self._log(session, _LOG_VERB, bearer.device, 0, before_ms))
             raise access_revoked(session.session)
 
-    async def since(self, since_ms: int) -> list[Revocation]:
+    async def since(self, since_ms: int) -> tuple[list[Revocation], int]:
         """As the port's `revocations`."""
-        (found,) = await self._wire.call(
-            ("ZRANGEBYSCORE", REVOKED_KEY, since_ms, "+inf", "WITHSCORES")
+        time, found = await self._wire.call(
+            ("TIME",), ("ZRANGEBYSCORE", REVOKED_KEY, since_ms, "+inf", "WITHSCORES")
         )
         told = []
         for member, at_ms in zip(found[::2], found[1::2], strict=True):
@@ -105,4 +105,9 @@ class RevokedTokens:
             except UNREADABLE:
                 continue  # not of this version; it keeps nobody from hearing of the others
             told.append(Revocation(SessionName(tenant, session), device, int(at_ms)))
-        return told
+        return told, _ms(time)
+
+
+def _ms(time: Sequence[bytes]) -> int:
+    """Of what TIME returned."""
+    return int(time[0]) * 1000 + int(time[1]) // 1000

@@ -207,7 +207,7 @@ class RedisStore:
         """As the port says."""
         return await self._revoked.revoke(session, device)
 
-    async def revocations(self, since_ms: int) -> list[Revocation]:
+    async def revocations(self, since_ms: int) -> tuple[list[Revocation], int]:
         """As the port says."""
         return await self._revoked.since(since_ms)
 
