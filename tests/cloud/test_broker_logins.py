@@ -23,6 +23,7 @@ from segue._broker_login import BrokerLogin
 from segue.cli.broker import app as broker_cli
 from segue_cloud.cli import load_settings
 from segue_cloud.mqtt.dynsec import DynamicSecurity
+from segue_cloud.mqtt.login_pace import LoginPace
 from segue_cloud.mqtt.logins import PREFIX
 from segue_cloud.sessions.logins import LoginRecord
 from segue_cloud.sessions.port import LogOp
@@ -30,8 +31,12 @@ from segue_cloud.sessions.store import RedisStore
 from segue_contract.errors import PermissionDenied, Revoked, Unreachable
 from segue_contract.ids import SessionName
 from segue_contract.limits import (
+    BROKER_LOGIN_AGAIN_S,
+    BROKER_LOGINS,
+    BROKER_LOGINS_BURST,
     BROKER_LOGINS_OF_DEVICE,
     BROKER_LOGINS_OF_SESSION,
+    BROKER_LOGINS_PER_S,
     EXPIRY_GRACE_S,
 )
 from segue_contract.servers import Broker, Valkey
@@ -266,10 +271,53 @@ async def test_a_revoked_key_ends_the_logins_of_its_tokens(house: House) -> None
         ]
         last = await stack.enter_async_context(connected(house, other, log_topic(name)))
         house.place.tokens.forget(*(token for _, token in devices[:2]))
+        given = house.place.clouds[0].logins
+        given._tokens = None  # as if the instance that gave them were gone: the other one ends them
         assert [await end_of(client) for client in clients] == [0x98, 0x98]
         request = pb.RevokeRequest(session="keyed", revoked=devices[2][0])
         await house.place.call(1, house.device()[1], "Revoke", request)
         assert await end_of(last) == 0x98
+        given._tokens = house.place.tokens
+
+
+async def test_what_an_instance_could_not_tell_the_broker_another_does(house: House) -> None:
+    """It ended them in the store, and died, or lost the answer or the broker."""
+    phone = house.device()
+    opened = await house.opened(phone, "lost")
+    async with connected(house, opened, log_topic(SessionName("acme", "lost"))) as client:
+        record = house.place.clouds[0].logins._record
+        gone = await record.void("acme", phone[0], "lost", 2**53)
+        assert gone == [opened.mqtt_user]
+        assert await end_of(client) == 0x98
+
+
+async def test_a_device_makes_so_many_logins_and_no_more(house: House) -> None:
+    phone = house.device()
+    given = [(await house.opened(phone, "again")).mqtt_user for _ in range(40)]
+    made = [user for user in given if user]
+    assert BROKER_LOGINS_OF_DEVICE <= len(made) < 40
+    # the one that it has goes on, and others get theirs
+    assert (await house.opened(phone, "again", user=made[-1])).mqtt_user == made[-1]
+    house.place.clouds[0].logins._pace = LoginPace()
+
+
+async def test_the_pace_of_logins() -> None:
+    pace = LoginPace()
+    made = {"one": 0, "two": 0}
+    for tick in range(1000):  # a hundred seconds
+        for name in made:
+            if pace.allows(("acme", name), tick / 10):
+                pace.made(("acme", name), tick / 10)
+                made[name] += 1
+    each = BROKER_LOGINS_OF_DEVICE + 100 / BROKER_LOGIN_AGAIN_S
+    assert list(made.values()) == pytest.approx([each, each], abs=2)
+    crowd = 0
+    for number in range(3000):
+        if pace.allows(("acme", f"d{number}"), 200 + number / 100):
+            pace.made(("acme", f"d{number}"), 200 + number / 100)
+            crowd += 1
+    assert crowd == pytest.approx(BROKER_LOGINS_BURST + 30 * BROKER_LOGINS_PER_S, abs=2)
+    assert len(pace._devices) <= BROKER_LOGINS
 
 
 async def test_what_the_store_has_not_is_removed_from_the_broker(house: House) -> None:
@@ -442,7 +490,7 @@ async def test_logins_are_bounded_and_known_by_whom_they_are_for(house: House) -
             session: str, device: str = "phone", asked: str = "", until: int = 10
         ) -> Any:
             name = SessionName("acme", session)
-            return await record.grant(name, device, asked, next(users), until, 5)
+            return await record.grant(name, device, asked, next(users), until, 5, "kid")
 
         first = [await grant("s0") for _ in range(BROKER_LOGINS_OF_SESSION + 1)]
         assert first[-1] == ("u4", ["u0"])
@@ -462,8 +510,17 @@ async def test_logins_are_bounded_and_known_by_whom_they_are_for(house: House) -
         assert sorted(await record.void("acme", "phone", "s0", 6)) == ["u1", "u2", "u3", "u4"]
         assert await record.void("acme", "phone", "s0", 6) == []
         assert len(await record.void("acme", "phone", "s1*", 6)) == 11  # s1, s10 to s19
+        gone = await record.ended(9, 100)  # again, as nobody said that the broker was told
+        assert len(gone) == 1 + 4 + 11
+        assert await record.ended(9, 100) == gone
+        await record.cleared(gone)
         assert await record.ended(9, 100) == []
-        assert len(await record.ended(10, 5)) == 5
+        left = await record.kept()
+        assert {(one.key, one.issued_ms) for one in left} == {("kid", 5)}
+        assert {one.user for one in left} == await record.known()
+        gone = await record.ended(10, 5)
+        assert len(gone) == 5
+        await record.cleared(gone)
         assert len(await record.ended(10, 100)) == BROKER_LOGINS_OF_DEVICE + 3 - 4 - 11 - 5
         assert await record.known() == set()
         await store.close()

@@ -38,6 +38,12 @@ class KnownTokens:
     def changes(self) -> int:
         return self.changed
 
+    def key_of(self, token: str) -> str:
+        return token
+
+    def void_before(self, key: str) -> float:
+        return 0.0 if key in self._known else float("inf")
+
     def forget(self, *tokens: str) -> None:
         """As if the key of these were revoked."""
         for token in tokens:

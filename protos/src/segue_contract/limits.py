@@ -170,6 +170,11 @@ BROKER_CONNECTIONS: Final = 2 * BROKER_LOGINS  # and clouds, and who shows a log
 BROKER_QUEUED_BYTES: Final = 16 * MIB  # of one client that reads slowly; then it reads the log
 BROKER_LOGINS_OF_DEVICE: Final = 32  # sessions that one device follows so; the rest over gRPC
 BROKER_LOGINS_OF_SESSION: Final = 4  # of one device: an app that was started anew replaces its own
+BROKER_LOGIN_AGAIN_S: Final = 5.0  # a device that made so many makes one more in this time
+BROKER_LOGINS_PER_S: Final = (
+    10.0  # that an instance makes: 20 to 40 % of the broker's thread at 1,000
+)
+BROKER_LOGINS_BURST: Final = 64  # and at once: a second of it
 BROKER_ADMIN_TIMEOUT_S: Final = 2.0  # of a command; whoever opens a session waits for it
 BROKER_ADMIN_RETRY_S: Final = 30.0  # a broker that cannot be administered is asked again
 BROKER_LOGINS_LOOK_S: Final = 0.2  # at revocations; with GATE_LOOK_S and a command: below 2 s

@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,8 +21,9 @@ import structlog
 
 from segue_cloud.mqtt.dynsec import Command, DynamicSecurity
 from segue_cloud.mqtt.keys import LiveKeys
+from segue_cloud.mqtt.login_pace import LoginPace
 from segue_cloud.sessions.logins import LoginRecord
-from segue_contract.errors import SegueError, Unauthenticated, Unreachable
+from segue_contract.errors import SegueError, Unreachable
 from segue_contract.identity.principal import Principal
 from segue_contract.ids import SessionName, new_id
 from segue_contract.limits import (
@@ -60,7 +60,7 @@ class BrokerLogins:
 
     Args:
         gate: what it hears of revocations ends logins, too.
-        tokens: a key that is revoked ends the logins of its tokens, at the instance that gave them.
+        tokens: a key that is revoked ends the logins of its tokens, whichever instance gave them.
         now_s: Unix seconds.
     """
 
@@ -80,8 +80,8 @@ class BrokerLogins:
         self._gate = gate
         self._tokens = tokens
         self._now_s = now_s
-        self._shown: OrderedDict[str, tuple[Principal, str]] = OrderedDict()  # whose tokens
-        self._changes = tokens.changes() if tokens is not None else 0
+        self._pace = LoginPace()
+        self._changes = -1  # of keys, as they were seen to; some were revoked while nobody looked
         self._heard = 0  # the place of the last revocation that was seen to
         self._untidy = asyncio.Event()
         self._full = False
@@ -118,21 +118,29 @@ class BrokerLogins:
         if not self.ready or not self._now_s() < until_s < float("inf"):
             return None
         until_ms = int(until_s * 1000)
-        fresh = new_id(PREFIX, os.urandom)
+        paced = self._pace.allows((session.tenant, caller.name), self._now_s())
+        fresh = new_id(PREFIX, os.urandom) if paced else ""
         user = ""
         try:
+            key = self._tokens.key_of(token) if self._tokens is not None else ""
             issued_ms = int(caller.issued_s * 1000)
             user, gone = await self._record.grant(
-                session, caller.name, asked, fresh, until_ms, issued_ms
+                session, caller.name, asked, fresh, until_ms, issued_ms, key
             )
-            self._say_full(not user)
+            if user == fresh != "":
+                self._pace.made((session.tenant, caller.name), self._now_s())
+            self._say_full(paced and not user)
             if not user:
                 await self._end(gone)
                 return None
             secret = await self._keys.secret()
-            key = hmac.digest(secret, b"login " + user.encode(), "sha256")
-            password = base64.urlsafe_b64encode(key).decode().rstrip("=")
+            digest = hmac.digest(secret, b"login " + user.encode(), "sha256")
+            password = base64.urlsafe_b64encode(digest).decode().rstrip("=")
             await self._run(*_ended(gone), *_made(user, password, session))
+            await self._record.cleared(gone)
+            if self._is_void(key, issued_ms):
+                await self.drop(caller, user)
+                return None
             if not await self._record.holds(session.tenant, caller.name, user):
                 await self._end([user])  # it was ended as it was made
                 return None
@@ -142,10 +150,6 @@ class BrokerLogins:
                 await self._record.drop(session.tenant, caller.name, user)
             self._untidy.set()
             return None
-        self._shown[user] = caller, token
-        self._shown.move_to_end(user)
-        while len(self._shown) > BROKER_LOGINS:
-            self._shown.popitem(last=False)
         return DeviceLogin(user, password, until_ms - int(self._now_s() * 1000))
 
     async def drop(self, caller: Principal, user: str) -> None:
@@ -170,8 +174,10 @@ class BrokerLogins:
                     continue
                 looked_s = self._now_s()
                 await self._check_keys()
-                while gone := await self._record.ended(int(looked_s * 1000), _AT_ONCE):
-                    await self._end(gone)
+                while self.ready:
+                    gone = await self._record.ended(int(looked_s * 1000), _AT_ONCE)
+                    if not gone or not await self._end(gone):
+                        break
             except Exception as error:  # nobody else would end them here
                 known = isinstance(error, SegueError)
                 log.warning("logins_not_ended", error=str(error), exc_info=not known)
@@ -189,26 +195,30 @@ class BrokerLogins:
     async def _check_keys(self) -> None:
         if self._tokens is None or (changes := self._tokens.changes()) == self._changes:
             return
-        for user, (caller, token) in list(self._shown.items()):
-            try:
-                self._tokens.principal(token, self._now_s(), late_s=float("inf"))
-            except Unauthenticated:
-                await self.drop(caller, user)
-                self._shown.pop(user, None)
+        for one in await self._record.kept():
+            if self._is_void(one.key, one.issued_ms):
+                await self._end(await self._record.drop(one.tenant, one.device, one.user))
         self._changes = changes
 
-    async def _end(self, users: Iterable[str]) -> None:
-        """Whoever is connected so is cut off at once. What the broker does not hear now it is told
-        once it can be reached."""
-        users = list(users)
-        for user in users:
-            self._shown.pop(user, None)
+    def _is_void(self, key: str, issued_ms: int) -> bool:
+        """A token of that key which is valid since then."""
+        return self._tokens is not None and issued_ms < 1000 * self._tokens.void_before(key)
+
+    async def _end(self, users: Iterable[str]) -> bool:
+        """Whoever is connected so is cut off at once. What the broker does not hear now (False) it
+        is told by whichever instance reaches it first. Raises StoreUnavailable."""
+        users, told = list(users), True
         for at in range(0, len(users), _AT_ONCE):
+            some = users[at : at + _AT_ONCE]
             try:
-                await self._run(*_ended(users[at : at + _AT_ONCE]))
+                await self._run(*_ended(some))
             except Unreachable as error:
                 log.warning("broker_not_told", error=str(error))
                 self._untidy.set()
+                told = False
+            else:
+                await self._record.cleared(some)
+        return told
 
     async def _run(self, *commands: Command) -> None:
         """Raises Unreachable; also where the broker refuses what was not done before."""

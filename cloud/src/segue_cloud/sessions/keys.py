@@ -88,6 +88,7 @@ SECRET_KEY = "segue:secret"
 # Devices' logins at the broker, as `logins.lua` says.
 LOGIN_OWNERS_KEY = "segue:{logins}:owners"
 LOGIN_ENDS_KEY = "segue:{logins}:ends"
+LOGIN_GONE_KEY = "segue:{logins}:gone"
 
 
 def beat_channel(name: str) -> str:

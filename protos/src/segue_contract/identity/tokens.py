@@ -153,6 +153,17 @@ class TokenChecker:
         """How often the keys changed."""
         return 0
 
+    def key_of(self, token: str) -> str:
+        """The id of the key that a token names. Raises Unauthenticated where it cannot be read."""
+        return _header(token).kid
+
+    def void_before(self, key: str) -> float:
+        """Unix seconds: tokens of that key which are valid since before are void; inf: all are."""
+        try:
+            return self._keys.key(key).revoked_before_s
+        except Unauthenticated:
+            return math.inf
+
     def _verified(self, token: str) -> Principal:
         """What a token says whose signature, issuer and audience are right; not its times."""
         try:

@@ -41,6 +41,10 @@ class Tokens(Protocol):
 
     def changes(self) -> int: ...
 
+    def key_of(self, token: str) -> str: ...
+
+    def void_before(self, key: str) -> float: ...
+
 
 @dataclass(eq=False)
 class Call:

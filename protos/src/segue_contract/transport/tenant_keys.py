@@ -48,6 +48,15 @@ class TenantKeys:
         """As `TokenChecker`."""
         return self._checker.knows(token)
 
+    def key_of(self, token: str) -> str:
+        """As `TokenChecker`. Raises Unauthenticated."""
+        return self._checker.key_of(token)
+
+    def void_before(self, key: str) -> float:
+        """As `TokenChecker`."""
+        self.changes()
+        return self._checker.void_before(key)
+
     def changes(self) -> int:
         """How often the file's keys changed so far."""
         if self._monotonic() - self._looked_s >= GATE_LOOK_S:
