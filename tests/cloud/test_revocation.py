@@ -150,6 +150,39 @@ async def test_a_device_is_revoked_for_all_sessions_that_begin_so(here: Place) -
     assert (await here.call(0, phone, "Read", pb.ReadRequest(session="other", device="phone"))).tail
 
 
+async def test_all_hear_of_a_revocation_before_its_sessions_are_marked(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And these are, although whoever asked for it left meanwhile."""
+    store = await RedisStore.connect(valkey.url)
+    await store.open_session(TRIP, device="phone")
+    reached, goes_on, marked = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    call_each = store._wire.call_each
+
+    async def held(*commands: Any) -> Any:
+        reached.set()
+        await goes_on.wait()
+        found = await call_each(*commands)
+        marked.set()
+        return found
+
+    monkeypatch.setattr(store._wire, "call_each", held)
+    asked = asyncio.create_task(store.revoke(SessionName("acme", "*"), "phone"))
+    await asyncio.wait_for(reached.wait(), WAIT_S)
+    told, _ = await store.revocations(0)
+    assert [(one.session.session, one.device) for one in told] == [("*", "phone")]
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    bears = Bearer("phone", int((time.time() - 60) * 1000))
+    await store.check_device(TRIP, "phone", bears)
+    goes_on.set()
+    await asyncio.wait_for(marked.wait(), WAIT_S)
+    with pytest.raises(Revoked):
+        await store.check_device(TRIP, "phone", bears)
+    await store.close()
+
+
 async def test_a_session_that_was_made_as_the_device_was_revoked_is_void_for_it(
     valkey: Valkey,
 ) -> None:

@@ -3,9 +3,11 @@ compares; a mark for sessions to come; and a list from which all instances hear 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import msgspec
+import structlog
 
 from segue_cloud.sessions.keys import REVOKED_KEY, index_key, void_key
 from segue_cloud.sessions.port import Bearer, Revocation
@@ -16,6 +18,9 @@ from segue_contract.identity.principal import covers
 from segue_contract.identity.rights import access_revoked
 from segue_contract.ids import SessionName
 from segue_contract.limits import CLOCK_SKEW_S, REVOKED_KEPT_S, REVOKED_PAGE
+from segue_contract.transport.together import end
+
+log = structlog.get_logger("segue.revoking")
 
 _AHEAD_MS = int(CLOCK_SKEW_S * 1000)
 _KEPT_MS = int(REVOKED_KEPT_S * 1000)
@@ -28,21 +33,40 @@ class RevokedTokens:
     def __init__(self, wire: Wire, log: Callable[..., Command]) -> None:
         self._wire = wire
         self._log = log
+        self._marking: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        await end(*self._marking)
 
     async def revoke(self, session: SessionName, device: str) -> Revocation:
-        """As the port says. An instance that dies in between leaves streams of the device as they
-        are; its appends are refused all the same."""
+        """As the port says. Of many sessions all instances hear first, and refuse the device; each
+        is marked then, also where the caller has left. An instance that dies in between leaves some
+        unmarked, and of a single one the device's streams as they are."""
         if session.session.endswith("*"):
-            before_ms = await self._revoke_all(session, device)
-        else:
-            verb = self._log(session, _LOG_VERB, device, _AHEAD_MS, "")
-            ((status, before_ms),) = await self._wire.call(verb)
-            if status == b"missing":
-                raise UnknownSession(
-                    f"There is no session {session.session!r}.",
-                    hint="Check its name.",
-                    session=session.session,
-                )
+            before_ms = await self._void_new(session, device)
+            revocation = await self._tell(session, device, before_ms)
+            marking = asyncio.create_task(self._mark_all(session, device, before_ms))
+            self._marking.add(marking)
+            marking.add_done_callback(self._marked)
+            await asyncio.shield(marking)
+            return revocation
+        verb = self._log(session, _LOG_VERB, device, _AHEAD_MS, "")
+        ((status, before_ms),) = await self._wire.call(verb)
+        if status == b"missing":
+            raise UnknownSession(
+                f"There is no session {session.session!r}.",
+                hint="Check its name.",
+                session=session.session,
+            )
+        return await self._tell(session, device, before_ms)
+
+    def _marked(self, marking: asyncio.Task[None]) -> None:
+        self._marking.discard(marking)
+        if not marking.cancelled() and (error := marking.exception()) is not None:
+            log.warning("sessions_not_marked", error=str(error), hint="Revoke again.")
+
+    async def _tell(self, session: SessionName, device: str, before_ms: int) -> Revocation:
+        """Every instance."""
         member = msgspec.json.encode((session.tenant, session.session, device))
         await self._wire.call(
             ("ZADD", REVOKED_KEY, before_ms, member),
@@ -50,15 +74,18 @@ class RevokedTokens:
         )
         return Revocation(session, device, before_ms)
 
-    async def _revoke_all(self, pattern: SessionName, device: str) -> int:
+    async def _void_new(self, pattern: SessionName, device: str) -> int:
         """The mark for sessions to come is first: whoever makes one names it in the index and looks
-        for the mark then, so either that is found, or the session here."""
+        for the mark then, so either that is found, or the session by `_mark_all`."""
         (time,) = await self._wire.call(("TIME",))
         before_ms = _ms(time) + _AHEAD_MS
         key = void_key(pattern.tenant, device)
         await self._wire.call(
             ("HSET", key, pattern.session, before_ms), ("PEXPIRE", key, _KEPT_MS + _AHEAD_MS)
         )
+        return before_ms
+
+    async def _mark_all(self, pattern: SessionName, device: str, before_ms: int) -> None:
         place = "0"
         while True:  # what is there from begin to end comes at least once; names have no wildcards
             index = index_key(pattern.tenant)
@@ -71,7 +98,7 @@ class RevokedTokens:
                 await self._wire.call_each(*marks)
             place = following.decode()
             if place == "0":
-                return before_ms
+                return
 
     async def before_ms(self, session: SessionName, bearer: Bearer) -> int:
         """Since when a token has to be valid for the device to make that session; 0: any may."""

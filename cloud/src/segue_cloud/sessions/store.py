@@ -146,6 +146,7 @@ class RedisStore:
         return cls(wire, limits=limits)
 
     async def close(self) -> None:
+        await self._revoked.close()
         await self._wire.close()
 
     @property
