@@ -17,7 +17,7 @@ class _Turns:
 
 
 def _metrics() -> CloudMetrics:
-    return CloudMetrics(ScriptedEngine(()), _Turns(), dict)  # type: ignore[arg-type]
+    return CloudMetrics(ScriptedEngine(()), _Turns(), dict, {})  # type: ignore[arg-type]
 
 
 async def test_closing_it_holds_up_nothing_else() -> None:
