@@ -122,6 +122,13 @@ def test_the_file_is_for_its_user_alone(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="others") as caught:
         read_contexts(path)
     assert "kept" not in str(caught.value)
+    command = Contexts("c", {"c": Context("h:1", token_command="tell")})
+    write_contexts(path, command)
+    path.chmod(0o644)
+    assert read_contexts(path) == command
+    path.chmod(0o664)  # whoever writes it says what is run, and where tokens go
+    with pytest.raises(InvalidArgument, match="write"):
+        read_contexts(path)
     write_contexts(path, BOTH.without("work"))  # nothing secret is left in it
     path.chmod(0o644)
     assert read_contexts(path).current == ""
@@ -173,13 +180,32 @@ def test_a_command_is_asked_again_before_its_token_ends() -> None:
 
 
 @pytest.mark.parametrize("code", ["print()", "raise SystemExit(3)", "print('x' * 9000)"])
-def test_a_command_that_gives_no_token_says_so_without_its_output(code: str) -> None:
+def test_a_command_that_gives_no_token_says_so_without_its_output(
+    code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = TokenCommand(f'{sys.executable} -c "{code}"')
     with pytest.raises(Unauthenticated) as caught:
         command()
     assert "xxx" not in str(caught.value)
     with pytest.raises(Unauthenticated, match="FileNotFoundError"):
         TokenCommand("/no/such/program")()
+    monkeypatch.setattr("segue._token_command.TOKEN_COMMAND_TIMEOUT_S", 0.2)
+    slow = f'{sys.executable} -c "import time; print(1, flush=True); time.sleep(60)"'
+    with pytest.raises(Unauthenticated, match="longer") as caught:
+        TokenCommand(slow)()
+    assert caught.value.__cause__ is None
     for wrong in ("", "  ", "open 'quote"):
         with pytest.raises(InvalidArgument):
             TokenCommand(wrong)
+
+
+def test_a_token_that_says_no_end_is_asked_for_again_once_it_was_refused() -> None:
+    told = iter(["first", "second", _jwt(2000.0)])
+    token = TokenCommand("tell", now_s=lambda: 1000.0, run=lambda _: next(told))
+    assert (token(), token()) == ("first", "first")
+    token.forget()
+    assert token() == "second"
+    token.forget()
+    ends = token()
+    token.forget()  # it says itself until when it is good
+    assert token() == ends

@@ -37,6 +37,11 @@ class Access:
         if isinstance(self.token, TokenCommand):
             await asyncio.to_thread(self.token.refresh)
 
+    def refused(self) -> None:
+        """A node takes the token no more."""
+        if isinstance(self.token, TokenCommand):
+            self.token.forget()
+
     def check(self, target: str) -> str:
         """Return `target`. Raises InvalidArgument where no channel may be opened to it."""
         check_target(target)

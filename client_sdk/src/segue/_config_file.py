@@ -29,7 +29,8 @@ def read_contexts(path: Path) -> Contexts:
     """No file: no contexts.
 
     Raises:
-        InvalidArgument: it cannot be read, is no such file, or others may read a token in it.
+        InvalidArgument: it cannot be read, is no such file, others may write it, or read a token
+            in it.
     """
     try:
         with path.open("rb") as file:
@@ -52,6 +53,12 @@ def read_contexts(path: Path) -> Contexts:
     if secret and os.name == "posix" and mode & 0o077:
         raise InvalidArgument(
             f"{path} holds a token, and others on this machine may read it.",
+            hint=f"chmod 600 {path}",
+        )
+    if found.contexts and os.name == "posix" and mode & 0o022:
+        raise InvalidArgument(
+            f"{path} says where tokens go and what is run for them, and others on this machine may "
+            "write it.",
             hint=f"chmod 600 {path}",
         )
     return found

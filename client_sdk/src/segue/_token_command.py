@@ -66,6 +66,11 @@ class TokenCommand:
             left_s = self._ends_s - now
             self._renew_s = self._ends_s - min(2 * RENEW_LEAD_S, left_s / 2)
 
+    def forget(self) -> None:
+        """A node refused the token: one that does not say when it ends may have ended."""
+        if self._ends_s == float("inf"):
+            self._ends_s = self._renew_s = float("-inf")
+
     def _refresh_quietly(self) -> None:
         try:
             self.refresh()
@@ -85,9 +90,9 @@ def _printed(arguments: list[str]) -> str:
             check=True,
         )
         return done.stdout.decode()
-    except subprocess.TimeoutExpired as error:
+    except subprocess.TimeoutExpired:
         text = f"The command for the token took longer than {TOKEN_COMMAND_TIMEOUT_S:g} s."
-        raise Unauthenticated(text, hint=hint) from error
+        raise Unauthenticated(text, hint=hint) from None  # it holds the output so far
     except subprocess.CalledProcessError as error:
         text = f"The command for the token ended with exit code {error.returncode}."
         raise Unauthenticated(text, hint=hint) from None  # its output is nobody's business
