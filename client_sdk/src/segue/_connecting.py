@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -31,6 +31,18 @@ class Node:
     stub: Any = None
     reviving: asyncio.Task[None] | None = None
     files: tuple[object, ...] = ()  # the certificates as its channel was opened with them
+    _calls: list[Any] = field(default_factory=list)
+
+    def keep(self, call: Any) -> Any:
+        """Return `call`, which runs here until it is done."""
+        self._calls = [one for one in self._calls if not one.done()]
+        self._calls.append(call)
+        return call
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs here."""
+        return any(not one.done() for one in self._calls)
 
 
 async def connected(channel: grpc.aio.Channel) -> None:

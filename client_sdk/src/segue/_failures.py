@@ -40,10 +40,17 @@ def is_link_loss(error: BaseException) -> bool:
         return True
     if not isinstance(error, grpc.aio.AioRpcError):
         return False
-    metadata: Any = error.trailing_metadata() or ()
-    if any(key == ERROR_KEY for key, _ in metadata):
+    if is_answer(error):
         return isinstance(error_from_rpc(error), Unreachable)
     return error.code() in _LOST_CODES
+
+
+def is_answer(error: BaseException | None) -> bool:
+    """Whether it is a typed error of the node itself."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    metadata: Any = error.trailing_metadata() or ()
+    return any(key == ERROR_KEY for key, _ in metadata)
 
 
 def client_closed() -> Unreachable:

@@ -70,6 +70,7 @@ class Finding:
         if ask:
             self._watched = order
             self._nearest.keep(order)
+            await self._nodes.forget_spares()
 
     async def _ask(self) -> None:
         """Where no node answers, the ones that are known go on being watched."""
@@ -77,7 +78,6 @@ class Finding:
             reply: pb.NodesReply = await self._nodes.unary("Nodes", pb.NodesRequest())
         except Exception:  # also what the app's token function raises
             return
-        await self._nodes.forget_spares()
         told = {one.url for one in reply.edges} - {*self._watched}
         usable = [one for one in sorted(told) if self._usable(one)]
         chosen = self._random.sample(usable, min(len(usable), MAX_EDGES_MEASURED))

@@ -79,15 +79,17 @@ class Broker:
         self._pause_s = BROKER_RETRY_S
         self._random = Random(os.urandom(8))
         self._task: asyncio.Task[None] | None = None
-        self._stopping = asyncio.Event()
+        self._stopping = asyncio.Event()  # of that task
+        self._ending: asyncio.Task[None] | None = None  # the one before it
 
     async def add(self, topics: Sequence[str], sink: Sink) -> None:
         """Listen to `topics` (QoS 1). Returns at once; `on_link` tells what became of it."""
         for topic in topics:
             self._sinks.setdefault(topic, []).append(sink)
         if self._task is None:
-            self._stopping.clear()
-            self._task = asyncio.create_task(self._run(), name=f"mqtt {self._server.url}")
+            self._stopping = asyncio.Event()
+            run = self._run(self._stopping, self._ending)
+            self._task = asyncio.create_task(run, name=f"mqtt {self._server.url}")
         elif self._mqtt is not None:
             sink.on_link(await self._subscribe(self._mqtt, topics))
         elif self._down:
@@ -109,34 +111,39 @@ class Broker:
             await self.close()  # of one session, which nobody follows now
 
     async def close(self) -> None:
-        task, self._task = self._task, None
+        task, self._task, self._mqtt = self._task, None, None
         if task is None:
             return
+        self._ending = task
         self._stopping.set()
-        # a connection being made ends in a thread, and is better waited for than abandoned
-        done, _ = await asyncio.wait({task}, timeout=SUBSCRIBE_TIMEOUT_S)
-        if not done:
-            await end(task)
+        await _ended(task)
 
-    async def _run(self) -> None:
-        while not self._stopping.is_set():
+    async def _run(self, stopping: asyncio.Event, before: asyncio.Task[None] | None) -> None:
+        """Two connections at once would throw each other out: they have one name."""
+        if before is not None:
+            await _ended(before)
+        self._down = False
+        while not stopping.is_set():
             pause_s = self._pause_s
             try:
                 login = await self._logged_in()
                 if login is None:
                     pause_s = LOGIN_PAUSE_S
                 else:
-                    await self._connect(login)
+                    await self._connect(login, stopping)
             except aiomqtt.MqttCodeError as error:
                 self._refused(error.rc)
             except (aiomqtt.MqttError, InvalidArgument):
                 pass  # sessions are followed over gRPC meanwhile
             finally:
                 self._mqtt, self._down = None, True
-                self._tell(False)
+                if stopping.is_set():
+                    self._told = None  # who listens by now is the next task's
+                else:
+                    self._tell(False)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s * self._random.uniform(0.5, 1.5)):
-                    await self._stopping.wait()
+                    await stopping.wait()
             self._pause_s = min(2 * self._pause_s, BROKER_RETRY_MAX_S)
 
     async def _logged_in(self) -> MqttLogin | None:
@@ -145,7 +152,7 @@ class Broker:
             return MqttLogin(tls=self._tls)
         return self._own.login or await self._own.ask()
 
-    async def _connect(self, login: MqttLogin) -> None:
+    async def _connect(self, login: MqttLogin, stopping: asyncio.Event) -> None:
         """Until the connection is lost, not wanted any more, or another login is to be used."""
         async with mqtt_client.MqttClient(
             *self._server.address,
@@ -156,7 +163,7 @@ class Broker:
             timeout=CONNECT_TIMEOUT_S,
         ) as mqtt:
             try:
-                await self._serve(mqtt)
+                await self._serve(mqtt, stopping)
             except aiomqtt.MqttError:
                 self._refused(mqtt.ended_by)
                 raise
@@ -176,17 +183,18 @@ class Broker:
             hint="The session is followed over gRPC. See the broker's access rules.",
         )
 
-    async def _serve(self, mqtt: mqtt_client.MqttClient) -> None:
+    async def _serve(self, mqtt: mqtt_client.MqttClient, stopping: asyncio.Event) -> None:
         """Until the connection is lost (MqttError), `close`, or a refused subscription."""
+        if stopping.is_set():
+            return
         self._mqtt = mqtt
         pump = asyncio.create_task(self._pump(mqtt), name="mqtt messages")
-        stopping = asyncio.create_task(self._stopping.wait(), name="mqtt stopping")
-        ends = {pump, stopping}
+        ends = {pump, asyncio.create_task(stopping.wait(), name="mqtt stopping")}
         if self._own is not None:
             ends.add(asyncio.create_task(self._own.keep(), name="mqtt login"))
         try:
             topics = list(self._sinks)
-            if topics and not await self._subscribe(mqtt, topics):
+            if (topics and not await self._subscribe(mqtt, topics)) or stopping.is_set():
                 return
             self._down = False
             self.refusal = None
@@ -227,3 +235,11 @@ class Broker:
         self._told = up
         for sink in {id(sink): sink for sinks in self._sinks.values() for sink in sinks}.values():
             sink.on_link(up)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Wait for it; a connection being made ends in a thread, and is better waited for than
+    abandoned."""
+    done, _ = await asyncio.wait({task}, timeout=SUBSCRIBE_TIMEOUT_S)
+    if not done:
+        await end(task)

@@ -20,7 +20,16 @@ import grpc
 
 from segue._access import Access
 from segue._connecting import HEALTH_METHOD, SERVING, Node, connected
-from segue._failures import being_cancelled, client_closed, is_link_loss, is_refusal, pauses, typed
+from segue._failures import (
+    being_cancelled,
+    client_closed,
+    is_answer,
+    is_link_loss,
+    is_refusal,
+    pauses,
+    ran_out,
+    typed,
+)
 from segue.options import Options, passed
 from segue_contract.errors import (
     InvalidArgument,
@@ -73,6 +82,7 @@ class Nodes:
         self._shared = _Shared()
         self.options = options
         self.tries = 0  # attempts of unary calls so far
+        self.unanswered = 0  # of these: the node said nothing of what became of them
 
     def with_options(self, options: Options) -> Nodes:
         """The same channels under other options."""
@@ -145,11 +155,11 @@ class Nodes:
         self._nodes[:] = chosen
 
     async def forget_spares(self) -> None:
-        """Close what is not preferred any more."""
-        spares = list(self._spare.values())
-        self._spare.clear()
-        for node in spares:
-            await self._let_go(node)
+        """Close what is not preferred any more, and where nothing runs."""
+        for node in list(self._spare.values()):
+            if not node.busy:
+                del self._spare[node.address]
+                await self._let_go(node)
 
     async def _let_go(self, node: Node) -> None:
         if node.reviving is not None:
@@ -304,6 +314,8 @@ class Nodes:
             failure = typed(error)
             if is_refusal(failure):
                 self.refused(node, failure)
+            if ran_out(failure):
+                self._access.refused()
             if failure is error:
                 raise
             raise failure from error
@@ -366,6 +378,7 @@ class Nodes:
         refusal: SegueError | None = None
         lost: SegueError | None = None
         for node in self.order():
+            tries = self.tries
             try:
                 async with self.calling(node):
                     stub = await self.stub(node)
@@ -373,6 +386,7 @@ class Nodes:
                     return await self._ask(node, getattr(stub, method), request)
             except Unreachable as error:
                 lost = error
+                self.unanswered += self.tries > tries and not is_answer(error.__cause__)
             except SegueError as error:
                 if not is_refusal(error):
                     raise
@@ -388,7 +402,7 @@ class Nodes:
             Unreachable: the node says nothing at all.
             AioRpcError: what became of the call.
         """
-        call = method(request, timeout=self.options.timeout.total or RPC_TIMEOUT_S)
+        call = node.keep(method(request, timeout=self.options.timeout.total or RPC_TIMEOUT_S))
         if len(self._nodes) == 1:
             return await call
         channel = node.channel
@@ -403,9 +417,9 @@ class Nodes:
             await self.silent(node)
             raise
 
-    @property
-    def renews(self) -> bool:
-        """Calls are made with a token that the app renews: the next one may be taken again."""
+    def shows_another(self) -> bool:
+        """A token was refused: whether the app renews it, so that the next one may be taken."""
+        self._access.refused()
         return self._access.renews
 
     async def everywhere(self, method: str, request: Any) -> None:
@@ -423,7 +437,8 @@ class Nodes:
             except SegueError as error:
                 failures.append(error)
 
-        await asyncio.gather(*(ask(node) for node in self._nodes if node.channel is not None))
+        known = (*self._nodes, *self._spare.values())
+        await asyncio.gather(*(ask(node) for node in known if node.channel is not None))
         if failures:
             raise failures[0]
 

@@ -47,7 +47,8 @@ async def _receive(nodes: Nodes, session: str, part: Path) -> Export:
     node = await nodes.connect()
     stub = await nodes.stub(node)
     request = pb.ExportSessionRequest(session=check_id(session, "session"))
-    call = stub.ExportSession(request, timeout=nodes.options.timeout.total or EXPORT_TIMEOUT_S)
+    total_s = nodes.options.timeout.total
+    call = node.keep(stub.ExportSession(request, timeout=total_s or EXPORT_TIMEOUT_S))
     try:
         async with nodes.calling(node):
             with part.open("wb") as out:
@@ -73,7 +74,8 @@ async def import_session(nodes: Nodes, file: Path, session: str) -> Imported:
 
     node = await nodes.connect()
     stub: Any = await nodes.stub(node)
-    call = stub.ImportSession(parts(), timeout=nodes.options.timeout.total or EXPORT_TIMEOUT_S)
+    total_s = nodes.options.timeout.total
+    call = node.keep(stub.ImportSession(parts(), timeout=total_s or EXPORT_TIMEOUT_S))
     try:
         async with nodes.calling(node):
             reply: pb.ImportSessionReply = await call

@@ -51,8 +51,8 @@ class Client:
         token: shown with each call; a function is asked each time, on the event loop's thread
             (everything of the client stands still while it blocks: let it give what the app
             fetched before), and streams that go on are renewed with what it gives. None:
-            SEGUE_TOKEN, else what `segue login` keeps for this address. "": none. It leaves this
-            machine over TLS only.
+            SEGUE_TOKEN; where no `address` is given, else what `segue login` keeps. "": none. It
+            leaves this machine over TLS only.
         tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
             ones: TLS is on. None: SEGUE_CA, else alike. "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
@@ -129,7 +129,8 @@ class Client:
         self.addresses = tuple(addresses)
         self._access = access
         self._nodes = Nodes(self.addresses, access=access, options=options)
-        self._is_copy = False
+        self._original: Client | None = None  # of a copy
+        self._entered = False
         self._limits = limits
         self._brokers: dict[tuple[str, str], Broker] = {}  # by URL, and session or ""
         self._tails = Tails(self._nodes, self.device)
@@ -149,7 +150,7 @@ class Client:
         """
         twin = copy.copy(self)
         twin._nodes = self._nodes.with_options(self._nodes.options.changed(timeout, max_retries))
-        twin._is_copy = True
+        twin._original = self._original or self
         return twin
 
     async def __aenter__(self) -> Client:
@@ -157,21 +158,29 @@ class Client:
 
         Raises:
             Unreachable: no address answers.
+            InvalidArgument: it is a copy, and what it was copied from was not entered.
         """
-        if self._is_copy:
+        if self._original is not None:
+            if not self._original._entered:
+                raise InvalidArgument(
+                    "A copy of a client was entered, and the client was not: nothing would renew "
+                    "its token, or close it.",
+                    hint="Write `async with segue.Client(...) as client:`, then with_options.",
+                )
             return self
+        self._entered = True
         try:
             await self._access.prepare()
             await self._nodes.connect()
+            if self._access.renews and self._access.token is not None:
+                work = keep_renewed(self._access.token, self._renew)
+                self._renewing = asyncio.create_task(work, name="token")
+            if self._finding is not None:
+                await self._finding.first()
+                self._looking = asyncio.create_task(self._finding.run(), name="nearest edge")
         except BaseException:
-            await self._nodes.close()
+            await self.close()
             raise
-        if self._access.renews and self._access.token is not None:
-            work = keep_renewed(self._access.token, self._renew)
-            self._renewing = asyncio.create_task(work, name="token")
-        if self._finding is not None:
-            await self._finding.first()
-            self._looking = asyncio.create_task(self._finding.run(), name="nearest edge")
         return self
 
     async def __aexit__(
@@ -184,7 +193,7 @@ class Client:
 
     async def close(self) -> None:
         """Leave. Turns that run go on; followed sessions end. Of a copy: nothing happens."""
-        if self._is_copy:
+        if self._original is not None:
             return
         if self._renewing is not None:
             await end(self._renewing)

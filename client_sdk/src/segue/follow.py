@@ -411,7 +411,7 @@ class Follower:
                 after=pb.Cursor(generation=after.generation, offset=after.offset),
                 resume=True,
             )
-            call = Listening(stub.Attach(request))
+            call = Listening(node.keep(stub.Attach(request)))
             try:
                 while (event := await call.read()) is not EOF:
                     self._take(event)
@@ -451,7 +451,7 @@ class Follower:
         if self._failing_since is None:
             self._failing_since = now
         passing = isinstance(error, SegueError) and error.retryable
-        if ran_out(error) and self._nodes.renews and not self._shown_again:
+        if ran_out(error) and not self._shown_again and self._nodes.shows_another():
             passing = self._shown_again = True
         if not passing or now - self._failing_since > FOLLOW_TIMEOUT_S:
             raise error

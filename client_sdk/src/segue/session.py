@@ -16,6 +16,7 @@ from segue._log import LogView
 from segue._nodes import Nodes
 from segue._reading import join_again, read_log
 from segue.errors import (
+    DeadlineExceeded,
     InvalidArgument,
     OutcomeUnknown,
     SequenceGap,
@@ -23,6 +24,7 @@ from segue.errors import (
     TurnFailed,
     UnknownDevice,
     UnknownSession,
+    Unreachable,
 )
 from segue.events import Entry, OfflineTurn, Snapshot
 from segue.follow import Follower, Where
@@ -250,6 +252,8 @@ class Session:
         Raises:
             InvalidArgument: no op, more than one message takes, or of a kind that only a turn's
                 owner writes.
+            OutcomeUnknown: it was sent, and no answer came in time: the log says whether it is
+                there.
         """
         if not 0 < len(ops) <= MAX_APPEND_OPS:
             raise InvalidArgument(
@@ -303,7 +307,7 @@ class Session:
                 ops=data,
             )
             epoch, writer.epoch = writer.epoch, 0  # until the answer is here
-            tries = self._nodes.tries
+            tries, unanswered = self._nodes.tries, self._nodes.unanswered
             try:
                 reply = await self._nodes.unary("Append", request, patience_s=_PATIENCE_S)
             except (StaleEpoch, SequenceGap, UnknownDevice, UnknownSession) as error:
@@ -317,6 +321,15 @@ class Session:
                 if not again or isinstance(error, UnknownSession):
                     raise
                 continue
+            except (DeadlineExceeded, Unreachable) as error:
+                arrived = isinstance(error, DeadlineExceeded) and self._nodes.tries > tries
+                if not arrived and self._nodes.unanswered == unanswered:
+                    raise  # it never left this device, or a node said what became of it
+                raise OutcomeUnknown(
+                    f"Whether it was appended is not known: {error.message}",
+                    hint="Read the log: the ops are in it, or will never be.",
+                    **error.fields,
+                ) from error
             writer.epoch, writer.seq = epoch, writer.seq + len(data)
             return Cursor(reply.first.generation, reply.first.offset)
         raise AssertionError("unreachable")

@@ -56,8 +56,8 @@ class SyncClient:
         token: shown with each call; a function is asked each time, on the client's own thread
             (everything of the client stands still while it blocks: let it give what the app
             fetched before), and streams that go on are renewed with what it gives. None:
-            SEGUE_TOKEN, else what `segue login` keeps for this address. "": none. It leaves this
-            machine over TLS only.
+            SEGUE_TOKEN; where no `address` is given, else what `segue login` keeps. "": none. It
+            leaves this machine over TLS only.
         tls_ca: PEM file of the authorities whose nodes are believed, or "system" for the public
             ones: TLS is on. None: SEGUE_CA, else alike. "": off.
         tls_cert, tls_key: PEM files, where nodes ask for a client certificate. None: SEGUE_CERT,
@@ -141,6 +141,7 @@ class SyncClient:
 
         Raises:
             Unreachable: no address answers.
+            InvalidArgument: it is a copy, and what it was copied from was not entered.
         """
         self._portal.call(self._inner.__aenter__)
         return self
@@ -437,6 +438,8 @@ class SyncSession:
         Raises:
             InvalidArgument: no op, more than one message takes, or of a kind that only a turn's
                 owner writes.
+            OutcomeUnknown: it was sent, and no answer came in time: the log says whether it is
+                there.
         """
         return self._portal.call(lambda: self._inner.append(*ops))
 

@@ -311,7 +311,7 @@ class Turn:
             request.lost = self._lost
             request.must_exist = self._offline_end is not None
             request.plan = ""  # it is made: whoever serves the rest need not be able to force it
-        call = stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S)
+        call = self._node.keep(stub.RunTurn(request, timeout=TURN_TIMEOUT_S + TURN_WAIT_TIMEOUT_S))
         return Listening(
             call,
             silence_s=TURN_SILENCE_S,
@@ -401,7 +401,7 @@ class Turn:
         """Where one node has no room, or no engine any more, another may have one; each is asked
         once. A device that the log forgot meanwhile joins the session again, once; one whose token
         ran out, and whose app renews it, shows the next one."""
-        if ran_out(failure) and self._nodes.renews and not self._shown_again:
+        if ran_out(failure) and not self._shown_again and self._nodes.shows_another():
             self._shown_again = True
             return
         if isinstance(failure, UnknownDevice) and not self._joined:

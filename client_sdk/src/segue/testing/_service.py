@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from segue.testing._log import MemoryLog
@@ -231,9 +231,10 @@ class MemoryService:
             raise TurnConflict(f"Turn {turn.turn} was asked for something else.")
         if turn is None:
             turn = asked
-            if request.session in self._running:
-                await self._wait_for_place(log, request)
-            self._start(turn)
+            if request.session in self._running or log.state.waiting:
+                self._put_in_line(turn, request.when_busy)
+            else:
+                self._start(turn)
         async for event in turn.feed.read(request.from_index):
             yield to_wire(event)
 
@@ -250,18 +251,28 @@ class MemoryService:
             tuple(request.stop),
         )  # fmt: skip
 
-    async def _wait_for_place(self, log: MemoryLog, request: pb.RunTurnRequest) -> None:
-        """Behind the running turn, and behind those that came before."""
-        if request.when_busy == pb.WHEN_BUSY_REFUSE:
+    def _put_in_line(self, turn: PlayedTurn, when_busy: int) -> None:
+        """Behind the running turn, and behind those that came before: it begins when it is its
+        time, whoever listens by then."""
+        if when_busy == pb.WHEN_BUSY_REFUSE:
             raise SessionBusy("Another turn runs in this session.", hint="Wait for its end.")
-        waiting = ops.TurnWaiting(
-            id=op_id(), device=request.device, turn=request.turn, text=request.prompt
+        log = turn.log
+        log.append(
+            ops.TurnWaiting(id=op_id(), device=turn.device, turn=turn.turn, text=turn.prompt)
         )
-        log.append(waiting)
-        while request.session in self._running or self._first_in_line(log) != request.turn:
-            if request.turn not in {one.turn for one in log.state.waiting}:
-                raise TurnCancelled("The turn was stopped while it waited.")
-            await log.changed.wait()
+        self._turns[log.session, turn.turn] = turn
+        self._spawn(self._wait_for_place(turn), f"fake turn {turn.turn} waits")
+
+    async def _wait_for_place(self, turn: PlayedTurn) -> None:
+        log = turn.log
+        while log.session in self._running or self._first_in_line(log) != turn.turn:
+            changed = log.changed
+            if turn.turn not in {one.turn for one in log.state.waiting}:
+                del self._turns[log.session, turn.turn]
+                turn.feed.close(TurnCancelled("The turn was stopped while it waited."))
+                return
+            await changed.wait()
+        self._start(turn)
 
     def _first_in_line(self, log: MemoryLog) -> str:
         return log.state.waiting[0].turn if log.state.waiting else ""
@@ -271,7 +282,10 @@ class MemoryService:
         self._turns[session, turn.turn] = self._running[session] = turn
         self.prompts.append(turn.prompt)
         turn.begin(self.model)
-        task = asyncio.create_task(self._play(turn), name=f"fake turn {turn.turn}")
+        self._spawn(self._play(turn), f"fake turn {turn.turn}")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

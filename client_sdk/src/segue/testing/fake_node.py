@@ -5,6 +5,7 @@ The app runs through the SDK's own client, over calls that are serialised as on 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
@@ -67,9 +68,14 @@ class FakeNode:
 
     async def close(self) -> None:
         """End what runs, and its clients."""
-        for client in self._clients:
-            await client.close()
-        await self._service.close()
+        try:
+            closed = (client.close() for client in self._clients)
+            told = await asyncio.gather(*closed, return_exceptions=True)
+        finally:
+            await self._service.close()
+        for error in told:
+            if isinstance(error, BaseException):
+                raise error
 
     def client(
         self,

@@ -39,8 +39,10 @@ class SyncFakeNode:
 
     def close(self) -> None:
         if not self._portal.closed:
-            self._portal.call(self._node.close)
-            self._portal.close()
+            try:
+                self._portal.call(self._node.close)
+            finally:
+                self._portal.close()
 
     def client(
         self,
