@@ -14,9 +14,10 @@ import segue
 from segue import errors
 from segue.events import Durable, Ended, Entry, Frame, Rewound, Snapshot, Started
 from segue.testing import Fail, FakeNode, Pause, Preview, Rewind, Wait
+from segue.testing._log import MemoryLog
 from segue.testing._service import MemoryService
 from segue_contract.limits import MAX_SESSIONS_LISTED
-from segue_contract.sync.ops import Feedback, TurnEnded
+from segue_contract.sync.ops import Feedback, Set, TurnEnded, encode_op
 from segue_contract.v1 import agent_pb2
 
 
@@ -281,3 +282,30 @@ async def test_a_turn_of_a_closed_client_is_told_at_once() -> None:
             await client.close()
             with pytest.raises(errors.Unreachable, match="closed"):
                 await reading
+
+
+@pytest.mark.parametrize("pattern", ["*", "tr*"])
+async def test_a_device_is_revoked_for_all_sessions_of_a_kind(pattern: str) -> None:
+    async with FakeNode() as node, node.client("phone") as phone, node.client("tv") as tv:
+        session = await tv.session("trip")
+        await phone.revoke(pattern, "tv")
+        with pytest.raises(errors.Revoked):
+            await session.set("a", "1")
+        with pytest.raises(errors.Revoked):
+            await tv.session("tram")  # also those that it would make
+        assert [one.session for one in await phone.sessions()] == ["trip"]
+        await (await phone.session("trip")).set("a", "1")
+
+
+def test_a_repeated_batch_is_known_and_other_ops_under_its_numbers_are_not() -> None:
+    log = MemoryLog("trip")
+    epoch = log.new_epoch("p")
+    one, two, other = (
+        encode_op(Set(id=name, name="n", value=b"v", device="d")) for name in ("1", "2", "3")
+    )
+    assert log.append_of("p", epoch, 1, [one]) == 1
+    assert log.append_of("p", epoch, 2, [two]) == 2
+    assert log.append_of("p", epoch, 1, [one]) == 1
+    with pytest.raises(errors.OutcomeUnknown):
+        log.append_of("p", epoch, 2, [other])
+    assert log.tail.offset == 2

@@ -94,9 +94,10 @@ class MemoryLog:
         if first_seq > expected:
             raise SequenceGap(f"Op {first_seq} came, {expected} is next.", expected=expected)
         if first_seq < expected:
-            if first_seq + len(ops) != expected:
+            offsets = known.offsets[first_seq - 1 : first_seq - 1 + len(ops)]
+            if [self._ops[offset - 1] for offset in offsets] != list(ops):
                 raise OutcomeUnknown("The numbers were used for other ops.")
-            return known.offsets[first_seq - 1]
+            return offsets[0]
         first = self.append(*ops)
         known.offsets += range(first, first + len(ops))
         return first

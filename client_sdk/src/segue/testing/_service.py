@@ -25,6 +25,7 @@ from segue_contract.errors import (
     UnknownSession,
     UnknownTurn,
 )
+from segue_contract.identity.principal import check_session_pattern
 from segue_contract.ids import DEFAULT_TENANT, check_id
 from segue_contract.limits import MAX_READ_ENTRIES, TURN_HEARTBEAT_S
 from segue_contract.sync import ops
@@ -47,6 +48,7 @@ class MemoryService:
         self.prompts: list[str] = []
         self.logs: dict[str, MemoryLog] = {}
         self._deleted: set[str] = set()
+        self._revoked: set[tuple[str, str]] = set()  # beginnings of names, and devices
         self.changed = asyncio.Event()
         self._generation = 0
         self._turns: dict[tuple[str, str], PlayedTurn] = {}
@@ -70,11 +72,16 @@ class MemoryService:
     def _joined(self, session: str, device: str) -> MemoryLog:
         """The log, for a device that opened it."""
         log = self._log(session)
-        if device in log.revoked:
-            raise Revoked("This device's access to the session was revoked.", session=session)
+        self._check_revoked(session, device)
         if check_id(device, "device") not in log.devices:
             raise UnknownDevice(f"{device} did not open {session}.", hint="Open the session.")
         return log
+
+    def _check_revoked(self, session: str, device: str) -> None:
+        log = self.logs.get(session)
+        of_names = any(one == device and session.startswith(head) for head, one in self._revoked)
+        if of_names or (log is not None and device in log.revoked):
+            raise Revoked("This device's access to the session was revoked.", session=session)
 
     def _made(self, session: str) -> MemoryLog:
         self._generation += 1
@@ -87,6 +94,7 @@ class MemoryService:
     async def OpenSession(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:
         if request.model and request.model != self.model:
             raise UnknownModel(f"This node serves {self.model}, not {request.model}.")
+        self._check_revoked(request.session, request.device)
         created = request.session not in self.logs
         if created and request.must_exist:
             self._log(request.session)
@@ -145,9 +153,16 @@ class MemoryService:
         return pb.ExpireSessionsReply(deleted=idle)
 
     async def Revoke(self, request: pb.RevokeRequest) -> pb.RevokeReply:
-        log = self._log(request.session)
-        log.revoked.add(check_id(request.revoked, "device"))
-        log.wake()
+        pattern = check_session_pattern(request.session)
+        device = check_id(request.revoked, "device")
+        if pattern.endswith("*"):
+            self._revoked.add((pattern[:-1], device))
+            for log in self.logs.values():
+                log.wake()
+        else:
+            log = self._log(pattern)
+            log.revoked.add(device)
+            log.wake()
         return pb.RevokeReply(before_ms=int(time.time() * 1000))
 
     async def Nodes(self, request: pb.NodesRequest) -> pb.NodesReply:
