@@ -65,6 +65,10 @@ async def collect(following: AsyncIterator[Following], until: int) -> tuple[Repl
     return replica, offsets
 
 
+async def next_offsets(following: AsyncIterator[Following]) -> list[int]:
+    return [entry.cursor.offset for entry in (await anext(following)).entries]
+
+
 async def test_snapshot_then_live_without_a_race(store: RedisStore, log: SessionLog) -> None:
     """Followers join while three producers write: nobody misses or repeats anything."""
 
@@ -94,6 +98,39 @@ async def test_entries_of_another_instance_are_found(store: RedisStore, log: Ses
         )
         _, offsets = await collect(following, 2)
         assert offsets == [1, 2]
+
+
+@pytest.mark.parametrize("reader", ["follows", "joins"])
+async def test_what_one_follower_reads_wakes_the_others(
+    store: RedisStore, log: SessionLog, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """It may read an entry before the store's news of it comes: those wake nobody any more."""
+    me = await producer(store, S, "elsewhere", 1)
+    held: list[tuple[SessionName, Cursor]] = []
+    came = asyncio.Event()
+    told = log._hub.told
+
+    def hold(session: SessionName, tail: Cursor) -> None:
+        held.append((session, tail))
+        came.set()
+
+    async with log.follow(S) as one, log.follow(S) as other, asyncio.timeout(DEADLINE_S):
+        for following in (one, other):
+            assert (await anext(following)).snapshot is not None
+        await store.append(S, me, [op("a").data])
+        assert await next_offsets(one) == [1]
+        waiting = asyncio.create_task(next_offsets(one))
+        monkeypatch.setattr(log._hub, "told", hold)
+        await store.append(S, Producer("elsewhere", me.epoch, 2), [op("b").data])
+        await came.wait()
+        if reader == "follows":
+            assert await next_offsets(other) == [1, 2]
+        else:
+            async with log.follow(S) as third:
+                assert (await anext(third)).snapshot is not None
+        for news in held:
+            told(*news)
+        assert await waiting == [2]
 
 
 async def test_a_follower_that_overflows_catches_up(store: RedisStore) -> None:

@@ -74,6 +74,54 @@ def test_every_follower_sees_the_whole_log(seed: int, bound: int) -> None:
     assert hub.followed == []
 
 
+@given(seed=st.integers(0, 2**32))
+def test_whoever_misses_something_is_woken(seed: int) -> None:
+    """Followers step only where they were woken, as `Hub._steps` does; their reads take a while,
+    and news of other instances' appends comes late, some of it of a log that was lost since."""
+    random = Random(seed)
+    hub = HubState()
+    generation, length, began = 1, 0, Cursor(1, 0)
+    news: list[Cursor] = []
+    followers = {hub.join(KEY): began for _ in range(3)}
+    for one in followers:
+        hub.move(one, began)
+    hub.announce(KEY, began, hub.tail(KEY))
+    awake: set[int] = set()
+    reads: dict[int, tuple[Cursor, Cursor]] = {}  # what was known as it asked, what it was answered
+
+    def step(follower: int) -> None:
+        if follower in reads:
+            asked_at, tail = reads.pop(follower)
+            followers[follower] = tail
+            hub.move(follower, tail)
+            awake.update(hub.announce(KEY, tail, asked_at))
+            awake.add(follower)
+        elif (asked_at_now := hub.behind(follower)) is not None:
+            reads[follower] = asked_at_now, Cursor(generation, length)
+        else:
+            awake.discard(follower)
+
+    for _ in range(80):
+        match random.randrange(8):
+            case 0 | 1:
+                length += 1
+                news.append(Cursor(generation, length))
+            case 2 if random.random() < 0.3:  # entries are lost, and the store's link with them
+                generation, length = generation + 1, max(0, length - random.randrange(3))
+                news.append(Cursor(generation, length))
+            case 3 | 4 if news:
+                awake.update(hub.told(KEY, news.pop(0)))
+            case _ if awake | reads.keys():
+                step(random.choice(sorted(awake | reads.keys())))
+    for tail in news:
+        awake.update(hub.told(KEY, tail))
+    for _ in range(100):
+        for one in sorted(awake | reads.keys()):
+            step(one)
+    assert not awake, "it reads for ever"
+    assert set(followers.values()) == {Cursor(generation, length)}, "one of them was not woken"
+
+
 def test_what_waits_is_bounded_by_bytes_each_and_together() -> None:
     """Large entries beyond a bound are not kept; whoever misses them reads the log."""
 

@@ -168,9 +168,10 @@ class Hub:
     ) -> AsyncGenerator[Following, None]:
         wake = self._wakes[number]
         if after is None:
+            asked_at = self._state.tail(session)
             state = await self._reader.state(session)
             at = state.cursor
-            self._state.read_to(number, at)
+            self._wake(self._state.announce(session, at, asked_at))
         else:  # where that is not the tail, it has to read
             state, at = None, after
         self._state.move(number, at)
@@ -180,7 +181,7 @@ class Hub:
             if taken := self._state.take(number, HUB_EVENT_BYTES):
                 at = taken[-1].cursor
                 yield Following(taken)
-            elif self._state.behind(number) is not None:
+            elif (known_tail := self._state.behind(number)) is not None:
                 try:
                     page = await self._reader.read(session, at, MAX_READ_ENTRIES)
                 except CursorAhead:  # the log was told of, and ends before it
@@ -188,10 +189,8 @@ class Hub:
                     page = Page(state.cursor, [], state, state.cursor.offset + 1)
                 at = page.end or Cursor(page.tail.generation, at.offset)
                 self._state.move(number, at)
-                self._state.read_to(number, page.tail)
-                if page.end is None:
-                    self._state.settle(number, page.tail)
-                else:
+                self._wake(self._state.announce(session, page.tail, known_tail))
+                if page.end is not None:
                     yield Following(page.entries, page.snapshot, page.lost_from)
             else:
                 await wake.wait()

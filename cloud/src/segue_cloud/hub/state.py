@@ -116,17 +116,18 @@ class HubState:
         return channel.followers
 
     def announce(self, session: SessionName, tail: Cursor, asked_at: Cursor) -> Iterable[int]:
-        """The log's tail, seen elsewhere, as asked for when this side knew `asked_at`.
+        """The log's tail as the log itself says, asked when this side knew `asked_at`: it was
+        looked up, or came with what a follower read.
 
         A tail that went back, or of another generation, is a loss: whoever stands elsewhere reads.
-        Returns who has to be woken.
+        Returns who has to be woken: all, as the store's news of a tail that is known wakes nobody.
         """
         channel = self._channels.get(session)
         if channel is None or tail == channel.tail:
             return ()
         newer = tail.generation == channel.tail.generation and tail.offset > channel.tail.offset
         if channel.tail != asked_at and not newer:
-            return ()  # appended here meanwhile: the answer is older than what is known
+            return ()  # there was news meanwhile: the answer may be older than that
         channel.tail = tail
         return channel.followers
 
@@ -175,17 +176,6 @@ class HubState:
         size = sum(len(entry.op) for entry in kept)
         self._room += state.queued_bytes - size
         state.queued_bytes = size
-
-    def read_to(self, follower: int, tail: Cursor) -> None:
-        """The log itself says that it ends at `tail`, or further by now."""
-        channel = self._channels[self._followers[follower].session]
-        same = channel.tail.generation == tail.generation
-        if not same or tail.offset > channel.tail.offset:
-            channel.tail = tail
-
-    def settle(self, follower: int, tail: Cursor) -> None:
-        """The log ends at `tail`, where the follower stands: what was told beyond it was not so."""
-        self._channels[self._followers[follower].session].tail = tail
 
     def _has_room(self, follower: _Follower, entry: StoredEntry) -> bool:
         size = len(entry.op)
