@@ -118,11 +118,15 @@ async def mend(part: Part) -> None:
 
 @asynccontextmanager
 async def house(model: str = "", edges: int = 2, clouds: int = 2) -> AsyncIterator[House]:
-    """All edges know all clouds; the store keeps its data over a restart (AOF, everysec)."""
+    """All edges know all clouds; what the store acknowledged is on its
+    disk: what is lost then, Segue lost."""
     async with AsyncExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="segue-faults-")))
         servers = {
-            "store": Server("store", Valkey.start(directory=folder / "store")),
+            "store": Server(
+                "store",
+                Valkey.start(directory=folder / "store", options=("--appendfsync", "always")),
+            ),
             "broker": Server("broker", Broker.start()),
         }
         for server in servers.values():

@@ -159,6 +159,7 @@ class Found:
     values: int = 0
     lost: int = 0
     doubled: int = 0
+    what: tuple[str, ...] = ()  # of these two, in words
 
     def __add__(self, other: Found) -> Found:
         return Found(
@@ -166,6 +167,7 @@ class Found:
             self.values + other.values,
             self.lost + other.lost,
             self.doubled + other.doubled,
+            self.what + other.what,
         )
 
 
@@ -195,18 +197,25 @@ async def compare(
     logged = kept[0].tokens if kept else []
     same = sum(a == b for a, b in zip(reader.told, logged, strict=False))
     told_end = reader.turn.ended is not None and reader.turn.ended.durable
+    missing = [one for one in acknowledged if one not in state.values]
+    twice = [one for one, count in names.items() if count > 1]
+    tokens_lost, end_lost = len(reader.told) - same, told_end and not ends
+    tokens_twice = sum(count - 1 for count in covered.values() if count > 1)
+    what = [
+        *(f"{name}: {one} is lost" for one in missing),
+        *(f"{name}: {one} is there twice" for one in twice),
+        *([f"{name}: {tokens_lost} of {len(reader.told)} tokens told"] if tokens_lost else []),
+        *([f"{name}: the end that was told"] if end_lost else []),
+        *(
+            [f"{name}: {tokens_twice} tokens twice, {ends} ends"]
+            if tokens_twice or ends > 1
+            else []
+        ),
+    ]
     return Found(
         tokens=len(reader.told),
         values=len(acknowledged),
-        lost=(
-            len(reader.told)
-            - same
-            + sum(one not in state.values for one in acknowledged)
-            + (told_end and not ends)
-        ),
-        doubled=(
-            sum(count - 1 for count in names.values() if count > 1)
-            + sum(count - 1 for count in covered.values() if count > 1)
-            + max(0, ends - 1)
-        ),
+        lost=tokens_lost + len(missing) + end_lost,
+        doubled=sum(names[one] - 1 for one in twice) + tokens_twice + max(0, ends - 1),
+        what=tuple(what),
     )

@@ -195,6 +195,7 @@ def rows(report: Report, kinds: Sequence[Kind], seen: Seen) -> None:
             report.missing(f"{kind.name}_*", "no such fault was reached")
     total_rows(report, seen)
     report.details["faults"] = [asdict(one) for one in seen.faults]
+    report.details["lost_or_doubled"] = list(seen.found.what)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
