@@ -257,8 +257,13 @@ with SyncFakeNode() as node, node.client("phone") as client:
 
 @pytest.mark.parametrize("program", [PROGRAM, FOLLOWING], ids=["turn", "follow"])
 def test_ctrl_c_ends_it_at_once_and_cleanly(program: str) -> None:
+    # A shell's background jobs ignore SIGINT, and what they start inherits that.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     child = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", hears + program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert child.stdout is not None
