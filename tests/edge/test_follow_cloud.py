@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -18,9 +19,11 @@ from segue_contract.turn.events import Ended, Frame, TurnEvent
 from segue_contract.v1 import agent_pb2 as pb
 from segue_edge.turns.asked import Asked
 from segue_edge.turns.cloud.begin import Begun
+from segue_edge.turns.cloud.side import CloudSide
 from segue_edge.turns.cloud.spec import TurnFacts
 from segue_edge.turns.executor import TurnExecutor
 from segue_edge.turns.measure import Measure
+from segue_edge.turns.state import signals as s
 from segue_edge.turns.state.turn import TurnState
 from segue_edge.uplink.clouds import CloudSet
 from segue_edge.uplink.pacer import Pacer
@@ -125,3 +128,17 @@ async def test_what_a_cloud_says_for_good_is_told() -> None:
     refusal: SegueError = UnknownTurn("There is no such turn.")
     with pytest.raises(UnknownTurn):
         await followed(lambda _: [refusal])
+
+
+def test_a_follower_whose_cloud_broke_reads_the_log_at_the_next_one() -> None:
+    """The session's first cloud may be the one that lost the turn, and serve no reader of it."""
+    first, other = SimpleNamespace(healthy=True), SimpleNamespace(healthy=True)
+    facts: Any = SimpleNamespace(
+        begun=SimpleNamespace(cloud=first), asked=SimpleNamespace(session="s")
+    )
+    clouds: Any = SimpleNamespace(ranked=lambda session: [first, other])
+    side = CloudSide(facts, cast(Any, None), clouds, cast(Any, None), lambda signal: None)
+    assert side._cloud_for(s.Follow(1, 0)) is first
+    assert side._cloud_for(s.Follow(2, 0)) is other
+    side.cloud = cast(Any, other)
+    assert side._cloud_for(s.Follow(3, 0)) is first
