@@ -73,6 +73,7 @@ class BrokerLogins:
         tokens: Tokens | None = None,
         *,
         now_s: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._record = record
         self._admin = admin
@@ -80,6 +81,7 @@ class BrokerLogins:
         self._gate = gate
         self._tokens = tokens
         self._now_s = now_s
+        self._monotonic = monotonic
         self._pace = LoginPace()
         self._changes = -1  # of keys, as they were seen to; some were revoked while nobody looked
         self._heard = 0  # the place of the last revocation that was seen to
@@ -118,7 +120,7 @@ class BrokerLogins:
         if not self.ready or not self._now_s() < until_s < float("inf"):
             return None
         until_ms = int(until_s * 1000)
-        paced = self._pace.allows((session.tenant, caller.name), self._now_s())
+        paced = self._pace.allows((session.tenant, caller.name), self._monotonic())
         fresh = new_id(PREFIX, os.urandom) if paced else ""
         user = ""
         try:
@@ -128,7 +130,7 @@ class BrokerLogins:
                 session, caller.name, asked, fresh, until_ms, issued_ms, key
             )
             if user == fresh != "":
-                self._pace.made((session.tenant, caller.name), self._now_s())
+                self._pace.made((session.tenant, caller.name), self._monotonic())
             self._say_full(paced and not user)
             if not user:
                 await self._end(gone)

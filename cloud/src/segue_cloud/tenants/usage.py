@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from segue_cloud.tenants.bucket import Bucket
+from segue_contract.bucket import Bucket
 from segue_contract.errors import QuotaExceeded
 from segue_contract.limits import (
     MAX_TENANT_KEYS,

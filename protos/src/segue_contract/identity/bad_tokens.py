@@ -7,10 +7,10 @@ import hashlib
 import ipaddress
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+from segue_contract.bucket import Bucket
 from segue_contract.errors import Overloaded, Unauthenticated
 from segue_contract.limits import (
     BAD_TOKEN_KEPT_S,
@@ -24,30 +24,19 @@ from segue_contract.limits import (
 _K = TypeVar("_K")
 
 
-@dataclass(slots=True)
-class _Allowance:
-    """Of one address, or of `times` as many: what it had left at a time (seconds of any clock)."""
+def _allowance(now_s: float, times: int = 1) -> Bucket:
+    """Of one address, or of `times` as many."""
+    return Bucket(BAD_TOKENS_PER_S * times, BAD_TOKENS_BURST / BAD_TOKENS_PER_S, now_s)
 
-    left: float
-    at_s: float
-    times: int = 1
 
-    def now(self, now_s: float) -> float:
-        gained = max(0.0, now_s - self.at_s) * BAD_TOKENS_PER_S * self.times
-        return min(BAD_TOKENS_BURST * self.times, self.left + gained)
-
-    def check(self, now_s: float, where: str) -> None:
-        """Raises Overloaded where nothing is left."""
-        if (left := self.now(now_s)) < 1:
-            wait_s = (1 - left) / (BAD_TOKENS_PER_S * self.times)
-            raise Overloaded(
-                f"Too many bad tokens came from {where}.",
-                hint="Show a good one a little later.",
-                retry_after_s=math.ceil(1000 * wait_s) / 1000,
-            )
-
-    def take(self, now_s: float) -> None:
-        self.left, self.at_s = self.now(now_s) - 1, now_s
+def _check(allowance: Bucket, now_s: float, where: str) -> None:
+    """Raises Overloaded where nothing is left."""
+    if (wait_s := allowance.wait_s(1, now_s)) > 0:
+        raise Overloaded(
+            f"Too many bad tokens came from {where}.",
+            hint="Show a good one a little later.",
+            retry_after_s=math.ceil(1000 * wait_s) / 1000,
+        )
 
 
 class BadTokens:
@@ -56,9 +45,8 @@ class BadTokens:
     def __init__(self, kept: int = BAD_TOKENS_KEPT, peers: int = BAD_TOKEN_PEERS) -> None:
         self._kept, self._most_peers = kept, peers
         self._refused: dict[bytes, tuple[float, str, str]] = {}
-        self._peers: dict[str, _Allowance] = {}
-        most = BAD_TOKENS_BURST * BAD_TOKENS_OF_ALL
-        self._all = _Allowance(most, -math.inf, BAD_TOKENS_OF_ALL)
+        self._peers: dict[str, Bucket] = {}
+        self._all = _allowance(-math.inf, BAD_TOKENS_OF_ALL)
 
     def checked(self, peer: str, token: str, now_s: float, verify: Callable[[], Any]) -> Any:
         """What `verify` gives, where it may be asked at all.
@@ -76,16 +64,16 @@ class BadTokens:
         known = self._refused.get(name)
         if known is not None and now_s < known[0]:
             raise Unauthenticated(known[1], hint=known[2])
-        allowance = self._peers.get(peer) or _Allowance(BAD_TOKENS_BURST, now_s)
-        allowance.check(now_s, "this address")
-        self._all.check(now_s, "everywhere")
+        allowance = self._peers.get(peer) or _allowance(now_s)
+        _check(allowance, now_s, "this address")
+        _check(self._all, now_s, "everywhere")
         try:
             return verify()
         except Unauthenticated as error:
             said = (now_s + BAD_TOKEN_KEPT_S, error.message, error.hint)
             _remember(self._refused, name, said, self._kept)
-            self._all.take(now_s)
-            allowance.take(now_s)
+            self._all.take(1, now_s)
+            allowance.take(1, now_s)
             _remember(self._peers, peer, allowance, self._most_peers)
             raise
 
