@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segue_cloud.tenants.bucket import Bucket
-from segue_cloud.tenants.quotas_file import QuotasFile, read_quotas
+from segue_cloud.tenants.quotas_file import quotas_of, read_quotas
 from segue_cloud.tenants.usage import TenantUsage, unlimited
 from segue_cloud.turns.places import Places
+from segue_contract.bucket import Bucket
 from segue_contract.errors import InvalidArgument, QuotaExceeded
 from segue_contract.ids import SessionName, TurnName
 from segue_contract.limits import PLACE_CLAIM_S, TenantQuotas
@@ -153,12 +153,12 @@ def test_a_file_may_change_and_the_last_good_one_is_kept(tmp_path: pytest.TempPa
     path = tmp_path / "quotas.json"  # type: ignore[operator]
     path.write_text('{"tenants": {"acme": {"turns": 3}}}')
     clock = Clock()
-    file = QuotasFile(path, clock)
-    assert file.of("acme").turns == 3
+    quotas = quotas_of(path, keyed=True, monotonic=clock)  # type: ignore[arg-type]
+    assert quotas("acme").turns == 3
     for text, turns in (('{"tenants": {"acme": {"turns": 44}}}', 44), ("{", 44)):
         path.write_text(text)
         clock.now_s += 2.0
-        assert file.of("acme").turns == turns
+        assert quotas("acme").turns == turns
 
 
 # -- places -----------------------------------------------------------------------------------

@@ -14,82 +14,52 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
-import structlog
 
 from segue_cloud.tenants.usage import UNLIMITED
-from segue_contract.errors import UNREADABLE, InvalidArgument, SegueError
+from segue_contract.errors import UNREADABLE, InvalidArgument
 from segue_contract.ids import check_id
 from segue_contract.limits import (
-    GATE_LOOK_S,
     MAX_KEY_FILE_BYTES,
     MAX_TENANT_WEIGHT,
     MIN_TENANT_WEIGHT,
     TenantQuotas,
 )
+from segue_contract.transport.watched_file import WatchedFile
 
-log = structlog.get_logger("segue.quotas")
 
-
-class QuotasFile:
-    """`of` a tenant, as the file has it now; the last good one where it cannot be read. It is
-    looked at once in `GATE_LOOK_S`.
-
-    Raises:
-        InvalidArgument: the file cannot be read at the start.
-    """
-
-    def __init__(self, path: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._path = path
-        self._monotonic = monotonic
-        self._stamp = self._stat()
-        self._default, self._tenants = self._read()
-        self._looked_s = monotonic()
+class _Quotas(NamedTuple):
+    default: TenantQuotas
+    tenants: dict[str, TenantQuotas]
 
     def of(self, tenant: str) -> TenantQuotas:
-        if self._monotonic() - self._looked_s >= GATE_LOOK_S:
-            self._look()
-        return self._tenants.get(tenant, self._default)
-
-    def _look(self) -> None:
-        self._looked_s = self._monotonic()
-        stamp = self._stat()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._default, self._tenants = self._read()
-        except SegueError as error:
-            log.error("quotas_kept", file=str(self._path), error=str(error),
-                      hint="The last good ones are used until the file is right.")  # fmt: skip
-
-    def _stat(self) -> tuple[int, int, int]:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return (0, 0, 0)
-        return (found.st_mtime_ns, found.st_size, found.st_ino)
-
-    def _read(self) -> tuple[TenantQuotas, dict[str, TenantQuotas]]:
-        try:
-            with self._path.open("rb") as file:
-                data = file.read(MAX_KEY_FILE_BYTES + 1)
-        except OSError as error:
-            raise InvalidArgument(
-                f"The tenants' quotas {self._path} cannot be read.",
-                hint="Give a file as in docs/security.md as --quotas.",
-            ) from error
-        return read_quotas(data)
+        return self.tenants.get(tenant, self.default)
 
 
-def quotas_of(path: Path | None, *, keyed: bool) -> Callable[[str], TenantQuotas]:
+def quotas_of(
+    path: Path | None, *, keyed: bool, monotonic: Callable[[], float] = time.monotonic
+) -> Callable[[str], TenantQuotas]:
     """Quotas by tenant: the file's; without one the usual ones where tenants have keys, and none on
     an open loopback, where there is one tenant. Raises InvalidArgument."""
     if path is not None:
-        return QuotasFile(path).of
+        file = WatchedFile(path, _read, "quotas_kept", monotonic)
+        return lambda tenant: file.value.of(tenant)
     usual = TenantQuotas() if keyed else UNLIMITED
     return lambda tenant: usual
+
+
+def _read(path: Path) -> _Quotas:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise InvalidArgument(
+            f"The tenants' quotas {path} cannot be read.",
+            hint="Give a file as in docs/security.md as --quotas.",
+        ) from error
+    return _Quotas(*read_quotas(data))
 
 
 def read_quotas(data: bytes) -> tuple[TenantQuotas, dict[str, TenantQuotas]]:
