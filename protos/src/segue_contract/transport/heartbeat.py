@@ -38,8 +38,8 @@ async def beating(
     every_s: float = HEARTBEAT_S,
     news: asyncio.Event | None = None,
 ) -> AsyncGenerator[T, None]:
-    """The items of `source`, and `beat()` after each `every_s` without one; once more as soon as
-    `news` is set, for what a beat says then.
+    """The items of `source`, and `beat()` after each `every_s` without one; once more between two
+    items after `news` is set, for what a beat says then.
 
     `source` is read in a task of its own, and no further than this generator is.
     """
@@ -70,18 +70,13 @@ async def beating(
             left_s = every_s
         timer = loop.call_later(left_s, wake)
 
-    async def hear(news: asyncio.Event) -> None:
-        await news.wait()
-        changed.set()
-
     timer = loop.call_later(every_s, wake)
     pumping = asyncio.create_task(pump(), name="heartbeats: source")
-    hearing = asyncio.create_task(hear(news), name="heartbeats: news") if news else None
-    told = news is None
+    told = False  # the news
     try:
         while True:
-            if not told and hearing is not None and hearing.done():
-                told = True
+            if news is not None and news.is_set() and not told:
+                told, last_s = True, loop.time()
                 yield beat()
             elif ready:
                 last_s = loop.time()
@@ -98,10 +93,8 @@ async def beating(
                 await changed.wait()
     finally:
         timer.cancel()
-        ending = [pumping, *([hearing] if hearing is not None else [])]
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
 
 
 class Listening:
@@ -151,9 +144,12 @@ class Listening:
 
     @property
     def slept(self) -> bool:
-        now = self._loop.time()
-        late = now > self._timer.when() + self._silence_s
-        return late or now < self._woke + self._silence_s
+        return self._late or self._loop.time() < self._woke + self._silence_s
+
+    @property
+    def _late(self) -> bool:
+        """The timer is: this process has stood still, and has only just gone on."""
+        return self._loop.time() > self._timer.when() + self._silence_s
 
     async def read(self) -> Any:
         """The next message, or `EOF` where the peer ended the call.
@@ -230,7 +226,7 @@ class Listening:
             self._call.cancel()
 
     def _look(self) -> None:
-        if self._loop.time() > self._timer.when() + self._silence_s:
+        if self._late:
             self._woke = self._loop.time()
         listening = self._waiting and (self._begun or not self._patient())
         if listening and self._silence.look():
