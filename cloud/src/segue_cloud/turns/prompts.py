@@ -34,3 +34,11 @@ async def encode_prompt(
     """Token ids of the prompt of `turn`; `turns`: those of the log before it."""
     kept = seen(turns, turn, context_from)
     return tuple(await asyncio.to_thread(deps.tokenizer.encode_conversation, kept, prompt))
+
+
+async def encode_known_prompt(
+    deps: OwnerDeps, turns: Sequence[TurnState], turn: TurnState
+) -> tuple[int, ...]:
+    """The same of one of the log's own `turns`."""
+    earlier = turns[: turns.index(turn)]
+    return await encode_prompt(deps, earlier, turn.turn, turn.prompt, turn.context_from)

@@ -17,7 +17,7 @@ from segue_cloud.turns.opening import opening_of
 from segue_cloud.turns.owner import OwnerDeps, TurnOwner
 from segue_cloud.turns.places import Places
 from segue_cloud.turns.ports import RunningTurns
-from segue_cloud.turns.prompts import encode_prompt
+from segue_cloud.turns.prompts import encode_known_prompt
 from segue_cloud.turns.spec import OwnedTurn
 from segue_cloud.turns.writer import TurnKey
 from segue_contract.errors import Overloaded, UnknownTurn
@@ -190,8 +190,7 @@ class Takeover:
         turn = find_turn(state, name.turn)
         if turn is None or turn.ended or turn.model not in ("", self._model):
             return 0, 0
-        earlier = state.turns[: state.turns.index(turn)]
-        prompt = await encode_prompt(self._deps, earlier, name.turn, turn.prompt, turn.context_from)
+        prompt = await encode_known_prompt(self._deps, state.turns, turn)
         made = tuple(turn.tokens)
         tenant = name.session.tenant
         computed = EngineTurn(
@@ -279,8 +278,7 @@ class Takeover:
         turn = find_turn(state, name.turn)
         if turn is None:  # the log lost it
             return False
-        earlier = state.turns[: state.turns.index(turn)]
-        prompt = await encode_prompt(self._deps, earlier, name.turn, turn.prompt, turn.context_from)
+        prompt = await encode_known_prompt(self._deps, state.turns, turn)
         spec = OwnedTurn(
             key=TurnKey(session, name.turn, claim.epoch, turn.device, claim.nonce),
             prompt=prompt,
