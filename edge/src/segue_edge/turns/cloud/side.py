@@ -115,14 +115,13 @@ class CloudSide:
         session = self._facts.asked.session
         if isinstance(wanted, s.Open):
             return self._facts.begun.cloud
-        if isinstance(wanted, s.Follow):
-            order = list(self._in_order(session))
-            if wanted.link > 1 and len(order) > 1 and order[0] is self.cloud:
-                return order[1]  # the log can be read at any; here it broke just now
-            return next(iter(order), None)
-        if wanted.fresh:
+        if self._ready is not None or (isinstance(wanted, s.TakeOver) and wanted.fresh):
             self._round = self._in_order(session)
-        return next(self._round, None)
+        cloud = next(self._round, None)
+        if cloud is None and isinstance(wanted, s.Follow):  # the log can be read at any, again
+            self._round = self._in_order(session)
+            cloud = next(self._round, None)
+        return cloud
 
     def _in_order(self, session: SessionName) -> Iterator[Cloud]:
         """As ranked, but for the one that is ready for this turn."""
