@@ -138,8 +138,9 @@ function verbs.append(producer, epoch, first, turn, nonce, believed, ends, lease
   local offset = first == news and tail + 1 or offset_of(runs, first)
   tail = write(generation, tail, log, from, now, set)
   if turn == '' then
+    -- `open` makes the others, and forgets as it does.
     local new = redis.call('ZADD', PRODUCERS, now, producer) == 1
-    if new then forget_producers(tonumber(bound), now) end -- `open` did it for the others
+    if new then forget_producers(tonumber(bound), now) end
   end
   return answer('ok', offset, last + 1, last - seq)
 end

@@ -2,7 +2,8 @@
 
 local LEASE_MAX_MS = 60000 -- a lease further ahead is of a clock that was set back since
 
--- Lua writes a number of 15 digits and more as 1e+15.
+-- For numbers that are joined to text: Lua writes one of 15 digits and more as 1e+15. Those that are
+-- a command's argument by themselves are written in full.
 local function int(number) return string.format('%.0f', number) end
 
 local function now_ms()

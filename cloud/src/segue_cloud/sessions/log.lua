@@ -11,11 +11,12 @@
 --                    0: the session was deleted (see keep.lua)
 --
 -- meta  gen, tail    the current generation, the last offset
---       life         the store's life under which gen began (see `alive`)
+--       life         the store's life under which gen began (see the function `meta`)
 --       gens         "<generation>:<its first offset>,...", the last one is gen
 --       cur, lease   the running turn, until when its owner holds it (ms); stop: asked to stop
 --       pub, da      published offset; dirty since (ms), 0 where clean
---       bare         1: it was evicted, and does not say which turns the log has; see `restore`
+--       bare         1: it was evicted, and does not say which turns the log has; see `restore` in
+--                    session.lua
 --       wait         turns that wait for the session, first come first: "turn:ms:flag,..."; flag w
 --                    waits and named itself then, s was stopped then
 --       d:<turn>     digest of what was asked
