@@ -36,7 +36,7 @@ from segue_contract.limits import (
 from segue_contract.sync.export import Export, ExportHead, ExportReader, ExportWriter
 from segue_contract.sync.ops import Op, TurnEnded, TurnWithdrawn, encode_op
 from segue_contract.sync.state import Cursor, SessionState, encode_state
-from segue_contract.transport.together import end
+from segue_contract.transport.together import in_background
 
 log = structlog.get_logger("segue.log")
 
@@ -276,8 +276,5 @@ async def expiring(
                 except SegueError as error:
                     log.warning("expiry_failed", tenant=tenant, error=str(error))
 
-    task = asyncio.create_task(sweep(), name="session expiry")
-    try:
+    async with in_background(sweep(), "session expiry"):
         yield
-    finally:
-        await end(task)

@@ -17,7 +17,7 @@ from segue_contract.errors import SegueError
 from segue_contract.identity.principal import Kind
 from segue_contract.limits import GATE_LOOK_S, REVOKED_KEPT_S, WATERMARKS_TOLD
 from segue_contract.transport.gate import Gate, caller
-from segue_contract.transport.together import end
+from segue_contract.transport.together import in_background
 from segue_contract.v1 import decode_pb2 as dpb
 
 log = structlog.get_logger("segue.revoking")
@@ -80,11 +80,8 @@ async def following_revocations(
                 log.warning("revocations_unread", error=str(error), exc_info=not known)
             gate.forget_revoked(now_s() - REVOKED_KEPT_S)
 
-    task = asyncio.create_task(follow(since_ms), name="revocations")
-    try:
+    async with in_background(follow(since_ms), "revocations"):
         yield
-    finally:
-        await end(task)
 
 
 async def _look(session_log: SessionLog, gate: Gate, since_ms: int) -> int:

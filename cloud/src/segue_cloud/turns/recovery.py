@@ -16,7 +16,7 @@ from segue_contract.limits import (
     RECOVERY_SWEEP_S,
     RUNNING_REFRESH_S,
 )
-from segue_contract.transport.together import end
+from segue_contract.transport.together import in_background
 
 log = structlog.get_logger("segue.turns")
 
@@ -32,11 +32,8 @@ async def recovering(
     """While inside, orphans are looked for every `every_s`, as many as there is room for, after
     `grace_s` (None: a lease's time) at first."""
     grace_s = manager.limits.lease_s if grace_s is None else grace_s
-    task = asyncio.create_task(_sweep(manager, running, every_s, grace_s), name="recovery sweep")
-    try:
+    async with in_background(_sweep(manager, running, every_s, grace_s), "recovery sweep"):
         yield
-    finally:
-        await end(task)
 
 
 async def _sweep(

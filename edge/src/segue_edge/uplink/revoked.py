@@ -13,7 +13,7 @@ import structlog
 from segue_contract.errors import SegueError
 from segue_contract.limits import REVOKED_KEPT_S, REVOKED_LOOK_S
 from segue_contract.transport.gate import Gate
-from segue_contract.transport.together import end
+from segue_contract.transport.together import in_background
 from segue_edge.uplink.clouds import CloudSet
 
 log = structlog.get_logger("segue.revoked")
@@ -39,11 +39,8 @@ async def following_revoked(
                 log.error("revocations_unread", exc_info=error)
             gate.forget_revoked(now_s() - REVOKED_KEPT_S)
 
-    task = asyncio.create_task(follow(), name="revocations")
-    try:
+    async with in_background(follow(), "revocations"):
         yield
-    finally:
-        await end(task)
 
 
 async def _ask_one(clouds: CloudSet) -> None:
