@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segue_contract import base64url
 from segue_contract.errors import InvalidArgument, Unauthenticated
 from segue_contract.identity import keys
 from segue_contract.identity.keys import IssuerKey, KeySet, PublicKey
@@ -89,7 +90,7 @@ def test_the_file_has_the_form_that_is_documented() -> None:
             {
                 "kid": key.kid,
                 "tenant": "acme",
-                "public": keys._base64(key.public(0).public),
+                "public": base64url.encode(key.public(0).public),
                 "created": 1.5,
                 "revoked_before": 10.0,
             }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from segue_contract import base64url
 from segue_contract.errors import UNREADABLE
 from segue_contract.limits import RENEW_LEAD_S, RENEW_PAUSE_S
 
@@ -25,8 +25,7 @@ def expires_s(token: str) -> float:
     _, _, rest = token.partition(".")
     payload, _, _ = rest.partition(".")
     try:
-        data = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
-        return msgspec.json.decode(data, type=_Claims).exp
+        return msgspec.json.decode(base64url.decode(payload), type=_Claims).exp
     except (*UNREADABLE, ValueError):
         return float("inf")
 

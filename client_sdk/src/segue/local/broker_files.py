@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from segue_contract import base64url
 from segue_contract.limits import (
     BROKER_CONNECTIONS,
     BROKER_INFLIGHT,
@@ -63,7 +64,7 @@ def broker_files(
     random_bytes: Callable[[int], bytes],
 ) -> BrokerFiles:
     """Of a broker whose files will lie in `folder`; without a certificate it speaks no TLS."""
-    password = base64.urlsafe_b64encode(random_bytes(32)).decode().rstrip("=")
+    password = base64url.encode(random_bytes(32))
     tls = f"certfile {certificate}\nkeyfile {key}\n" if certificate is not None else ""
     config = _CONFIG.format(
         plugin=plugin,

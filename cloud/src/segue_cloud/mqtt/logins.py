@@ -8,7 +8,6 @@ The store keeps which there are, and is written first: what the broker has beyon
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hmac
 import os
@@ -23,6 +22,7 @@ from segue_cloud.mqtt.dynsec import Command, DynamicSecurity
 from segue_cloud.mqtt.keys import LiveKeys
 from segue_cloud.mqtt.login_pace import LoginPace
 from segue_cloud.sessions.logins import LoginRecord
+from segue_contract import base64url
 from segue_contract.errors import SegueError, Unreachable
 from segue_contract.identity.principal import Principal
 from segue_contract.ids import SessionName, new_id
@@ -137,7 +137,7 @@ class BrokerLogins:
                 return None
             secret = await self._keys.secret()
             digest = hmac.digest(secret, b"login " + user.encode(), "sha256")
-            password = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+            password = base64url.encode(digest)
             await self._run(*_ended(gone), *_made(user, password, session))
             await self._record.cleared(gone)
             if self._is_void(key, issued_ms):

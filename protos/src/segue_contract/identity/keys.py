@@ -12,8 +12,6 @@ half (the first 80 bits of its SHA-256), so a key that was copied wrong is notic
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import math
 import re
@@ -24,6 +22,7 @@ from typing import Final
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from segue_contract import base64url
 from segue_contract.errors import UNREADABLE, InvalidArgument, Unauthenticated
 from segue_contract.ids import check_id, new_id
 from segue_contract.limits import MAX_KEY_FILE_BYTES, MAX_TENANT_KEYS
@@ -84,7 +83,8 @@ class IssuerKey:
 
     def text(self) -> str:
         """The secret line that `parse` reads: show it once, and to its owner alone."""
-        return f"segue-key-{self.tenant}-{self.kid}-{_base64(self.private.private_bytes_raw())}"
+        secret = base64url.encode(self.private.private_bytes_raw())
+        return f"segue-key-{self.tenant}-{self.kid}-{secret}"
 
     def public(self, created_s: float) -> PublicKey:
         """What nodes have to know of it."""
@@ -258,24 +258,20 @@ def _entry(key: PublicKey) -> _Entry:
     return _Entry(
         key.kid,
         key.tenant,
-        _base64(key.public),
+        base64url.encode(key.public),
         key.created_s,
         key.revoked_before_s or None,
         key.revoked_s if key.is_revoked else None,
     )
 
 
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
 def _unbase64(text: str, what: str) -> bytes:
-    """Raises InvalidArgument where `text` is not what `_base64` makes."""
+    """Raises InvalidArgument where `text` is not what `base64url.encode` makes."""
     try:
-        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except (binascii.Error, ValueError):
+        data = base64url.decode(text)
+    except ValueError:
         data = b""
-    if _base64(data) != text:
+    if base64url.encode(data) != text:
         raise InvalidArgument(
             f"The {what} is no base64url text.", hint="Copy it again, whole and unchanged."
         )

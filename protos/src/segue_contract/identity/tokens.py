@@ -9,7 +9,6 @@ and that every claim is there; times are compared here, with the time that the c
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
 import re
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import jwt
 import msgspec
 
+from segue_contract import base64url
 from segue_contract.errors import UNREADABLE, InvalidArgument, Unauthenticated
 from segue_contract.identity.keys import IssuerKey, KeySet
 from segue_contract.identity.principal import Kind, Principal, Right, check_session_pattern
@@ -236,7 +236,7 @@ def _header(token: str) -> _Header:
     """
     head, dot, _ = token.partition(".")
     try:
-        header = msgspec.json.decode(base64.urlsafe_b64decode(head + "=="), type=_Header)
+        header = msgspec.json.decode(base64url.decode(head), type=_Header)
     except (*UNREADABLE, ValueError):
         raise _refused("has another header than ours") from None
     if not dot or "=" in token:
